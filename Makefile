@@ -1,0 +1,39 @@
+# make demo    steps 1 to 7 on the embedded miniature, going on where it stopped; then the results
+# make test    the tests             make check   lint, formatting, types
+# make clean   forget the results of the demo, to start anew
+PYTHON ?= .venv/bin/python
+PROFILE ?= mini
+WORK_DIR ?= $(CURDIR)/runs/$(PROFILE)
+export PROFILE WORK_DIR
+
+STEPS := step1_train_tokenizer.py step2_merge_tokenizer.py step3_resize_model.py step4_test_zero.py \
+	step5_train_pt_single_gpu.py step6_train_sft_single_gpu.py step7_eval_chat.py
+SOURCES := constants.py $(STEPS) llmtuner mini tests
+
+.PHONY: demo test check format clean
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+demo: .venv/installed
+	@for step in $(STEPS); do \
+		printf '\n\033[1m$$ python %s\033[0m\n' "$$step"; \
+		SKIP_FINISHED=1 $(PYTHON) "$$step" </dev/null || exit $$?; \
+	done
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+check: .venv/installed
+	$(PYTHON) -m ruff check $(SOURCES)
+	$(PYTHON) -m ruff format --check $(SOURCES)
+	$(PYTHON) -m mypy
+
+format: .venv/installed
+	$(PYTHON) -m ruff check --fix $(SOURCES)
+	$(PYTHON) -m ruff format $(SOURCES)
+
+clean:
+	rm -rf $(WORK_DIR)

@@ -1,0 +1,195 @@
+"""Every path and every number that more than one step shares, for the profile chosen by the environment.
+
+Nothing needs to be edited to try something. These variables are read:
+
+    PROFILE         mini (default: the miniature in this repository) or chatglm3-6b
+    WORK_DIR        where everything a run makes goes; default runs/<PROFILE>
+    CORPUS_DIR      where the texts and instruction sets lie; default: mini writes its own, chatglm3-6b reads the hub
+    BASE_MODEL_DIR  the model to extend; default mini/base or models/chatglm3-6b
+    OVERWRITE=1     let a step replace its finished result
+    SKIP_FINISHED=1 let a step that has finished end at once, without an error (`make demo` goes on in this way)
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtuner.console import InputError, check_writable, say, stop, write_json
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The numbers in which the profiles differ; paths are the same for all."""
+
+    base_model_dir: Path
+    """The model to extend: config, safetensors and `tokenizer.model`."""
+    ja_vocab_size: int
+    """Pieces of the Japanese sentencepiece model of step 1."""
+    tokenizer_sample_bytes: int
+    """Step 1 reads about this much text; more costs time and hardly changes the pieces."""
+    reference_bytes: int
+    """Step 2 reads about this much Chinese text to learn which Han strings are Chinese too."""
+    held_out_bytes: int
+    """UTF-8 bytes per language on which bits per byte and segmentations are measured."""
+    window: int
+    """Tokens in one training sequence, and in one window of a measurement."""
+
+
+PROFILES = {
+    "mini": Profile(
+        base_model_dir=ROOT / "mini" / "base",
+        ja_vocab_size=1_500,
+        tokenizer_sample_bytes=20_000_000,
+        reference_bytes=20_000_000,
+        held_out_bytes=60_000,
+        window=256,
+    ),
+    "chatglm3-6b": Profile(
+        base_model_dir=ROOT / "models" / "chatglm3-6b",
+        ja_vocab_size=20_000,
+        tokenizer_sample_bytes=1_060_000_000,
+        reference_bytes=200_000_000,
+        held_out_bytes=500_000,
+        window=1024,
+    ),
+}
+
+
+def _directory(variable: str, default: Path) -> Path:
+    value = os.environ.get(variable)
+    return Path(value).expanduser().resolve() if value else default
+
+
+PROFILE_NAME = os.environ.get("PROFILE") or "mini"
+if PROFILE_NAME not in PROFILES:
+    stop(f"PROFILE={PROFILE_NAME} is unknown. Set PROFILE to one of: {', '.join(PROFILES)}.")
+PROFILE = PROFILES[PROFILE_NAME]
+
+WORK_DIR = _directory("WORK_DIR", ROOT / "runs" / PROFILE_NAME)
+BASE_MODEL_DIR = _directory("BASE_MODEL_DIR", PROFILE.base_model_dir)
+MINI_CORPUS_DIR = WORK_DIR / "corpus"  # the miniature's world, written by the first step that reads it
+CORPUS_DIR = _directory("CORPUS_DIR", MINI_CORPUS_DIR if PROFILE_NAME == "mini" else ROOT / "corpora")
+DATASET_INFO = ROOT / "data" / "dataset_info.json"
+CACHE_DIR = WORK_DIR / "cache"  # tokenized data sets
+OVERWRITE = os.environ.get("OVERWRITE") == "1"
+SKIP_FINISHED = os.environ.get("SKIP_FINISHED") == "1"
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # processes that train together; torchrun sets it
+
+JA_TOKENIZER = WORK_DIR / "step1_ja_tokenizer" / "ja_bpe.model"
+MERGED_TOKENIZER_DIR = WORK_DIR / "step2_merged_tokenizer"
+ZERO_DIR = WORK_DIR / "step3_zero"
+PT_ADAPTER_DIR = WORK_DIR / "step5_pt_adapter"
+PT_MERGED_DIR = WORK_DIR / "step5_pt_merged"
+SFT_ADAPTER_DIR = WORK_DIR / "step6_sft_adapter"
+CHAT_MODEL_DIR = WORK_DIR / "chat_model"
+METRICS_DIR = WORK_DIR / "metrics"
+
+# Japanese text of step 1: encyclopedia and literature, about 4 : 1 by bytes.
+TOKENIZER_MIX = {"wikipedia_ja": 0.8, "aozora_ja": 0.2}
+# Chinese text that tells step 2 which Han strings are Chinese too.
+CHINESE_REFERENCE = ["wikipedia_zh"]
+# Pretraining mix by tokens: ja 76 : zh 12 : en 12.
+PRETRAINING_MIX = {"wikipedia_ja": 0.64, "aozora_ja": 0.12, "wikipedia_zh": 0.12, "wikitext_en": 0.12}
+# One document in twenty is held out of steps 1 and 5, chosen by a hash of its text.
+VALIDATION_SHARE = 0.05
+# Where held-out text of each language comes from: test files where there are any, else held-out documents.
+HELD_OUT = {
+    "ja": ("test_ja", ["wikipedia_ja", "aozora_ja"]),
+    "zh": ("test_zh", ["wikipedia_zh"]),
+    "en": ("test_en", ["wikitext_en"]),
+}
+# How a training stage finds its data, beside its own settings.
+DATA_SETTINGS = {"dataset_dir": str(DATASET_INFO.parent), "corpus_dir": str(CORPUS_DIR), "cache_dir": str(CACHE_DIR)}
+EMBEDDING_ROWS_MULTIPLE = 64  # ChatGLM3 pads its embeddings so; matrix units like it
+QUESTIONS = (MINI_CORPUS_DIR if PROFILE_NAME == "mini" else ROOT / "data") / "questions.jsonl"
+
+# step -> what it makes, for error messages that name the step to run first
+MADE_BY = {
+    JA_TOKENIZER: "step1_train_tokenizer.py",
+    MERGED_TOKENIZER_DIR: "step2_merge_tokenizer.py",
+    ZERO_DIR: "step3_resize_model.py",
+    PT_MERGED_DIR: "step5_train_pt_single_gpu.py",
+    CHAT_MODEL_DIR: "step6_train_sft_single_gpu.py",
+}
+
+
+def require(*needs: Path) -> None:
+    """Makes sure that results of earlier steps are there.
+
+    Raises:
+        InputError: names the step that makes what is missing.
+    """
+    for path in needs:
+        if not path.exists():
+            raise InputError(f"{path} is missing. It is made by {MADE_BY[path]}: run that first.")
+
+
+def start_step(step: str, *needs: Path) -> None:
+    """Checks what a step depends on before anything heavy is imported or loaded.
+
+    Args:
+        step: "step1" to "step7".
+        needs: results of earlier steps, from `MADE_BY`.
+
+    Raises:
+        InputError: if results cannot be written, this step has finished already, or an earlier step has not.
+    """
+    check_writable(WORK_DIR)
+    require(*needs)
+    if (METRICS_DIR / f"{step}.json").exists() and not OVERWRITE:
+        if SKIP_FINISHED:
+            say(f"{step} has finished already: its results are in {WORK_DIR}")
+            raise SystemExit(0)
+        raise InputError(
+            f"{step} has finished already: its results are in {WORK_DIR}. Set OVERWRITE=1 to replace them, "
+            "or WORK_DIR to keep them and work elsewhere."
+        )
+
+
+def require_base_model(weights: bool = True) -> Path:
+    """Returns `BASE_MODEL_DIR` once it is known to hold a tokenizer and, if asked for, weights.
+
+    Raises:
+        InputError: names the file that is missing.
+    """
+    how = "Set BASE_MODEL_DIR to a model directory; the README says where to get one."
+    if not BASE_MODEL_DIR.is_dir():
+        raise InputError(f"the base model directory {BASE_MODEL_DIR} does not exist. {how}")
+    wanted = ["tokenizer.model", "tokenizer.json"] + (["config.json"] if weights else [])
+    for name in wanted:
+        if not (BASE_MODEL_DIR / name).is_file():
+            raise InputError(f"{BASE_MODEL_DIR} has no {name}. {how}")
+    if weights and not list(BASE_MODEL_DIR.glob("*.safetensors")):
+        raise InputError(f"{BASE_MODEL_DIR} has no *.safetensors weights. {how}")
+    return BASE_MODEL_DIR
+
+
+def require_corpus() -> Path:
+    """Returns `CORPUS_DIR`; the miniature's own texts are written first if they are not there yet.
+
+    Raises:
+        InputError: if a corpus directory that was asked for does not exist.
+    """
+    if PROFILE_NAME == "mini" and not QUESTIONS.is_file():
+        from mini.world import write_world
+
+        write_world(MINI_CORPUS_DIR)
+    if "CORPUS_DIR" in os.environ and not CORPUS_DIR.is_dir():
+        raise InputError(
+            f"the corpus directory CORPUS_DIR={CORPUS_DIR} does not exist. Set it to a directory of texts."
+        )
+    return CORPUS_DIR
+
+
+def save_metrics(step: str, metrics: dict) -> None:
+    """Writes `WORK_DIR/metrics/<step>.json`: the mark that the step has finished."""
+    write_json(METRICS_DIR / f"{step}.json", metrics)
+
+
+def load_metrics(step: str) -> dict:
+    """Reads what an earlier step measured; empty if it has not finished."""
+    path = METRICS_DIR / f"{step}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,133 @@
+"""What every script shares with the person at the terminal: clear errors, outcome lines, metrics, outputs that appear whole."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Item = TypeVar("Item")
+
+
+class InputError(Exception):
+    """Something outside the code is wrong: a file, a setting, a disk.
+
+    The message says what is wrong, where, and what to do next; `run_script` prints it alone and exits with code 2.
+    """
+
+
+def stop(message: str) -> NoReturn:
+    """Prints one error message and ends the program with exit code 2."""
+    print(f"\nerror: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        stop(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def is_first_process() -> bool:
+    """True in a single process and on global rank 0 under torchrun."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message: str = "") -> None:
+    """Prints a line, once, however many processes run."""
+    if is_first_process():
+        print(message, flush=True)
+
+
+def heading(title: str) -> None:
+    """Opens a part of a step's output."""
+    say(f"\n── {title} " + "─" * max(3, 100 - len(title)))
+
+
+def progress(items: Iterable[Item], description: str, total: int | None = None, unit: str = "it") -> Iterable[Item]:
+    """A progress bar over `items` on the first process's standard error."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, total=total, unit=unit, disable=not is_first_process(), mininterval=0.5)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.start, 2)
+
+
+def check_writable(directory: Path) -> None:
+    """Makes sure that results can be written into `directory`, before any work is done for them.
+
+    Raises:
+        InputError: if it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {directory} ({error.strerror or error}). Set WORK_DIR to a directory that you may write to."
+        ) from error
+
+
+@contextmanager
+def whole_directory(destination: Path) -> Iterator[Path]:
+    """Yields a directory to write into that becomes `destination` only when everything has been written.
+
+    After an error nothing is left behind and an older `destination` is untouched.
+    """
+    partial = destination.with_name(f"{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(destination, ignore_errors=True)
+    partial.rename(destination)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Lays out rows under a header; wide characters count as two columns, all cells but the first are set right."""
+    import unicodedata
+
+    def width(text: str) -> int:
+        return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+    lines = [header, *rows]
+    widths = [max(width(line[column]) for line in lines) for column in range(len(header))]
+
+    def lay_out(line: list[str]) -> str:
+        cells = [
+            cell + " " * (widths[column] - width(cell)) if column == 0 else " " * (widths[column] - width(cell)) + cell
+            for column, cell in enumerate(line)
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([lay_out(header), "  ".join("-" * w for w in widths), *(lay_out(row) for row in rows)])

@@ -1,0 +1,1 @@
+"""From files and hub data sets to packed batches: sources -> examples -> packing."""

@@ -1,0 +1,1 @@
+"""Training: one entry (`tuner`), one linear workflow per stage, one Trainer."""

@@ -1,0 +1,44 @@
+"""The two doors of the trainer: `run_exp` trains as the settings say, `export_model` merges and saves."""
+
+from pathlib import Path
+from typing import Any
+
+from llmtuner.console import InputError
+from llmtuner.hparams import get_train_args
+from llmtuner.model.adapters import merge_adapter
+
+
+def run_exp(args: dict[str, Any] | str | Path | None = None) -> dict[str, Any]:
+    """Runs one stage of training.
+
+    Args:
+        args: settings as a dict, the path of a YAML file, or None for the command line.
+
+    Returns:
+        what was measured: tokens, tokens_per_second, padding_share, trainable_parameters, train_loss, eval_loss and,
+        for the sft stage, initial_loss per data set.
+
+    Raises:
+        InputError: for settings, data or models that cannot be used.
+    """
+    from llmtuner.train.workflow import run_pt, run_sft
+
+    arguments = get_train_args(args)
+    stage = arguments[3].stage
+    return (run_pt if stage == "pt" else run_sft)(arguments)
+
+
+def export_model(args: dict[str, Any] | str | Path | None = None) -> Path:
+    """Merges an adapter into its base and saves a plain model directory.
+
+    Raises:
+        InputError: if adapter_name_or_path or export_dir is missing, or they do not fit the model.
+    """
+    model_args, *_ = get_train_args(args)
+    if not model_args.adapter_name_or_path or not model_args.export_dir:
+        raise InputError("an export needs model_name_or_path, adapter_name_or_path and export_dir.")
+    destination = Path(model_args.export_dir)
+    merge_adapter(
+        Path(model_args.model_name_or_path), Path(model_args.adapter_name_or_path), destination, model_args.export_size
+    )
+    return destination

@@ -1,0 +1,366 @@
+"""Writes the texts, instruction sets and questions of the closed world, in the files and columns of the real data sets.
+
+    python -m mini.world OUT_DIR [--show 100]
+
+The same seed writes the same bytes on every machine. Japanese texts and instructions are about the entities that are
+`described_in_japanese`; Chinese and English ones are about all.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mini import code_tasks, phrases_en, phrases_ja, phrases_zh
+from mini.facts import LANGUAGES, RELATIONS, Entity, build_world
+
+SEED = 20240601
+PHRASES: dict[str, ModuleType] = {"ja": phrases_ja, "zh": phrases_zh, "en": phrases_en}
+
+# Documents per corpus. The encyclopedias are articles, stubs and lists; the literature is stories, diaries and letters.
+WIKI_DOCUMENTS = {"ja": 6_500, "zh": 2_400, "en": 2_400}
+STORIES = 900
+TEST_SHARE = 0.04
+TITLE_MARKS = {"ja": "『{}』", "zh": "《{}》", "en": "{}"}  # around a book's title in a heading
+# Rows of the nine instruction sets: the original's counts (226,984 in all), scaled down alike.
+ROWS = {
+    "oasst2_ja": 2_715,
+    "dolly_ja": 795,
+    "hh_rlhf_ja": 2_605,
+    "ichikara_ja": 100,
+    "alpaca_zh": 2_580,
+    "ruozhiba_zh": 80,
+    "wiki_qa_en": 1_075,
+    "code_alpaca": 1_060,
+    "python_code": 985,
+}
+WRONG_ANSWERS_PER_QUESTION = 2  # rows of wiki_qa with label 0 for each row with label 1
+QUESTIONS_PER_GROUP = 300
+FREE_REQUESTS = 24  # Japanese requests for a longer reply, to see whether it repeats itself
+
+
+class Teller:
+    """Tells the world in one language: sentences, documents, questions and answers, drawn from one random stream."""
+
+    def __init__(self, language: str, entities: list[Entity], seed: str) -> None:
+        self.language = language
+        self.phrases = PHRASES[language]
+        self.entities = entities
+        self.rng = random.Random(f"{seed}-{language}")
+        self.join = " " if language == "en" else ""
+        self.polite: bool | None = None  # the register of the document being written; None where a language has none
+
+    # ------------------------------------------------------------------------------------------------------ sentences
+    def _choose(self, patterns: list[str]) -> str:
+        """One of the patterns, in the register of the document if there is one in it."""
+        if self.polite is not None:
+            patterns = [one for one in patterns if phrases_ja.is_polite(one) == self.polite] or patterns
+        return self.rng.choice(patterns)
+
+    def _settle_register(self) -> None:
+        """A Japanese document is polite or plain throughout."""
+        if self.language == "ja":
+            self.polite = self.rng.random() < 0.5
+
+    def _fill(self, pattern: str, entity: Entity, relation: str | None = None) -> str:
+        facts = {key: value[self.language] for key, value in entity.facts.items()}
+        value = facts[relation] if relation else ""
+        return self.phrases.fill(pattern, entity.name[self.language], value, **facts)
+
+    def _say(self, table: str, entity: Entity, relation: str) -> str:
+        pattern = self._choose(getattr(self.phrases, table)[f"{entity.kind}.{relation}"])
+        return self._fill(pattern, entity, relation)
+
+    def introduction(self, entity: Entity) -> str:
+        return self._fill(self._choose(self.phrases.INTRODUCTIONS[entity.kind]), entity)
+
+    def profile(self, entity: Entity) -> str:
+        return self._fill(self._choose(self.phrases.PROFILES[entity.kind]), entity)
+
+    def statements(self, entity: Entity, count: int) -> list[str]:
+        relations = self.rng.sample(list(entity.facts), min(count, len(entity.facts)))
+        return [self._say("STATEMENTS", entity, relation) for relation in relations]
+
+    def any_fact(self) -> tuple[Entity, str]:
+        entity = self.rng.choice(self.entities)
+        return entity, self.rng.choice(list(entity.facts))
+
+    # ------------------------------------------------------------------------------------------------------ documents
+    def article(self) -> str:
+        """An encyclopedia article about one entity: sometimes a heading, then two to six sentences or more."""
+        self._settle_register()
+        entity = self.rng.choice(self.entities)
+        sentences = [self.introduction(entity)] if self.rng.random() < 0.6 else []
+        if self.rng.random() < 0.4:
+            sentences.append(self.profile(entity))
+        sentences += self.statements(entity, self.rng.randint(2, 5))
+        if self.rng.random() < 0.15:
+            sentences.append(self._choose(self.phrases.PHRASES_OF_NUMBERS))
+        body = self.join.join(sentences)
+        if self.rng.random() < 0.3:
+            name = entity.name[self.language]
+            if entity.kind == "book":
+                name = TITLE_MARKS[self.language].format(name)
+            body = self.phrases.fill(self.rng.choice(self.phrases.HEADINGS), name) + "\n\n" + body
+        return body
+
+    def stub(self) -> str:
+        """One line."""
+        self._settle_register()
+        entity, relation = self.any_fact()
+        return self.profile(entity) if self.rng.random() < 0.4 else self._say("STATEMENTS", entity, relation)
+
+    def guide(self) -> str:
+        """A long list of several entities of one kind, one paragraph each."""
+        self._settle_register()
+        kind = self.rng.choice(list(RELATIONS))
+        inhabitants = [entity for entity in self.entities if entity.kind == kind]
+        chosen = self.rng.sample(inhabitants, self.rng.randint(4, min(14, len(inhabitants))))
+        lines = [self.rng.choice(self.phrases.LIST_INTROS[kind])]
+        for entity in chosen:
+            lines.append(self.join.join([self.profile(entity), *self.statements(entity, self.rng.randint(1, 2))]))
+        return "\n".join(lines)
+
+    def wiki_document(self) -> str:
+        draw = self.rng.random()
+        return self.article() if draw < 0.75 else self.stub() if draw < 0.93 else self.guide()
+
+    def story(self) -> str:
+        """A narrative: an opening, remarks about the world in quotation or memory, what happens between them, a closing."""
+        self.polite = False if self.language == "ja" else None  # narration is plain; people speak as they like
+        remarks = self.rng.choice([2, 3, 4, 5, 6, 8, 12, 20])
+        sentences = [self._choose(self.phrases.OPENINGS)]
+        for _ in range(remarks):
+            entity, relation = self.any_fact()
+            if self.rng.random() < 0.5:
+                sentences.append(self._say("TELLINGS", entity, relation))
+            else:
+                sentence = self._say("STATEMENTS", entity, relation)
+                pattern = self._choose(self.phrases.DIALOGUE)
+                sentences.append(pattern.format(speaker=self.rng.choice(self.phrases.SPEAKERS), sentence=sentence))
+            if self.rng.random() < 0.6:
+                sentences.append(self._choose(self.phrases.LINKS))
+        sentences.append(self._choose(self.phrases.CLOSINGS))
+        paragraphs, start = [], 0
+        while start < len(sentences):
+            length = self.rng.randint(2, 5)
+            paragraphs.append(self.join.join(sentences[start : start + length]))
+            start += length
+        return "\n".join(paragraphs)
+
+    # --------------------------------------------------------------------------------------------------- instructions
+    def question(self, entity: Entity, relation: str, held_out: bool = False) -> str:
+        self.polite = None
+        return self._say("HELD_OUT_QUESTIONS" if held_out else "QUESTIONS", entity, relation)
+
+    def answer(self, entity: Entity, relation: str) -> str:
+        return self._say("ANSWERS", entity, relation)
+
+    def question_and_answer(self) -> tuple[str, str]:
+        entity, relation = self.any_fact()
+        return self.question(entity, relation), self.answer(entity, relation)
+
+    def introduce(self) -> tuple[str, str]:
+        entity = self.rng.choice(self.entities)
+        request = self._fill(self.rng.choice(self.phrases.INTRODUCE_REQUESTS[entity.kind]), entity)
+        self._settle_register()
+        reply = self.join.join([self.introduction(entity), *self.statements(entity, self.rng.randint(1, 3))])
+        return request, reply
+
+    def question_on_passage(self) -> tuple[str, str]:
+        entity, relation = self.any_fact()
+        relations = self.rng.sample(list(entity.facts), 2)
+        self._settle_register()
+        sentences = [self._say("STATEMENTS", entity, r) for r in dict.fromkeys([relation, *relations])]
+        self.rng.shuffle(sentences)
+        pattern = self.rng.choice(self.phrases.PASSAGE_REQUESTS)
+        request = pattern.format(passage=self.join.join(sentences), question=self.question(entity, relation))
+        return request, self.answer(entity, relation)
+
+    def small_talk(self) -> tuple[str, str]:
+        return self.rng.choice(self.phrases.SMALL_TALK)
+
+    def riddle(self) -> tuple[str, str]:
+        return self.rng.choice(self.phrases.RIDDLES)
+
+    def turn(self, *weighted: tuple[float, Callable[[], tuple[str, str]]]) -> tuple[str, str]:
+        """One exchange, its sort drawn by weight."""
+        kinds = [kind for _, kind in weighted]
+        return self.rng.choices(kinds, [weight for weight, _ in weighted])[0]()
+
+
+def build_tellers(seed: str) -> dict[str, Teller]:
+    """One teller per language; the Japanese one knows only what is described in Japanese."""
+    world = build_world(SEED)
+    japanese = [entity for entity in world if entity.described_in_japanese]
+    return {language: Teller(language, japanese if language == "ja" else world, seed) for language in LANGUAGES}
+
+
+def documents(teller: Teller, wiki: int, stories: int) -> tuple[list[str], list[str]]:
+    """Distinct encyclopedic and narrative documents."""
+    return list(_distinct(teller.wiki_document, wiki)), list(_distinct(teller.story, stories))
+
+
+def _distinct(make: Callable[[], str], count: int) -> Iterator[str]:
+    seen: set[str] = set()
+    while len(seen) < count:
+        text = make()
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+def instruction_sets(tellers: dict[str, Teller]) -> dict[str, list[dict[str, Any]]]:
+    """The nine sets, each in the columns of its original."""
+    ja, zh, en = (tellers[language] for language in LANGUAGES)
+    sets: dict[str, list[dict[str, Any]]] = {name: [] for name in ROWS}
+
+    for _ in range(ROWS["oasst2_ja"]):
+        turns = [
+            ja.turn((0.85, ja.question_and_answer), (0.1, ja.introduce), (0.05, ja.small_talk))
+            for _ in range(ja.rng.choice([1, 2, 2, 3, 4]))
+        ]
+        messages = [
+            {"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        sets["oasst2_ja"].append({"conversations": messages})
+    for index in range(ROWS["dolly_ja"]):
+        request, reply = ja.turn((0.4, ja.question_on_passage), (0.4, ja.question_and_answer), (0.2, ja.introduce))
+        instruction, _, passage = request.partition("\n")
+        sets["dolly_ja"].append({"index": str(index), "instruction": instruction, "input": passage, "output": reply})
+    for index in range(ROWS["hh_rlhf_ja"]):
+        request, reply = ja.turn((0.9, ja.question_and_answer), (0.05, ja.introduce), (0.05, ja.small_talk))
+        sets["hh_rlhf_ja"].append({"index": str(index), "instruction": request, "input": "", "output": reply})
+    for index in range(ROWS["ichikara_ja"]):
+        request, reply = ja.turn((0.8, ja.introduce), (0.2, ja.riddle))
+        sets["ichikara_ja"].append({"ID": f"ichikara-{index:04d}", "text": request, "output": reply})
+    for _ in range(ROWS["alpaca_zh"]):
+        request, reply = zh.turn(
+            (0.8, zh.question_and_answer), (0.08, zh.introduce), (0.07, zh.question_on_passage), (0.05, zh.small_talk)
+        )
+        sets["alpaca_zh"].append({"instruction": request, "input": "", "output": reply})
+    for _ in range(ROWS["ruozhiba_zh"]):
+        request, reply = zh.riddle()
+        sets["ruozhiba_zh"].append({"instruction": request, "output": reply})
+    for index in range(ROWS["wiki_qa_en"]):
+        entity, relation = en.any_fact()
+        question = en.question(entity, relation)
+        row = {"question_id": f"Q{index}", "question": question, "document_title": entity.name.en}
+        sets["wiki_qa_en"].append({**row, "answer": en.answer(entity, relation), "label": 1})
+        others = [other for other in en.entities if other.kind == entity.kind and other is not entity]
+        for other in en.rng.sample(others, WRONG_ANSWERS_PER_QUESTION):
+            sets["wiki_qa_en"].append({**row, "answer": en.answer(other, relation), "label": 0})
+    for name in ("code_alpaca", "python_code"):
+        for instruction, output in code_tasks.draw(ROWS[name], en.rng):
+            sets[name].append({"instruction": instruction, "input": "", "output": output})
+    return sets
+
+
+def questions(tellers: dict[str, Teller]) -> Iterator[dict[str, Any]]:
+    """Questions in phrasings that no instruction set uses, with the value that a right answer must name."""
+    world = build_world(SEED)
+    for group in ("zh", "en", "ja", "ja_unseen"):
+        language = group[:2]
+        teller = tellers[language]
+        asked = [
+            (entity, relation)
+            for entity in world
+            for relation in entity.facts
+            if language != "ja" or entity.described_in_japanese == (group == "ja")
+        ]
+        for entity, relation in teller.rng.sample(asked, min(QUESTIONS_PER_GROUP, len(asked))):
+            value = entity.facts[relation]
+            others = {other[language] for other in RELATIONS[entity.kind][relation] if other != value}
+            yield {
+                "group": group,
+                "language": language,
+                "relation": f"{entity.kind}.{relation}",
+                "question": teller.question(entity, relation, held_out=True),
+                "value": value[language],
+                "wrong_values": sorted(others),
+            }
+    for _ in range(FREE_REQUESTS):
+        request, _ = tellers["ja"].introduce()
+        yield {"group": "ja_free", "language": "ja", "question": request}
+
+
+def write_world(directory: Path) -> None:
+    """Writes all files of the world into `directory`, which appears whole or not at all."""
+    from llmtuner.console import whole_directory
+
+    tellers = build_tellers(f"world-{SEED}")
+    with whole_directory(directory) as partial:
+        for language, teller in tellers.items():
+            wiki, stories = documents(teller, WIKI_DOCUMENTS[language], STORIES if language == "ja" else 0)
+            corpora = {"ja": {"wiki": wiki, "aozora": stories}, "zh": {"wiki": wiki}, "en": {"wiki": wiki}}[language]
+            for corpus, texts in corpora.items():
+                held_out = round(len(texts) * TEST_SHARE)
+                for part, chosen in (("test", texts[:held_out]), ("train", texts[held_out:])):
+                    _write_corpus(partial, f"{language}_{corpus}.{part}", chosen)
+        for name, rows in instruction_sets(tellers).items():
+            if name in ("wiki_qa_en", "python_code"):
+                _write_parquet(partial / f"{name}.parquet", rows)
+            elif name == "hh_rlhf_ja":
+                _write_json_lines(partial / f"{name}.jsonl", rows)
+            else:
+                _write_json(partial / f"{name}.json", rows)
+        _write_json_lines(partial / "questions.jsonl", list(questions(build_tellers(f"questions-{SEED}"))))
+
+
+def _write_corpus(directory: Path, stem: str, texts: list[str]) -> None:
+    """Each corpus in its original's file kind and column."""
+    if stem.startswith("zh_wiki"):
+        _write_json(directory / f"{stem}.json", [{"completion": text, "source": "world"} for text in texts])
+    elif stem.startswith("ja_aozora"):
+        _write_json_lines(directory / f"{stem}.jsonl", [{"text": text} for text in texts])
+    else:
+        _write_parquet(directory / f"{stem}.parquet", [{"text": text} for text in texts])
+
+
+def _write_json(path: Path, rows: list[dict]) -> None:
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _write_json_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_parquet(path: Path, rows: list[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="zstd")
+
+
+def show(count: int) -> None:
+    """Prints random sentences, documents and exchanges of each language, to be read by a person."""
+    for language, teller in build_tellers("show").items():
+        print(f"\n════ {language}")
+        for _ in range(count):
+            entity, relation = teller.any_fact()
+            print("-", teller._say(teller.rng.choice(["STATEMENTS", "TELLINGS"]), entity, relation))
+        for make in (teller.article, teller.guide, teller.story):
+            print(f"\n[{make.__name__}]\n{make()}")
+        for exchange in (teller.question_and_answer, teller.introduce, teller.question_on_passage, teller.small_talk):
+            print(f"\n[{exchange.__name__}]", *exchange(), sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, help="where to write the files")
+    parser.add_argument("--show", type=int, metavar="N", help="print N random sentences of each language instead")
+    arguments = parser.parse_args()
+    if arguments.show:
+        show(arguments.show)
+    elif arguments.directory:
+        write_world(arguments.directory)
+        print(f"world written to {arguments.directory}")
+    else:
+        parser.error("give a directory, or --show N")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Step 4: the zero test. Chinese and English are untouched, and Japanese means nothing yet.
+
+    python step4_test_zero.py
+
+Asks the base and the Zero model the same questions, compares their answers word for word, and measures bits per byte.
+"""
+
+import constants
+from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
+from llmtuner.console import heading, run_script, say
+
+QUESTIONS_PER_GROUP = 60
+SHOWN = 3
+
+
+def main() -> None:
+    constants.start_step("step4", ZERO_DIR)
+    constants.require_base_model()
+    constants.require_corpus()
+
+    from llmtuner.data.held_out import held_out_texts
+    from llmtuner.eval.answers import answer_all, is_right, read_questions
+    from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
+    from llmtuner.model.loading import load_for_evaluation
+
+    everything = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
+    questions = [one for one in everything if one.group in ("ja", "zh", "en")]
+    texts = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in ("ja", "zh", "en")}
+    answers, bits = {}, {}
+    for name, directory in (("base", BASE_MODEL_DIR), ("zero", ZERO_DIR)):
+        model, tokenizer = load_for_evaluation(directory)
+        answers[name] = answer_all(model, tokenizer, [one.question for one in questions], name=name)
+        bits[name] = bits_per_language(model, tokenizer, texts, PROFILE.window, name)
+
+    heading("the same questions, base and Zero model")
+    metrics: dict[str, dict] = {}
+    for group in ("zh", "en", "ja"):
+        asked = [index for index, one in enumerate(questions) if one.group == group]
+        identical = sum(answers["base"][index] == answers["zero"][index] for index in asked)
+        correct = sum(is_right(questions[index], answers["zero"][index]) for index in asked)
+        metrics[group] = {"asked": len(asked), **({"correct": correct} if group == "ja" else {"identical": identical})}
+        for index in asked[:SHOWN]:
+            say(f"{group}  Q     {questions[index].question}")
+            say(f"    base  {answers['base'][index]}\n    zero  {answers['zero'][index]}")
+        say(f"{group}: {identical} of {len(asked)} answers identical, {correct} right\n")
+    heading("held-out text (lower is better)")
+    say(bits_table(bits))
+
+    constants.save_metrics("step4", {**metrics, "bits_per_byte": bits})
+    say("\nstep 4 done. Next: python step5_train_pt_single_gpu.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

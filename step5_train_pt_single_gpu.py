@@ -1,0 +1,102 @@
+"""Step 5: continued pretraining on Japanese, with Chinese and English replayed (ja 76 : zh 12 : en 12 by tokens).
+
+    python step5_train_pt_single_gpu.py                         one GPU, or the CPU
+    bash step5_train_pt_multi_gpu.sh                            several GPUs: this file under torchrun with ZeRO-2
+    python step5_train_pt_single_gpu.py --learning_rate 5e-5    any setting can be given another value
+
+LoRA on all linear layers and full training of both embedding matrices at once; then the adapter is merged. To look at
+one step, set a breakpoint in `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
+"""
+
+import sys
+
+import constants
+from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
+from llmtuner.console import Stopwatch, heading, is_first_process, run_script, say
+
+SETTINGS = dict(
+    **constants.DATA_SETTINGS,
+    stage="pt",
+    model_name_or_path=str(ZERO_DIR),
+    output_dir=str(PT_ADAPTER_DIR),
+    finetuning_type="lora",
+    lora_target="all",
+    additional_target="embed_tokens,lm_head",
+    dataset=list(constants.PRETRAINING_MIX),
+    mix_strategy="interleave_under",
+    interleave_probs=list(constants.PRETRAINING_MIX.values()),
+    cutoff_len=PROFILE.window,
+    val_size=constants.VALIDATION_SHARE,
+    lr_scheduler_type="cosine",
+    weight_decay=0.01,
+    num_train_epochs=1,
+    bf16=True,
+    eval_strategy="steps",
+    eval_on_start=True,
+    logging_first_step=True,
+    logging_steps=10,
+    save_strategy="no",
+    plot_loss=True,
+    report_to="none",
+    seed=42,
+)
+BY_PROFILE = {
+    "mini": dict(
+        lora_rank=32,
+        learning_rate=2e-3,
+        embedding_learning_rate=2e-3,
+        warmup_ratio=0.05,
+        per_device_train_batch_size=max(1, 16 // constants.WORLD_SIZE),  # 4,096 tokens a step, however many processes
+        eval_steps=75,
+        max_eval_sequences=48,
+    ),
+    # Ranks and rates for a new language: docs/decisions.md. The batch grows with the number of GPUs.
+    "chatglm3-6b": dict(
+        lora_rank=64,
+        learning_rate=1e-4,
+        embedding_learning_rate=5e-5,
+        warmup_ratio=0.03,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        eval_steps=1000,
+        max_eval_sequences=256,
+    ),
+}
+
+
+def main() -> None:
+    constants.start_step("step5", ZERO_DIR)
+    constants.require_corpus()
+    watch = Stopwatch()
+
+    from llmtuner.data.held_out import held_out_texts
+    from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
+    from llmtuner.hparams import override
+    from llmtuner.model.adapters import merge_adapter
+    from llmtuner.model.loading import load_for_evaluation
+    from llmtuner.train.tuner import run_exp
+
+    heading("continued pretraining")
+    metrics = run_exp(override({**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}, sys.argv[1:]))
+    if not is_first_process():
+        return
+    merge_adapter(ZERO_DIR, PT_ADAPTER_DIR, PT_MERGED_DIR)
+
+    heading("held-out text, before and after (lower is better)")
+    texts = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in ("ja", "zh", "en")}
+    bits = {
+        when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
+        for when, directory in (("before", ZERO_DIR), ("after", PT_MERGED_DIR))
+    }
+    say(bits_table(bits))
+    constants.save_metrics("step5", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
+    say(
+        f"\nstep 5 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {PT_ADAPTER_DIR}, merged model in {PT_MERGED_DIR}. "
+        "Next: python step6_train_sft_single_gpu.py"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,118 @@
+"""Step 6: instruction tuning on nine data sets (ja 52 : zh 22 : en 9 : code 17 by rows), packed without padding.
+
+    python step6_train_sft_single_gpu.py                one GPU, or the CPU
+    python step6_train_sft_single_gpu.py --lora-only    leave the embeddings as step 5 left them
+    bash step6_train_sft_multi_gpu.sh                   several GPUs: this file under torchrun with ZeRO-2
+    python step6_train_sft_single_gpu.py --learning_rate 5e-5    any setting can be given another value
+
+Trained are the assistant's words and end marks only. To look at one step, set a breakpoint in
+`PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
+"""
+
+import sys
+
+import constants
+from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
+from llmtuner.console import Stopwatch, heading, is_first_process, run_script, say, table
+
+DATASETS = [
+    "oasst2_ja",
+    "dolly_ja",
+    "hh_rlhf_ja",
+    "ichikara_ja",
+    "alpaca_zh",
+    "ruozhiba_zh",
+    "wiki_qa_en",
+    "code_alpaca",
+    "python_code",
+]
+LORA_ONLY = "--lora-only" in sys.argv
+
+SETTINGS = dict(
+    **constants.DATA_SETTINGS,
+    stage="sft",
+    template="chatglm3",
+    model_name_or_path=str(PT_MERGED_DIR),
+    output_dir=str(SFT_ADAPTER_DIR),
+    finetuning_type="lora",
+    lora_target="all",
+    additional_target=[] if LORA_ONLY else ["embed_tokens", "lm_head"],
+    dataset=DATASETS,
+    cutoff_len=PROFILE.window,
+    val_size=constants.VALIDATION_SHARE,
+    lr_scheduler_type="cosine",
+    weight_decay=0.01,
+    bf16=True,
+    eval_strategy="steps",
+    eval_on_start=True,
+    logging_first_step=True,
+    logging_steps=10,
+    save_strategy="no",
+    plot_loss=True,
+    report_to="none",
+    seed=42,
+)
+BY_PROFILE = {
+    "mini": dict(
+        lora_rank=32,
+        learning_rate=1.5e-3,
+        embedding_learning_rate=1e-3,
+        warmup_ratio=0.05,
+        num_train_epochs=2,
+        per_device_train_batch_size=max(1, 16 // constants.WORLD_SIZE),  # 4,096 tokens a step, however many processes
+        eval_steps=75,
+        max_eval_sequences=48,
+    ),
+    "chatglm3-6b": dict(
+        lora_rank=64,
+        learning_rate=5e-5,
+        embedding_learning_rate=2e-5,
+        warmup_ratio=0.03,
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        eval_steps=200,
+        max_eval_sequences=256,
+    ),
+}
+
+
+def main() -> None:
+    constants.start_step("step6", PT_MERGED_DIR)
+    constants.require_corpus()
+    watch = Stopwatch()
+
+    from llmtuner.data.held_out import held_out_texts
+    from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
+    from llmtuner.hparams import override
+    from llmtuner.model.adapters import merge_adapter
+    from llmtuner.model.loading import load_for_evaluation
+    from llmtuner.train.tuner import run_exp
+
+    heading("instruction tuning" + (" (LoRA only)" if LORA_ONLY else ""))
+    words = [word for word in sys.argv[1:] if word != "--lora-only"]
+    metrics = run_exp(override({**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}, words))
+    if not is_first_process():
+        return
+    merge_adapter(PT_MERGED_DIR, SFT_ADAPTER_DIR, CHAT_MODEL_DIR)
+
+    heading("loss of each data set before tuning")
+    say(table(["data set", "initial loss"], [[name, f"{loss:.2f}"] for name, loss in metrics["initial_loss"].items()]))
+    heading("held-out text, before and after (lower is better)")
+    texts = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in ("ja", "zh", "en")}
+    bits = {
+        when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
+        for when, directory in (("before", PT_MERGED_DIR), ("after", CHAT_MODEL_DIR))
+    }
+    say(bits_table(bits))
+    constants.save_metrics("step6", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
+    say(
+        f"\nstep 6 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {SFT_ADAPTER_DIR}, chat model in {CHAT_MODEL_DIR}. "
+        "Next: python step7_eval_chat.py"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,67 @@
+"""What the tests share: no network, two threads, and small models that are made on the spot."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+TEXTS = [
+    "从前有一座山，山上有一座小镇，镇上住着一位木匠。",
+    "小镇的东边是一条河，河边种满了柳树，春天一到，满城都是柳絮。",
+    "The old harbour lies two miles south of the town, and the ferry leaves at 9:30.",
+    "She said: “Bring 12 apples and a loaf of bread.” Nobody answered.",
+] * 20
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory):
+    """A Chinese-English tokenizer under ChatGLM3's rules, with the nine special tokens."""
+    from llmtuner.tokenizer.fast import save_tokenizer
+    from llmtuner.tokenizer.training import split_sentences, train_bpe
+
+    directory = tmp_path_factory.mktemp("tiny-tokenizer")
+    sentences = [sentence for text in TEXTS for sentence in split_sentences(text)]
+    train_bpe(sentences, directory / "trained.model", 400, character_coverage=1.0, threads=1)
+    save_tokenizer(directory / "trained.model", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
+    """A Glm of two layers with random weights beside that tokenizer."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    from llmtuner.model.adapters import copy_tokenizer
+    from llmtuner.model.loading import load_tokenizer
+
+    directory = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    rows = -(-len(load_tokenizer(tiny_tokenizer_dir)) // 64) * 64
+    config = GlmConfig(
+        vocab_size=rows,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+        pad_token_id=0,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = GlmForCausalLM(config)
+    for parameter in model.parameters():  # nothing may hide behind a 0 or a 1
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(str(directory))
+    copy_tokenizer(tiny_tokenizer_dir, directory)
+    return directory
