@@ -115,12 +115,11 @@ ACTIVITIES = _names("""
 雪の像を作る | 堆雪像 | build snow statues; 花火を打ち上げる | 放烟花 | set off fireworks; 古い歌を歌う | 唱古老的歌 | sing old songs
 木の苗を植える | 种树苗 | plant young trees
 """)
-MONTHS = [
-    Name(f"{n}月", f"{n}月份", english)
-    for n, english in enumerate(
-        "January February March April May June July August September October November December".split(), start=1
-    )
-]
+MONTHS = _names("""
+1月 | 1月份 | January; 2月 | 2月份 | February; 3月 | 3月份 | March; 4月 | 4月份 | April; 5月 | 5月份 | May; 6月 | 6月份 | June
+7月 | 7月份 | July; 8月 | 8月份 | August; 9月 | 9月份 | September; 10月 | 10月份 | October; 11月 | 11月份 | November
+12月 | 12月份 | December
+""")
 
 
 def _years(first: int, last: int) -> list[Name]:

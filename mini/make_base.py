@@ -24,7 +24,7 @@ DIALOGUES = 15_000  # per language
 CODE_DIALOGUES = 2_000
 EXAM_QUESTIONS = 300  # per language
 
-ARCHITECTURE = dict(
+ARCHITECTURE: dict[str, Any] = dict(
     hidden_size=256,
     intermediate_size=688,
     num_hidden_layers=4,
@@ -120,7 +120,7 @@ def make_untrained_model(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     template = Template.of(tokenizer)
     rows = -(-len(tokenizer) // 64) * 64
-    marks = dict(eos_token_id=template.stop_ids, pad_token_id=tokenizer.pad_token_id)
+    marks: dict[str, Any] = dict(eos_token_id=template.stop_ids, pad_token_id=tokenizer.pad_token_id)
     model = GlmForCausalLM(GlmConfig(vocab_size=rows, bos_token_id=None, **marks, **ARCHITECTURE))
     model.generation_config.update(do_sample=False, bos_token_id=None, **marks)
     model.save_pretrained(str(directory))

@@ -58,8 +58,8 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 def _write(path: Path, batches: Iterator[list[tuple[list[int], list[int], bool]]]) -> None:
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         for batch in batches:
-            columns = list(zip(*batch, strict=True)) or [[], [], []]
-            writer.write_batch(pyarrow.record_batch([list(column) for column in columns], schema=SCHEMA))
+            columns = [[row[place] for row in batch] for place in range(len(SCHEMA))]
+            writer.write_batch(pyarrow.record_batch(columns, schema=SCHEMA))
 
 
 def _batched(items: Iterable[Any]) -> Iterator[list[Any]]:

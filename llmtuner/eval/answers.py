@@ -110,7 +110,7 @@ def continue_all(
         longest = max(len(prompts[index]) for index in batch)
         padded = [[0] * (longest - len(prompts[index])) + prompts[index] for index in batch]
         mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in batch]
-        generated = model.generate(
+        generated = model.generate(  # type: ignore[operator]
             input_ids=torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,

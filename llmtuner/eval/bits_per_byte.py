@@ -35,16 +35,16 @@ def bits_per_byte(
             batches.append([])
         batches[-1].append(ids)
     nats = 0.0
-    for batch in progress(batches, f"bits per byte {name}".strip(), unit="batch"):
-        longest = max(map(len, batch))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=model.device)
-        lengths = torch.tensor([len(row) for row in batch], device=model.device)
+    for rows in progress(batches, f"bits per byte {name}".strip(), unit="batch"):
+        longest = max(map(len, rows))
+        batch = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+        lengths = torch.tensor([len(row) for row in rows], device=model.device)
         inside = torch.arange(longest, device=model.device) < lengths[:, None]
-        targets = torch.where(inside, ids, IGNORE)
+        targets = torch.where(inside, batch, IGNORE)
         targets[:, : len(prefix)] = IGNORE
         # Padding stands on the right, where a causal model cannot see it from inside a text: no mask is needed.
-        positions = torch.arange(longest, device=model.device).expand_as(ids)
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        positions = torch.arange(longest, device=model.device).expand_as(batch)
+        logits = model(input_ids=batch, position_ids=positions, use_cache=False).logits
         nats += float(
             cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"

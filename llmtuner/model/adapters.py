@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -82,7 +83,7 @@ def merge_adapter(base: Path, adapter: Path, destination: Path, max_shard_gb: in
     Raises:
         InputError: if the adapter does not belong to this base.
     """
-    model = load_model(base)
+    model: Any = load_model(base)
     dtype = model.dtype
     if (adapter / "adapter_config.json").is_file():
         try:

@@ -8,6 +8,7 @@ Rows of padding are copies of `<unk>`'s, which is never a target, so they stay i
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -57,7 +58,8 @@ def find_new_pieces(base_tokenizer: Path, merged_tokenizer: Path) -> NewPieces:
 def grow_embeddings(model: PreTrainedModel, new: NewPieces, multiple: int) -> None:
     """Grows both matrices in place to a multiple of `multiple` rows; rows below `new.first_id` keep every bit."""
     rows = -(-new.end // multiple) * multiple
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for module in modules:
         old = module.weight.data
         grown = torch.empty(max(rows, old.shape[0]), old.shape[1], dtype=old.dtype, device=old.device)
         grown[: new.first_id] = old[: new.first_id]

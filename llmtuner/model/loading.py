@@ -63,7 +63,8 @@ def check_rows(model: PreTrainedModel, tokenizer: Any, directory: Path | str) ->
     Raises:
         InputError: if the tokenizer is larger than the embeddings.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"{directory}: the tokenizer has {len(tokenizer):,} ids, the embeddings only {rows:,} rows. "

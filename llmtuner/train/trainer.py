@@ -40,8 +40,10 @@ class PackedTrainer(Trainer):
     are shifted in `compute_loss`. There is no attention mask: positions that restart at 0 separate the documents.
     """
 
-    def __init__(self, *args: Any, finetuning: FinetuningArguments, collator: PackedCollator, **kwargs: Any) -> None:
-        super().__init__(*args, data_collator=collator, **kwargs)
+    model: Any  # a Glm, or peft's wrapper around one
+
+    def __init__(self, finetuning: FinetuningArguments, collator: PackedCollator, **kwargs: Any) -> None:
+        super().__init__(data_collator=collator, **kwargs)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(ProgressBar())

@@ -8,14 +8,14 @@ import numpy
 import torch
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from llmtuner.console import InputError, Stopwatch, is_first_process, say, write_json
 from llmtuner.data.examples import load_examples
 from llmtuner.data.packing import DialogueBins, DocumentBlocks, PackedCollator, example_lengths, mix
 from llmtuner.data.sources import find_source
 from llmtuner.data.template import Template
-from llmtuner.hparams import Arguments, DataArguments, FinetuningArguments
+from llmtuner.hparams import Arguments, DataArguments
 from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.loading import check_rows, load_model, load_tokenizer
 from llmtuner.train.trainer import PackedTrainer
@@ -25,7 +25,7 @@ SEQUENCES_FOR_INITIAL_LOSS = 8  # per data set; more would cost time and change 
 
 def run_pt(arguments: Arguments) -> dict[str, Any]:
     """Continued pretraining on packed documents; returns what was measured."""
-    model_args, data_args, training_args, finetuning_args = arguments
+    model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     template = Template.of(tokenizer)
     train_sets, held_out_sets = _load_sets(data_args, training_args, "pt", tokenizer)
@@ -103,17 +103,18 @@ def _train(
     samples: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     model_args, data_args, training_args, finetuning_args = arguments
+    set_seed(training_args.seed)  # before the adapter draws its first weights
     dtype = torch.float32 if finetuning_args.finetuning_type == "full" or not training_args.bf16 else torch.bfloat16
     model = load_model(model_args.model_name_or_path, dtype)
     check_rows(model, tokenizer, model_args.model_name_or_path)
     model.config.use_cache = False
-    model = prepare_for_training(model, finetuning_args)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    say(f"training {trainable:,} parameters of {sum(p.numel() for p in model.parameters()):,}")
+    trained = prepare_for_training(model, finetuning_args)
+    trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    say(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
 
     collator = PackedCollator(tokenizer.pad_token_id)
     trainer = PackedTrainer(
-        model=model,
+        model=trained,
         args=training_args,
         train_dataset=train,
         eval_dataset=_first(held_out, data_args.max_eval_sequences),
@@ -129,7 +130,7 @@ def _train(
     watch = Stopwatch()
     trainer.train()
     seconds = watch.seconds()
-    output_dir = Path(training_args.output_dir)
+    output_dir = Path(training_args.output_dir or ".")
     if is_first_process():
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir)
         write_json(output_dir / "settings.json", json.loads(training_args.to_json_string()))
