@@ -43,7 +43,7 @@ PROFILES = {
         base_model_dir=ROOT / "mini" / "base",
         ja_vocab_size=1_500,
         tokenizer_sample_bytes=20_000_000,
-        reference_bytes=20_000_000,
+        reference_bytes=40_000_000,
         held_out_bytes=60_000,
         window=256,
     ),
@@ -173,7 +173,7 @@ def require_corpus() -> Path:
     Raises:
         InputError: if a corpus directory that was asked for does not exist.
     """
-    if PROFILE_NAME == "mini" and not QUESTIONS.is_file():
+    if PROFILE_NAME == "mini" and not QUESTIONS.is_file():  # its questions are asked whatever the texts are
         from mini.world import write_world
 
         write_world(MINI_CORPUS_DIR)
@@ -182,6 +182,20 @@ def require_corpus() -> Path:
             f"the corpus directory CORPUS_DIR={CORPUS_DIR} does not exist. Set it to a directory of texts."
         )
     return CORPUS_DIR
+
+
+def held_out_texts(language: str) -> list[str]:
+    """Text of "ja", "zh" or "en" that no step trains on, by which all steps measure.
+
+    Raises:
+        InputError: if the corpus has none.
+    """
+    from llmtuner.data import held_out
+
+    test_set, training_sets = HELD_OUT[language]
+    return held_out.held_out_texts(
+        test_set, training_sets, DATASET_INFO, CORPUS_DIR, VALIDATION_SHARE, PROFILE.held_out_bytes
+    )
 
 
 def save_metrics(step: str, metrics: dict) -> None:

@@ -14,6 +14,8 @@ from constants import (
     JA_TOKENIZER,
     PROFILE,
     TOKENIZER_MIX,
+    VALIDATION_SHARE,
+    held_out_texts,
     require_corpus,
     save_metrics,
     start_step,
@@ -25,17 +27,17 @@ def main() -> None:
     # Check: fail now rather than after an hour of training.
     start_step("step1")
     require_corpus()
-    from llmtuner.data.held_out import held_out_texts, training_documents
+    from llmtuner.data.held_out import training_documents
     from llmtuner.data.sources import find_source
     from llmtuner.tokenizer.training import mix_by_bytes, short_sentences, split_sentences, train_bpe
 
     sources = {name: find_source(name, DATASET_INFO, CORPUS_DIR) for name in TOKENIZER_MIX}
-    examples = short_sentences(held_out_texts("ja", PROFILE.held_out_bytes), count=4)
+    examples = short_sentences(held_out_texts("ja"), count=4)
 
     # Load: documents in their shares, as a stream.
     heading("Step 1: train a Japanese tokenizer")
     documents = mix_by_bytes(
-        {name: training_documents(source) for name, source in sources.items()},
+        {name: training_documents(source, VALIDATION_SHARE) for name, source in sources.items()},
         TOKENIZER_MIX,
         PROFILE.tokenizer_sample_bytes,
     )

@@ -18,6 +18,8 @@ from constants import (
     JA_TOKENIZER,
     MERGED_TOKENIZER_DIR,
     PROFILE,
+    VALIDATION_SHARE,
+    held_out_texts,
     require_base_model,
     require_corpus,
     save_metrics,
@@ -35,7 +37,6 @@ def main() -> None:
     require_corpus()
     from transformers import AutoTokenizer
 
-    from llmtuner.data.held_out import held_out_texts
     from llmtuner.tokenizer.fast import SPECIAL_TOKENS, build_fast_tokenizer, read_model, save_tokenizer
     from llmtuner.tokenizer.merging import choose_pieces, compare, dead_pieces, disagreements, kinds, merge_living
     from llmtuner.tokenizer.training import short_sentences
@@ -43,7 +44,7 @@ def main() -> None:
     # Load: the base, the candidates, and held-out text to measure with.
     base, candidates = read_model(base_model), read_model(JA_TOKENIZER)
     base_tokenizer = build_fast_tokenizer(base_model)
-    held_out = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in LANGUAGES}
+    held_out = {language: held_out_texts(language) for language in LANGUAGES}
 
     # Do: choose the pieces that only Japanese can hold, rank them below all native ones, leave out what is never used.
     heading("Step 2: merge the Japanese pieces into the base tokenizer")
@@ -125,7 +126,7 @@ def chinese_reference() -> Iterator[str]:
     parts += [source for source in sources if not source.files]  # from the hub
     left = PROFILE.reference_bytes
     for number, part in enumerate(parts):
-        for text in up_to_bytes(training_documents(part), left // (len(parts) - number)):
+        for text in up_to_bytes(training_documents(part, VALIDATION_SHARE), left // (len(parts) - number)):
             left -= len(text.encode())
             yield text
 

@@ -18,14 +18,13 @@ def main() -> None:
     constants.require_base_model()
     constants.require_corpus()
 
-    from llmtuner.data.held_out import held_out_texts
     from llmtuner.eval.answers import answer_all, is_right, read_questions
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
     from llmtuner.model.loading import load_for_evaluation
 
     everything = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
     questions = [one for one in everything if one.group in ("ja", "zh", "en")]
-    texts = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in ("ja", "zh", "en")}
+    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
     answers, bits = {}, {}
     for name, directory in (("base", BASE_MODEL_DIR), ("zero", ZERO_DIR)):
         model, tokenizer = load_for_evaluation(directory)

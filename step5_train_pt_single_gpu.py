@@ -70,7 +70,6 @@ def main() -> None:
     constants.require_corpus()
     watch = Stopwatch()
 
-    from llmtuner.data.held_out import held_out_texts
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
     from llmtuner.hparams import override
     from llmtuner.model.adapters import merge_adapter
@@ -84,7 +83,7 @@ def main() -> None:
     merge_adapter(ZERO_DIR, PT_ADAPTER_DIR, PT_MERGED_DIR)
 
     heading("held-out text, before and after (lower is better)")
-    texts = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in ("ja", "zh", "en")}
+    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
     bits = {
         when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
         for when, directory in (("before", ZERO_DIR), ("after", PT_MERGED_DIR))

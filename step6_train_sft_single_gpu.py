@@ -83,7 +83,6 @@ def main() -> None:
     constants.require_corpus()
     watch = Stopwatch()
 
-    from llmtuner.data.held_out import held_out_texts
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
     from llmtuner.hparams import override
     from llmtuner.model.adapters import merge_adapter
@@ -100,7 +99,7 @@ def main() -> None:
     heading("loss of each data set before tuning")
     say(table(["data set", "initial loss"], [[name, f"{loss:.2f}"] for name, loss in metrics["initial_loss"].items()]))
     heading("held-out text, before and after (lower is better)")
-    texts = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in ("ja", "zh", "en")}
+    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
     bits = {
         when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
         for when, directory in (("before", PT_MERGED_DIR), ("after", CHAT_MODEL_DIR))

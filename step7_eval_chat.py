@@ -36,13 +36,12 @@ def main() -> None:
 
 def evaluate() -> None:
     """Examines the four models and saves metrics and answers."""
-    from llmtuner.data.held_out import held_out_texts
     from llmtuner.eval.answers import answer_all, is_right, read_questions, repetition
     from llmtuner.eval.bits_per_byte import bits_per_language
     from llmtuner.model.loading import load_for_evaluation
 
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
-    texts = {language: held_out_texts(language, PROFILE.held_out_bytes) for language in ("ja", "zh", "en")}
+    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
     exact: dict[str, dict[str, float | None]] = {}
     bits, repeated, answers = {}, {}, {}
     for name, directory in MODELS.items():

@@ -19,6 +19,7 @@ from mini import code_tasks, world
 
 SEED = "base-1"
 VOCAB_SIZE = 2_400
+PUNCTUATION = "、。「」『』・！？（）"  # ChatGLM3 has them natively, so new pieces need not hold them
 DOCUMENTS = {"wiki": 10_000, "stories": 2_200}  # per language
 DIALOGUES = 15_000  # per language
 CODE_DIALOGUES = 2_000
@@ -103,7 +104,7 @@ def make_tokenizer(texts: list[str], directory: Path) -> None:
 
     sentences = (sentence for text in texts for sentence in split_sentences(text))
     model_file = directory / "trained.model"
-    train_bpe(sentences, model_file, VOCAB_SIZE, character_coverage=1.0, threads=2)
+    train_bpe(sentences, model_file, VOCAB_SIZE, 1.0, required_characters=PUNCTUATION, threads=2)
     save_tokenizer(model_file, directory)
     model_file.unlink()
 

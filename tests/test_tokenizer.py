@@ -12,6 +12,8 @@ import pytest
 import sentencepiece
 
 from llmtuner.console import InputError
+from llmtuner.data.held_out import held_out_texts, training_documents
+from llmtuner.data.sources import find_source
 from llmtuner.tokenizer.fast import (
     BYTE,
     CONTROL,
@@ -184,7 +186,8 @@ def test_encode_keeps_no_state_of_other_calls_and_leaves_none(base_file):
     ids = encode(tokenizer, CHINESE[0])
     assert len(ids) > 4
     tokenizer([CHINESE[0], "a"], truncation=True, max_length=4, padding=True)
-    assert encode(tokenizer, CHINESE[0]) == ids
+    assert encode_batch(tokenizer, [CHINESE[0], "a"]) == [ids, encode(tokenizer, "a")]
+    assert not tokenizer.backend_tokenizer.encode_special_tokens
     assert tokenizer("<|user|>", add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids("<|user|>")]
 
 
@@ -339,7 +342,7 @@ def test_mix_stops_when_a_stream_has_ended_and_counts_bytes():
 
 def test_short_sentences_come_from_different_texts():
     assert short_sentences(
-        ["短い。ちょうどいい文。短い。", "ない", "もう一つの文。"], count=2, shortest=5, longest=9
+        ["短い。ちょうどいい文。短い。", "ない", "ちょうどいい文。", "もう一つの文。"], count=2, shortest=5, longest=9
     ) == [
         "ちょうどいい文。",
         "もう一つの文。",
@@ -461,29 +464,23 @@ def write_corpus(directory, names, count=40):
         (directory / name).write_text(lines, encoding="utf-8")
 
 
-@pytest.fixture
-def held_out(tmp_path, monkeypatch):
-    from llmtuner.data import held_out as module
-
-    monkeypatch.setattr(module, "CORPUS_DIR", tmp_path)
-    return module
+INFO = ROOT / "data" / "dataset_info.json"
 
 
-def test_held_out_text_comes_from_test_files_if_there_are_any(held_out, tmp_path):
+def test_held_out_text_comes_from_test_files_if_there_are_any(tmp_path):
     write_corpus(
         tmp_path, {"ja_wiki.train.jsonl": JAPANESE, "ja_a.test.jsonl": ["あ" * 99], "ja_b.test.jsonl": ["い" * 9]}
     )
-    texts = held_out.held_out_texts("ja", 2000)
+    texts = held_out_texts("test_ja", ["wikipedia_ja"], INFO, tmp_path, 0.05, 2000)
     assert sum(len(text.encode()) for text in texts) <= 2000
     assert {text[0] for text in texts} == {"あ", "い"}
     assert sum(len(text.encode()) for text in texts if text[0] == "あ") in range(997, 1001)
 
 
-def test_held_out_text_is_else_what_training_leaves_out(held_out, tmp_path):
+def test_held_out_text_is_else_what_training_leaves_out(tmp_path):
     write_corpus(tmp_path, {"ja_wiki.train.jsonl": JAPANESE, "ja_aozora.train.jsonl": CHINESE}, count=400)
-    source = held_out.find_source("wikipedia_ja", held_out.DATASET_INFO, tmp_path)
-    texts = held_out.held_out_texts("ja", 10**6)
-    trained = list(held_out.training_documents(source))
+    texts = held_out_texts("test_ja", ["wikipedia_ja", "aozora_ja"], INFO, tmp_path, 0.05, 10**6)
+    trained = list(training_documents(find_source("wikipedia_ja", INFO, tmp_path), 0.05))
     of_wiki = [text for text in texts if text.split("\n")[0] in JAPANESE]
     assert 5 < len(of_wiki) < 60
     assert 5 < len(texts) - len(of_wiki) < 60
@@ -491,15 +488,14 @@ def test_held_out_text_is_else_what_training_leaves_out(held_out, tmp_path):
     assert len(of_wiki) + len(trained) == 400
 
 
-def test_missing_held_out_text_names_the_files(held_out, tmp_path, monkeypatch):
-    entries = json.loads(held_out.DATASET_INFO.read_text(encoding="utf-8"))
+def test_missing_held_out_text_names_the_files(tmp_path):
+    entries = json.loads(INFO.read_text(encoding="utf-8"))
     for entry in entries.values():
         entry.pop("hf_hub_url", None)
     local = tmp_path / "dataset_info.json"
     local.write_text(json.dumps(entries), encoding="utf-8")
-    monkeypatch.setattr(held_out, "DATASET_INFO", local)
     with pytest.raises(InputError, match=r"en_\*\.test\.[^$]*en_wiki\.train\."):
-        held_out.held_out_texts("en", 1000)
+        held_out_texts("test_en", ["wikitext_en"], local, tmp_path, 0.05, 1000)
 
 
 def run_step(script, work, base, corpus, **variables):

@@ -134,6 +134,10 @@ def read_texts(source: Source) -> Iterator[str]:
         if not isinstance(text, str):
             raise InputError(f"data set {source.name}: row {number} of {source.where()} holds no text in {column!r}.")
         if text.strip():
+            if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+                raise InputError(
+                    f"data set {source.name}: row {number} of {source.where()} holds half a character (a lone surrogate)."
+                )
             yield text
 
 

@@ -60,7 +60,7 @@ def short_sentences(texts: Iterable[str], count: int, shortest: int = 20, longes
     for text in texts:
         fitting = (sentence.strip() for sentence in split_sentences(text))
         sentence = next((sentence for sentence in fitting if shortest <= len(sentence) <= longest), None)
-        if sentence:
+        if sentence and sentence not in found:
             found.append(sentence)
         if len(found) == count:
             break
@@ -93,6 +93,7 @@ def train_bpe(
     model_file: Path,
     vocab_size: int,
     character_coverage: float = 0.9995,
+    required_characters: str = "",
     threads: int | None = None,
 ) -> Training:
     """Trains a sentencepiece BPE model that treats text as ChatGLM3's does, so that its pieces fit in there.
@@ -108,6 +109,7 @@ def train_bpe(
         model_file: appears whole or not at all; its directory must exist.
         vocab_size: pieces wanted, the 259 control and byte pieces included.
         character_coverage: share of the text whose characters become pieces; rarer ones are spelled in bytes.
+        required_characters: become pieces even if the text does not hold them.
         threads: default all cores; the result does not depend on it.
 
     Raises:
@@ -141,6 +143,7 @@ def train_bpe(
                 vocab_size=vocab_size,
                 hard_vocab_limit=False,
                 character_coverage=character_coverage,
+                required_chars=required_characters,
                 normalization_rule_name="identity",
                 add_dummy_prefix=True,
                 remove_extra_whitespaces=False,

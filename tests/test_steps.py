@@ -1,0 +1,203 @@
+"""The step scripts as a user starts them: from another directory, with bad input, and all seven in a row."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = {
+    "step1": "step1_train_tokenizer.py",
+    "step2": "step2_merge_tokenizer.py",
+    "step3": "step3_resize_model.py",
+    "step4": "step4_test_zero.py",
+    "step5": "step5_train_pt_single_gpu.py",
+    "step6": "step6_train_sft_single_gpu.py",
+    "step7": "step7_eval_chat.py",
+}
+
+
+def start(step, cwd, *words, **variables):
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PROFILE", "CORPUS_DIR", "BASE_MODEL_DIR")
+    }
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "WORK_DIR": str(cwd / "work"),
+        **{key: str(value) for key, value in variables.items()},
+    }
+    command = [sys.executable, str(ROOT / STEPS[step]), *words]
+    return subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+def refused(result, *parts):
+    """One message, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+def test_unknown_profile(tmp_path):
+    refused(start("step1", tmp_path, PROFILE="huge"), "PROFILE=huge", "mini", "chatglm3-6b")
+
+
+@pytest.mark.parametrize("step", list(STEPS)[1:])
+def test_step_before_its_forerunner(tmp_path, step):
+    refused(start(step, tmp_path), "is missing", "run that first", str(tmp_path / "work"))
+
+
+def test_work_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(start("step1", tmp_path, WORK_DIR=tmp_path / "file" / "work"), "cannot write", "WORK_DIR")
+
+
+def test_missing_corpus_directory(tmp_path):
+    refused(start("step1", tmp_path, CORPUS_DIR=tmp_path / "nowhere"), "CORPUS_DIR", "does not exist")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "is empty"),
+        (b'{"body": "x"}\n', "no column 'text'"),
+        ('{"text": "日本語の文です。"}\n'.encode("euc_jp"), "not UTF-8"),
+        (b'{"text": "x"\n', "line 1, is not valid JSON"),
+    ],
+)
+def test_corpus_that_cannot_be_used(tmp_path, content, part):
+    (tmp_path / "ja_wiki.train.jsonl").write_bytes(content)
+    (tmp_path / "ja_aozora.train.jsonl").write_text('{"text": "むかしむかし。"}\n', encoding="utf-8")
+    (tmp_path / "ja_wiki.test.jsonl").write_text('{"text": "ある日のこと。"}\n', encoding="utf-8")
+    refused(start("step1", tmp_path, CORPUS_DIR=tmp_path), part, "ja_wiki.train.jsonl")
+    assert not (tmp_path / "work" / "step1_ja_tokenizer").exists()
+
+
+def test_corpus_directory_without_the_file(tmp_path):
+    (tmp_path / "texts").mkdir()
+    refused(start("step1", tmp_path, CORPUS_DIR=tmp_path / "texts", HF_HUB_OFFLINE=1), "ja_wiki", "CORPUS_DIR")
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.model", "config.json", "model.safetensors"])
+def test_base_directory_that_is_incomplete(tmp_path, missing):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in {"tokenizer.model", "tokenizer.json", "config.json", "model.safetensors"} - {missing}:
+        (base / name).write_bytes(b"")
+    (tmp_path / "work" / "step2_merged_tokenizer").mkdir(parents=True)
+    (tmp_path / "work" / "step1_ja_tokenizer").mkdir(parents=True)
+    (tmp_path / "work" / "step1_ja_tokenizer" / "ja_bpe.model").write_bytes(b"")
+    refused(start("step3", tmp_path, BASE_MODEL_DIR=base), str(base), missing.removeprefix("model"))
+    if missing == "tokenizer.model":
+        refused(start("step2", tmp_path, BASE_MODEL_DIR=base), str(base), missing)
+
+
+def test_finished_step_is_not_overwritten(tmp_path):
+    metrics = tmp_path / "work" / "metrics"
+    metrics.mkdir(parents=True)
+    (metrics / "step1.json").write_text("{}")
+    refused(start("step1", tmp_path), "finished already", "OVERWRITE=1")
+    assert start("step1", tmp_path, SKIP_FINISHED=1).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------- all seven in a row
+@pytest.fixture(scope="module")
+def run_of_all_steps(tmp_path_factory):
+    """Steps 1 to 7 on the miniature with a few training steps only, started from an unrelated directory."""
+    directory = tmp_path_factory.mktemp("elsewhere")
+    few = ["--max_steps", "12", "--eval_steps", "12", "--max_eval_sequences", "8"]
+    for step in STEPS:
+        result = start(step, directory, *(few if step in ("step5", "step6") else []))
+        assert result.returncode == 0, f"{step}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return directory / "work"
+
+
+def metrics_of(work, step):
+    return json.loads((work / "metrics" / f"{step}.json").read_text(encoding="utf-8"))
+
+
+def test_metrics_have_their_keys(run_of_all_steps):
+    training = {
+        "tokens",
+        "tokens_per_second",
+        "padding_share",
+        "trainable_parameters",
+        "train_loss",
+        "eval_loss",
+        "bits_per_byte",
+        "seconds",
+    }
+    wanted = {
+        "step1": {"vocab_size", "input_bytes", "sentences", "skipped", "seconds"},
+        "step2": {
+            "base_pieces",
+            "added_pieces",
+            "dead_pieces",
+            "special_ids_kept",
+            "token_ratio",
+            "changed_texts",
+            "texts",
+        },
+        "step3": {"old_rows", "new_rows", "old_logits_max_diff", "init", "seconds"},
+        "step4": {"zh", "en", "ja", "bits_per_byte"},
+        "step5": training,
+        "step6": training | {"initial_loss"},
+        "step7": {"exact", "bits_per_byte", "repetition"},
+    }
+    for step, keys in wanted.items():
+        assert keys <= metrics_of(run_of_all_steps, step).keys(), step
+
+
+def test_tokenizer_is_extended_without_harm(run_of_all_steps):
+    assert metrics_of(run_of_all_steps, "step1")["skipped"] == 0
+    merged = metrics_of(run_of_all_steps, "step2")
+    assert merged["dead_pieces"] == 0
+    assert merged["special_ids_kept"]
+    assert merged["changed_texts"] == {"zh": 0, "en": 0}
+    assert merged["token_ratio"]["ja"] <= 0.60
+
+
+def test_zero_model_is_the_base_in_chinese_and_english(run_of_all_steps):
+    grown = metrics_of(run_of_all_steps, "step3")
+    assert grown["old_logits_max_diff"] == 0
+    assert grown["new_rows"] % 64 == 0
+    zero = metrics_of(run_of_all_steps, "step4")
+    assert zero["zh"]["identical"] == zero["zh"]["asked"] > 0
+    assert zero["en"]["identical"] == zero["en"]["asked"] > 0
+    assert zero["ja"]["correct"] <= 0.05 * zero["ja"]["asked"]
+
+
+def test_base_knows_its_world(run_of_all_steps):
+    exact = metrics_of(run_of_all_steps, "step7")["exact"]["base"]
+    assert min(exact["zh"], exact["en"]) >= 0.9
+    assert max(exact["ja"], exact["ja_unseen"]) <= 0.05
+
+
+def test_training_moves_in_the_right_direction(run_of_all_steps):
+    for step in ("step5", "step6"):
+        trained = metrics_of(run_of_all_steps, step)
+        assert trained["eval_loss"]["last"] < trained["eval_loss"]["first"]
+        assert trained["padding_share"] < 0.02
+    assert (
+        metrics_of(run_of_all_steps, "step5")["bits_per_byte"]["after"]["ja"]
+        < metrics_of(run_of_all_steps, "step4")["bits_per_byte"]["zero"]["ja"]
+    )
+
+
+def test_chat_model_loads_without_this_project(run_of_all_steps, tmp_path):
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; d = sys.argv[1];"
+        "m = AutoModelForCausalLM.from_pretrained(d); t = AutoTokenizer.from_pretrained(d);"
+        "ids = t.apply_chat_template([{'role': 'user', 'content': '你好'}], add_generation_prompt=True, return_tensors='pt', return_dict=True);"
+        "print(t.decode(m.generate(**ids, max_new_tokens=8)[0])); assert 'llmtuner' not in sys.modules"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(run_of_all_steps / "chat_model")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "你好" in result.stdout
