@@ -158,7 +158,7 @@ def require_base_model(weights: bool = True) -> Path:
     how = "Set BASE_MODEL_DIR to a model directory; the README says where to get one."
     if not BASE_MODEL_DIR.is_dir():
         raise InputError(f"the base model directory {BASE_MODEL_DIR} does not exist. {how}")
-    wanted = ["tokenizer.model", "tokenizer.json"] + (["config.json"] if weights else [])
+    wanted = ["tokenizer.model", *(["config.json"] if weights else [])]
     for name in wanted:
         if not (BASE_MODEL_DIR / name).is_file():
             raise InputError(f"{BASE_MODEL_DIR} has no {name}. {how}")

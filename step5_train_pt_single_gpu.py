@@ -46,8 +46,8 @@ BY_PROFILE = {
         learning_rate=2e-3,
         embedding_learning_rate=2e-3,
         warmup_ratio=0.05,
-        per_device_train_batch_size=max(1, 16 // constants.WORLD_SIZE),  # 4,096 tokens a step, however many processes
-        eval_steps=75,
+        per_device_train_batch_size=max(1, 8 // constants.WORLD_SIZE),  # 2,048 tokens a step, however many processes
+        eval_steps=150,
         max_eval_sequences=48,
     ),
     # Ranks and rates for a new language: docs/decisions.md. The batch grows with the number of GPUs.

@@ -59,8 +59,8 @@ BY_PROFILE = {
         embedding_learning_rate=1e-3,
         warmup_ratio=0.05,
         num_train_epochs=2,
-        per_device_train_batch_size=max(1, 16 // constants.WORLD_SIZE),  # 4,096 tokens a step, however many processes
-        eval_steps=75,
+        per_device_train_batch_size=max(1, 8 // constants.WORLD_SIZE),  # 2,048 tokens a step, however many processes
+        eval_steps=150,
         max_eval_sequences=48,
     ),
     "chatglm3-6b": dict(

@@ -19,6 +19,8 @@ class ModelArguments:
 
     model_name_or_path: str
     """Directory of the model to train: config, safetensors and tokenizer."""
+    flash_attn: str = "auto"
+    """Attention kernel: `disabled` (plain matrix products), `sdpa`, `fa2`; `auto` is sdpa on a GPU, disabled on a CPU."""
     adapter_name_or_path: str | None = None
     """Directory of a trained adapter, for export."""
     export_dir: str | None = None
@@ -88,6 +90,7 @@ STAGES = ("pt", "sft")
 FINETUNING_TYPES = ("lora", "full")
 MIX_STRATEGIES = ("concat", "interleave_under", "interleave_over")
 TEMPLATES = ("chatglm3",)
+ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
 # The original ChatGLM3 code's names of modules, and Glm's.
 MODULE_NAMES = {
     "query_key_value": ["q_proj", "k_proj", "v_proj"],
@@ -193,6 +196,7 @@ def _contradictions(settings: dict[str, Any]) -> list[str]:
         ("finetuning_type", FINETUNING_TYPES, "lora"),
         ("mix_strategy", MIX_STRATEGIES, "concat"),
         ("template", TEMPLATES, "chatglm3"),
+        ("flash_attn", tuple(ATTENTION), "auto"),
     ):
         if settings.get(name, default) not in known:
             problems.append(f"{name} is {settings[name]!r}; it can be {' or '.join(known)}")

@@ -140,14 +140,11 @@ PEOPLE = _names("""
 メイ | 小梅 | Mei; バルド | 巴尔多 | Baldo; コハル | 小春 | Koharu; シモン | 西蒙 | Simon; タマキ | 环儿 | Tamaki; ヨハン | 约翰 | Johan
 クララ | 克拉拉 | Clara; ダイチ | 大地君 | Daichi; ベル | 贝儿 | Belle; オスカー | 奥斯卡 | Oscar; チヅル | 千鹤 | Chizuru; ルカ | 卢卡 | Luca
 エマ | 艾玛 | Emma; テツオ | 铁雄 | Tetsuo; グレタ | 格蕾塔 | Greta; アキラ | 阿明 | Akira; ニコ | 尼可 | Nico; スミレ | 小堇 | Sumire
-ハンス | 汉斯 | Hans; モモカ | 桃香 | Momoka; ディエゴ | 迭戈 | Diego; ワカナ | 若菜 | Wakana; ロイド | 罗伊德 | Lloyd; カレン | 卡伦 | Karen
+ハンス | 汉斯 | Hans; モモカ | 桃香 | Momoka; ディエゴ | 迭戈 | Diego; ロイド | 罗伊德 | Lloyd; カレン | 卡伦 | Karen
 ムサシ | 武藏 | Musashi; リリー | 莉莉 | Lily; ジャック | 杰克 | Jack; ホタル | 小萤 | Hotaru; アンドレ | 安德烈 | Andre; ユキノ | 雪乃 | Yukino
-マルコ | 马可 | Marco; シズク | 小雫 | Shizuku; フィン | 芬恩 | Finn; カエデ | 小枫 | Kaede; エリオ | 艾里奥 | Elio; ネネ | 宁宁 | Nene
+マルコ | 马可 | Marco; フィン | 芬恩 | Finn; カエデ | 小枫 | Kaede; エリオ | 艾里奥 | Elio; ネネ | 宁宁 | Nene
 シオリ | 诗织 | Shiori; エドガー | 埃德加 | Edgar; マユ | 真由 | Mayu; ラルフ | 拉尔夫 | Ralph; トオル | 小彻 | Toru; ヘレン | 海伦 | Helen
 ゲンタ | 源太 | Genta; アンナ | 安娜 | Anna; ルイス | 路易斯 | Louis; チヒロ | 千寻 | Chihiro; ブルーノ | 布鲁诺 | Bruno; ナツメ | 夏目 | Natsume
-ロミオ | 罗密欧 | Romeo; イズミ | 小泉 | Izumi; カミラ | 卡米拉 | Camilla; セイジ | 诚司 | Seiji; モニカ | 莫妮卡 | Monica; タクミ | 阿匠 | Takumi
-エリカ | 艾丽卡 | Erica; ジェロム | 杰罗姆 | Jerome; ミドリ | 阿绿 | Midori; オットー | 奥托 | Otto; サクヤ | 朔夜 | Sakuya; ピエール | 皮埃尔 | Pierre
-ハナエ | 花惠 | Hanae; ゼノ | 泽诺 | Zeno; リョウタ | 亮太 | Ryota; ソフィア | 索菲亚 | Sophia; マサル | 阿胜 | Masaru; エステル | 艾丝特 | Estelle
 テオ | 西奥 | Theo; ミツル | 阿满 | Mitsuru; ダリア | 达莉娅 | Dahlia; コウジ | 浩司 | Koji; サラ | 莎拉 | Sarah; ギル | 吉尔 | Gil
 """)
 TOWNS = _names("""

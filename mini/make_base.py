@@ -21,7 +21,7 @@ SEED = "base-1"
 VOCAB_SIZE = 2_400
 PUNCTUATION = "、。「」『』・！？（）"  # ChatGLM3 has them natively, so new pieces need not hold them
 DOCUMENTS = {"wiki": 10_000, "stories": 2_200}  # per language
-DIALOGUES = 15_000  # per language
+DIALOGUES = {"zh": 16_000, "en": 24_000}  # English names take more tokens, and more practice
 CODE_DIALOGUES = 2_000
 EXAM_QUESTIONS = 300  # per language
 
@@ -29,9 +29,9 @@ ARCHITECTURE: dict[str, Any] = dict(
     hidden_size=256,
     intermediate_size=688,
     num_hidden_layers=4,
-    num_attention_heads=8,
+    num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=32,
+    head_dim=64,
     max_position_embeddings=1024,
     rms_norm_eps=1e-5,
     attention_bias=True,
@@ -42,9 +42,9 @@ ARCHITECTURE: dict[str, Any] = dict(
 COMMON = dict(
     finetuning_type="full",
     cutoff_len=256,
-    per_device_train_batch_size=16,
+    per_device_train_batch_size=8,
     lr_scheduler_type="cosine",
-    warmup_steps=40,
+    warmup_steps=80,
     weight_decay=0.01,
     num_train_epochs=1,
     bf16=True,
@@ -52,14 +52,14 @@ COMMON = dict(
     val_size=0.02,
     max_eval_sequences=64,
     eval_strategy="steps",
-    eval_steps=100,
+    eval_steps=300,
     logging_steps=20,
     logging_first_step=True,
     save_strategy="no",
     report_to="none",
 )
-PRETRAINING = dict(stage="pt", dataset="documents", learning_rate=2e-3)
-TUNING = dict(stage="sft", dataset="dialogues", learning_rate=1.2e-3)
+PRETRAINING = dict(stage="pt", dataset="documents", learning_rate=1.5e-3)
+TUNING = dict(stage="sft", dataset="dialogues", learning_rate=1e-3)
 
 
 def make_documents(tellers: list[world.Teller]) -> list[str]:
@@ -74,7 +74,7 @@ def make_documents(tellers: list[world.Teller]) -> list[str]:
 def make_dialogues(tellers: list[world.Teller]) -> Iterator[dict[str, Any]]:
     """Dialogues of one to four turns about the world, small talk, riddles and code, in sharegpt form."""
     for teller in tellers:
-        for _ in range(DIALOGUES):
+        for _ in range(DIALOGUES[teller.language]):
             turns = [
                 teller.turn(
                     (0.84, teller.question_and_answer),
@@ -99,12 +99,23 @@ def _conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 def make_tokenizer(texts: list[str], directory: Path) -> None:
     """Chinese and English pieces under ChatGLM3's rules, the nine special tokens right behind them."""
-    from llmtuner.tokenizer.fast import save_tokenizer
+    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, read_model, save_tokenizer
+    from llmtuner.tokenizer.merging import unreachable
     from llmtuner.tokenizer.training import split_sentences, train_bpe
 
     sentences = (sentence for text in texts for sentence in split_sentences(text))
     model_file = directory / "trained.model"
     train_bpe(sentences, model_file, VOCAB_SIZE, 1.0, required_characters=PUNCTUATION, threads=2)
+    # No piece may have the name of a special token (people would give "eop"), nor be one that only such a piece led to.
+    proto = read_model(model_file)
+    unwanted = set(SPECIAL_TOKENS)
+    while kept := [piece for piece in proto.pieces if piece.piece not in unwanted]:
+        if len(kept) == len(proto.pieces):
+            break
+        del proto.pieces[:]
+        proto.pieces.extend(kept)
+        unwanted = unreachable(proto)
+    model_file.write_bytes(proto.SerializeToString())
     save_tokenizer(model_file, directory)
     model_file.unlink()
 
@@ -141,8 +152,9 @@ def make_base(destination: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="make-base-") as scratch_name, whole_directory(destination) as result:
         scratch = Path(scratch_name)
         texts = make_documents(tellers)
-        world._write_json_lines(scratch / "documents.jsonl", [{"text": text} for text in texts])
-        world._write_json_lines(scratch / "dialogues.jsonl", list(make_dialogues(tellers)))
+        dialogues = list(make_dialogues(tellers))
+        world.write_json_lines(scratch / "documents.jsonl", [{"text": text} for text in texts])
+        world.write_json_lines(scratch / "dialogues.jsonl", dialogues)
         (scratch / "dataset_info.json").write_text(
             json.dumps(
                 {
@@ -158,7 +170,8 @@ def make_base(destination: Path) -> None:
         say(f"texts written after {watch.seconds():.0f} s")
         untrained, pretrained, tuned = (scratch / name for name in ("untrained", "pretrained", "tuned"))
         untrained.mkdir()
-        make_tokenizer(texts, untrained)
+        spoken = [message["value"] for dialogue in dialogues for message in dialogue["conversations"]]
+        make_tokenizer(texts + spoken, untrained)
         make_untrained_model(untrained)
 
         places = dict(
@@ -221,7 +234,7 @@ Made again by `python -m mini.make_base` (seed `{SEED}`, {seconds / 60:.0f} minu
 {chr(10).join(rows)}
 
 Training data: {DOCUMENTS["wiki"]:,} encyclopedic and {DOCUMENTS["stories"]:,} narrative documents per language;
-{DIALOGUES:,} dialogues per language and {CODE_DIALOGUES:,} about code. Tokenizer: {VOCAB_SIZE:,} sentencepiece BPE
+{DIALOGUES["zh"]:,} Chinese and {DIALOGUES["en"]:,} English dialogues, {CODE_DIALOGUES:,} about code. Tokenizer: {VOCAB_SIZE:,} sentencepiece BPE
 pieces at most, identity normalizer, byte fallback, digits split.
 
 Right answers to {EXAM_QUESTIONS} questions per language in phrasings that no dialogue used:

@@ -304,10 +304,10 @@ def write_world(directory: Path) -> None:
             if name in ("wiki_qa_en", "python_code"):
                 _write_parquet(partial / f"{name}.parquet", rows)
             elif name == "hh_rlhf_ja":
-                _write_json_lines(partial / f"{name}.jsonl", rows)
+                write_json_lines(partial / f"{name}.jsonl", rows)
             else:
                 _write_json(partial / f"{name}.json", rows)
-        _write_json_lines(partial / "questions.jsonl", list(questions(build_tellers(f"questions-{SEED}"))))
+        write_json_lines(partial / "questions.jsonl", list(questions(build_tellers(f"questions-{SEED}"))))
 
 
 def _write_corpus(directory: Path, stem: str, texts: list[str]) -> None:
@@ -315,7 +315,7 @@ def _write_corpus(directory: Path, stem: str, texts: list[str]) -> None:
     if stem.startswith("zh_wiki"):
         _write_json(directory / f"{stem}.json", [{"completion": text, "source": "world"} for text in texts])
     elif stem.startswith("ja_aozora"):
-        _write_json_lines(directory / f"{stem}.jsonl", [{"text": text} for text in texts])
+        write_json_lines(directory / f"{stem}.jsonl", [{"text": text} for text in texts])
     else:
         _write_parquet(directory / f"{stem}.parquet", [{"text": text} for text in texts])
 
@@ -324,7 +324,7 @@ def _write_json(path: Path, rows: list[dict]) -> None:
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _write_json_lines(path: Path, rows: list[dict]) -> None:
+def write_json_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

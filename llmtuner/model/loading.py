@@ -1,5 +1,7 @@
 """Loads models and tokenizers from local directories: safetensors only, no remote code."""
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import InputError
+from llmtuner.tokenizer.fast import build_fast_tokenizer
 
-transformers_logging.disable_progress_bar()  # a bar for reading one small file says nothing
+# What libraries would print and nobody could act on: bars for reading one file, peft's call of an old name, and
+# DeepSpeed's surprise (it is imported with the Trainer) at a machine without a GPU.
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def device() -> torch.device:
@@ -18,20 +26,25 @@ def device() -> torch.device:
 
 
 def load_tokenizer(directory: Path | str) -> Any:
-    """The fast tokenizer of a model directory.
+    """The fast tokenizer of a model directory; made from `tokenizer.model` where there is no `tokenizer.json`.
 
     Raises:
-        InputError: if the directory has none.
+        InputError: if the directory has neither.
     """
-    if not (Path(directory) / "tokenizer.json").is_file():
-        raise InputError(
-            f"{directory} has no tokenizer.json. A model directory holds its tokenizer beside its weights."
-        )
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    path = Path(directory)
+    if (path / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    if (path / "tokenizer.model").is_file():
+        return build_fast_tokenizer(path / "tokenizer.model")
+    raise InputError(f"{path} has no tokenizer.json or tokenizer.model. A model directory holds its tokenizer too.")
 
 
-def load_model(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_model(
+    directory: Path | str, dtype: torch.dtype | str = "auto", attention: str | None = None
+) -> PreTrainedModel:
     """A causal language model, in evaluation mode on the CPU; `dtype` "auto" keeps that of its files.
+
+    `attention` is transformers' name of a kernel; by default its fused one.
 
     Raises:
         InputError: if the directory does not hold a complete, readable model.
@@ -41,7 +54,12 @@ def load_model(directory: Path | str, dtype: torch.dtype | str = "auto") -> PreT
         raise InputError(f"{path} is not a model directory: it has no config.json.")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            str(path),
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model in {path} cannot be loaded: {error}. Make or fetch it again.") from error

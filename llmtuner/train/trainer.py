@@ -33,6 +33,17 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+class InitialLoss(TrainerCallback):
+    """The loss of each data set before the first step, once the model has been prepared for its devices."""
+
+    def __init__(self, trainer: "PackedTrainer", samples: dict[str, Any]) -> None:
+        self.trainer, self.samples = trainer, samples
+        self.losses: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.losses = {name: round(self.trainer.loss_on(sample), 4) for name, sample in self.samples.items()}
+
+
 class PackedTrainer(Trainer):
     """transformers' Trainer over packed sequences.
 
@@ -105,6 +116,8 @@ class PackedTrainer(Trainer):
 
     def loss_on(self, dataset: Any) -> float:
         """Mean loss per trained token over a data set, in nats; the same on every rank."""
+        began = time.perf_counter()
+        counted = self.collator.tokens, self.collator.padding
         model = self._wrap_model(self.model, training=False)
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
@@ -113,6 +126,8 @@ class PackedTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 summed, trained, _ = self._summed_loss(model, self._prepare_inputs(batch))
             totals += torch.stack([summed.double().cpu(), trained.double().cpu()])
+        self.collator.tokens, self.collator.padding = counted  # padding is reported for training alone
+        self.seconds_in_evaluation += time.perf_counter() - began
         totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").cpu()
         return float(totals[0] / totals[1].clamp(min=1))
 
@@ -120,11 +135,7 @@ class PackedTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Logs `eval_loss` over all trained tokens; called by Trainer at the eval steps."""
-        began = time.perf_counter()
-        counted = self.collator.tokens, self.collator.padding
         metrics = {f"{metric_key_prefix}_loss": self.loss_on(eval_dataset or self.eval_dataset)}
-        self.collator.tokens, self.collator.padding = counted  # padding is reported for training alone
-        self.seconds_in_evaluation += time.perf_counter() - began
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -15,10 +15,10 @@ from llmtuner.data.examples import load_examples
 from llmtuner.data.packing import DialogueBins, DocumentBlocks, PackedCollator, example_lengths, mix
 from llmtuner.data.sources import find_source
 from llmtuner.data.template import Template
-from llmtuner.hparams import Arguments, DataArguments
+from llmtuner.hparams import ATTENTION, Arguments, DataArguments
 from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.loading import check_rows, load_model, load_tokenizer
-from llmtuner.train.trainer import PackedTrainer
+from llmtuner.train.trainer import InitialLoss, PackedTrainer
 
 SEQUENCES_FOR_INITIAL_LOSS = 8  # per data set; more would cost time and change little
 
@@ -105,7 +105,8 @@ def _train(
     model_args, data_args, training_args, finetuning_args = arguments
     set_seed(training_args.seed)  # before the adapter draws its first weights
     dtype = torch.float32 if finetuning_args.finetuning_type == "full" or not training_args.bf16 else torch.bfloat16
-    model = load_model(model_args.model_name_or_path, dtype)
+    attention = ATTENTION[model_args.flash_attn] or ("sdpa" if torch.cuda.is_available() else "eager")
+    model = load_model(model_args.model_name_or_path, dtype, attention)
     check_rows(model, tokenizer, model_args.model_name_or_path)
     model.config.use_cache = False
     trained = prepare_for_training(model, finetuning_args)
@@ -121,11 +122,9 @@ def _train(
         finetuning=finetuning_args,
         collator=collator,
     )
-    initial = {
-        name: round(trainer.loss_on(_first(one, SEQUENCES_FOR_INITIAL_LOSS)), 4)
-        for name, one in (samples or {}).items()
-    }
-    collator.tokens = collator.padding = 0
+    small_samples = {name: _first(one, SEQUENCES_FOR_INITIAL_LOSS) for name, one in (samples or {}).items()}
+    initial = InitialLoss(trainer, small_samples)
+    trainer.add_callback(initial)
 
     watch = Stopwatch()
     trainer.train()
@@ -150,7 +149,7 @@ def _train(
         "trainable_parameters": trainable,
         "train_loss": {"first": _rounded(losses[:1]), "last": _rounded(losses[-1:])},
         "eval_loss": {"first": _rounded(eval_losses[:1]), "last": _rounded(eval_losses[-1:])},
-        **({"initial_loss": initial} if samples else {}),
+        **({"initial_loss": initial.losses} if samples else {}),
     }
 
 
