@@ -24,7 +24,7 @@ demo: .venv/installed
 	done
 
 test: .venv/installed
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q
 
 check: .venv/installed
 	$(PYTHON) -m ruff check $(SOURCES)

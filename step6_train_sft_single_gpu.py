@@ -55,10 +55,10 @@ SETTINGS = dict(
 BY_PROFILE = {
     "mini": dict(
         lora_rank=32,
-        learning_rate=1.5e-3,
-        embedding_learning_rate=1e-3,
+        learning_rate=1.15e-3,
+        embedding_learning_rate=5e-4,
         warmup_ratio=0.05,
-        num_train_epochs=2,
+        num_train_epochs=1,
         per_device_train_batch_size=max(1, 8 // constants.WORLD_SIZE),  # 2,048 tokens a step, however many processes
         eval_steps=150,
         max_eval_sequences=48,

@@ -17,9 +17,10 @@ from llmtuner.console import heading, run_script, say, table
 
 MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR, "chat": CHAT_MODEL_DIR}
 GROUPS = ("zh", "en", "ja", "ja_unseen")
-QUESTIONS_PER_GROUP = 120
+QUESTIONS_PER_GROUP = 200
 SHOWN = 2
-NEW_TOKENS = 160  # room for a reply of several sentences, and for Japanese spelled in bytes
+ANSWER_TOKENS = 64  # room for a sentence, also for one whose Japanese is spelled in bytes
+FREE_TOKENS = 160  # room for a reply of several sentences
 
 
 def main() -> None:
@@ -46,7 +47,12 @@ def evaluate() -> None:
     bits, repeated, answers = {}, {}, {}
     for name, directory in MODELS.items():
         model, tokenizer = load_for_evaluation(directory)
-        given = answers[name] = answer_all(model, tokenizer, [one.question for one in questions], NEW_TOKENS, name=name)
+        given = answers[name] = [""] * len(questions)
+        for free, room in ((False, ANSWER_TOKENS), (True, FREE_TOKENS)):
+            chosen = [index for index, one in enumerate(questions) if (one.value is None) == free]
+            told = answer_all(model, tokenizer, [questions[index].question for index in chosen], room, name=name)
+            for index, answer in zip(chosen, told, strict=True):
+                given[index] = answer
         exact[name] = {}
         for group in GROUPS:
             right = [is_right(one, answer) for one, answer in zip(questions, given, strict=True) if one.group == group]
@@ -119,7 +125,7 @@ def chat() -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": question})
-        answer = reply(model, tokenizer, template.prompt(tokenizer, messages), NEW_TOKENS)
+        answer = reply(model, tokenizer, template.prompt(tokenizer, messages), FREE_TOKENS)
         messages.append({"role": "assistant", "content": answer})
         say(f"model> {answer}")
 

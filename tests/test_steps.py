@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ STEPS = {
     "step6": "step6_train_sft_single_gpu.py",
     "step7": "step7_eval_chat.py",
 }
+
+
+FEW = ["--max_steps", "12", "--eval_steps", "12", "--max_eval_sequences", "8"]  # settings of a short run
 
 
 def start(step, cwd, *words, **variables):
@@ -110,9 +114,8 @@ def test_finished_step_is_not_overwritten(tmp_path):
 def run_of_all_steps(tmp_path_factory):
     """Steps 1 to 7 on the miniature with a few training steps only, started from an unrelated directory."""
     directory = tmp_path_factory.mktemp("elsewhere")
-    few = ["--max_steps", "12", "--eval_steps", "12", "--max_eval_sequences", "8"]
     for step in STEPS:
-        result = start(step, directory, *(few if step in ("step5", "step6") else []))
+        result = start(step, directory, *(FEW if step in ("step5", "step6") else []))
         assert result.returncode == 0, f"{step}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     return directory / "work"
 
@@ -201,3 +204,31 @@ def test_chat_model_loads_without_this_project(run_of_all_steps, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "你好" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+def test_two_processes_train_merge_and_agree(run_of_all_steps, tmp_path):
+    """The wrapper starts torchrun with ZeRO-2 from another directory; its eval loss is that of one process."""
+    work = tmp_path / "work"
+    shutil.copytree(run_of_all_steps, work, ignore=shutil.ignore_patterns("step5*", "step6*", "step7*", "chat_model"))
+    environment = {
+        **os.environ,
+        "WORK_DIR": str(work),
+        "NPROC_PER_NODE": "2",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHON": sys.executable,
+    }
+    environment |= {"MASTER_PORT": "29611", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        ["bash", str(ROOT / "step5_train_pt_multi_gpu.sh"), *FEW],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert (work / "step5_pt_merged" / "model.safetensors").is_file()
+    one, two = (metrics_of(directory, "step5") for directory in (run_of_all_steps, work))
+    assert two["steps"] == one["steps"]
+    assert two["tokens"] == pytest.approx(one["tokens"], rel=0.01)
+    assert two["eval_loss"]["last"] == pytest.approx(one["eval_loss"]["last"], rel=0.02)
