@@ -55,7 +55,8 @@ def evaluate() -> None:
                 given[index] = answer
         exact[name] = {}
         for group in GROUPS:
-            right = [is_right(one, answer) for one, answer in zip(questions, given, strict=True) if one.group == group]
+            asked = [index for index, one in enumerate(questions) if one.group == group and one.value is not None]
+            right = [is_right(questions[index], given[index]) for index in asked]
             exact[name][group] = round(sum(right) / len(right), 4) if right else None
         free = [answer for one, answer in zip(questions, given, strict=True) if one.group == "ja_free"]
         repeated[name] = {"ja": round(repetition(free), 4)}

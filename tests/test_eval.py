@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from llmtuner.eval.answers import Question, answer_all, is_right, read_questions
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.model.loading import load_model, load_tokenizer
 from llmtuner.tokenizer.fast import encode
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,12 @@ def test_questions_file(tmp_path):
             read_questions(path)
     with pytest.raises(InputError, match="cannot read"):
         read_questions(tmp_path / "none.jsonl")
+
+
+def test_questions_for_the_real_model_can_be_read():
+    questions = read_questions(ROOT / "data" / "questions.jsonl")
+    assert {one.group for one in questions} == {"zh", "en", "ja", "ja_free"}
+    assert is_right(next(one for one in questions if one.value == "富士山"), "いちばん高い山は富士山です。")
 
 
 def test_bits_per_byte_equals_the_sum_by_hand(tiny_model_dir):

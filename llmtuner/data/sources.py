@@ -20,6 +20,8 @@ class Source:
     name: str
     files: tuple[str, ...]
     """Local files; empty when the rows come from the hub."""
+    looked_for: str = ""
+    """Where local files would be: directory and pattern."""
     hf_hub_url: str | None = None
     subset: str | None = None
     split: str = "train"
@@ -81,7 +83,7 @@ def find_source(name: str, dataset_info: Path, corpus_dir: Path) -> Source:
             f"Put it there, or change CORPUS_DIR or {dataset_info}."
         )
     try:
-        return Source(name=name, files=files, **entry)
+        return Source(name=name, files=files, looked_for=f"{corpus_dir}/{pattern}" if pattern else "", **entry)
     except TypeError as error:
         raise InputError(f"{dataset_info}: entry {name!r} has an unknown key ({error}).") from error
 
@@ -230,8 +232,8 @@ def _rows_of_hub(source: Source) -> Iterator[dict[str, Any]]:
         rows = load_dataset(source.hf_hub_url, name=source.subset, split=source.split, streaming=True)
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated
         raise InputError(
-            f"data set {source.name}: no local file, and the hub data set {source.hf_hub_url} cannot be loaded "
-            f"({type(error).__name__}: {error}). Check the network, or put files into CORPUS_DIR."
+            f"data set {source.name}: there is no file {source.looked_for}, and the hub data set {source.hf_hub_url} cannot "
+            f"be loaded ({type(error).__name__}: {error}). Check the network, or put a file of that name into CORPUS_DIR."
         ) from error
     yield from rows
 
