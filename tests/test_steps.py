@@ -82,6 +82,11 @@ def test_corpus_that_cannot_be_used(tmp_path, content, part):
     assert not (tmp_path / "work" / "step1_ja_tokenizer").exists()
 
 
+def test_corpus_that_cannot_be_read(tmp_path):
+    (tmp_path / "ja_wiki.train.jsonl").mkdir()
+    refused(start("step1", tmp_path, CORPUS_DIR=tmp_path), "cannot read", "ja_wiki.train.jsonl")
+
+
 def test_corpus_directory_without_the_file(tmp_path):
     (tmp_path / "texts").mkdir()
     refused(start("step1", tmp_path, CORPUS_DIR=tmp_path / "texts", HF_HUB_OFFLINE=1), "ja_wiki", "CORPUS_DIR")

@@ -2,7 +2,8 @@
 
 A new row is the mean of the rows of the native pieces that spelled the new piece until now: its bytes or sub-pieces
 (the common strong baseline, e.g. SambaLingo, arXiv 2404.05829). For output rows this has a useful consequence: the new
-logit is the mean of native logits, so it never exceeds the greatest of them, and greedy answers stay what they were.
+logit is the mean of native logits, so, but for the rounding of stored rows, it never exceeds the greatest of them, and
+greedy answers stay what they were. Step 4 measures whether they did.
 Rows of padding are copies of `<unk>`'s, which is never a target, so they stay inert for the same reason.
 """
 
