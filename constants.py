@@ -12,6 +12,7 @@ Nothing needs to be edited to try something. These variables are read:
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,14 @@ class Profile:
 
     base_model_dir: Path
     """The model to extend: config, safetensors and `tokenizer.model`."""
+    new_pieces: int
+    """Pieces that step 1 learns on top of the base tokenizer."""
     ja_vocab_size: int
-    """Pieces of the Japanese sentencepiece model of step 1."""
+    """Pieces of the sentencepiece model that step 1 trains instead with `--method sentencepiece`."""
     tokenizer_sample_bytes: int
-    """Step 1 reads about this much text; more costs time and hardly changes the pieces."""
+    """Step 1 reads about this much text; more costs time and memory and hardly changes the pieces."""
     reference_bytes: int
-    """Step 2 reads about this much Chinese text to learn which Han strings are Chinese too."""
+    """Steps 1 and 2 read about this much Chinese text to know which Han strings are Chinese too."""
     held_out_bytes: int
     """UTF-8 bytes per language on which bits per byte and segmentations are measured."""
     window: int
@@ -41,6 +44,7 @@ class Profile:
 PROFILES = {
     "mini": Profile(
         base_model_dir=ROOT / "mini" / "base",
+        new_pieces=900,
         ja_vocab_size=1_500,
         tokenizer_sample_bytes=20_000_000,
         reference_bytes=40_000_000,
@@ -49,8 +53,9 @@ PROFILES = {
     ),
     "chatglm3-6b": Profile(
         base_model_dir=ROOT / "models" / "chatglm3-6b",
+        new_pieces=13_756,  # as many as the original added, so that the embeddings have its 78,592 rows
         ja_vocab_size=20_000,
-        tokenizer_sample_bytes=1_060_000_000,
+        tokenizer_sample_bytes=100_000_000,
         reference_bytes=200_000_000,
         held_out_bytes=500_000,
         window=1024,
@@ -79,6 +84,7 @@ SKIP_FINISHED = os.environ.get("SKIP_FINISHED") == "1"
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # processes that train together; torchrun sets it
 
 JA_TOKENIZER = WORK_DIR / "step1_ja_tokenizer" / "ja_bpe.model"
+ORIGINAL_MERGE_DIR = WORK_DIR / "step2_original_method"  # for comparison only
 MERGED_TOKENIZER_DIR = WORK_DIR / "step2_merged_tokenizer"
 ZERO_DIR = WORK_DIR / "step3_zero"
 PT_ADAPTER_DIR = WORK_DIR / "step5_pt_adapter"
@@ -89,7 +95,9 @@ METRICS_DIR = WORK_DIR / "metrics"
 
 # Japanese text of step 1: encyclopedia and literature, about 4 : 1 by bytes.
 TOKENIZER_MIX = {"wikipedia_ja": 0.8, "aozora_ja": 0.2}
-# Chinese text that tells step 2 which Han strings are Chinese too.
+# What a new piece is written with: one of `SCRIPTS` in llmtuner/tokenizer/scripts.py.
+NEW_SCRIPT = "japanese"
+# Chinese text that tells which Han strings are Chinese too.
 CHINESE_REFERENCE = ["wikipedia_zh"]
 # Pretraining mix by tokens: ja 76 : zh 12 : en 12.
 PRETRAINING_MIX = {"wikipedia_ja": 0.64, "aozora_ja": 0.12, "wikipedia_zh": 0.12, "wikitext_en": 0.12}
@@ -149,11 +157,16 @@ def start_step(step: str, *needs: Path) -> None:
         )
 
 
-def require_base_model(weights: bool = True) -> Path:
+def require_base_model(weights: bool = True, published: bool = False) -> Path:
     """Returns `BASE_MODEL_DIR` once it is known to hold a tokenizer and, if asked for, weights.
 
+    Args:
+        weights: false for a step that needs the tokenizer only.
+        published: true for a step that also reads ChatGLM3's weights as published; the others run the model, and for
+            that it must be converted.
+
     Raises:
-        InputError: names the file that is missing.
+        InputError: names the file that is missing, or the command that converts the model.
     """
     how = "Set BASE_MODEL_DIR to a model directory; the README says where to get one."
     if not BASE_MODEL_DIR.is_dir():
@@ -162,9 +175,23 @@ def require_base_model(weights: bool = True) -> Path:
     for name in wanted:
         if not (BASE_MODEL_DIR / name).is_file():
             raise InputError(f"{BASE_MODEL_DIR} has no {name}. {how}")
-    if weights and not list(BASE_MODEL_DIR.glob("*.safetensors")):
+    if not weights:
+        return BASE_MODEL_DIR
+    if not [*BASE_MODEL_DIR.glob("*.safetensors"), *BASE_MODEL_DIR.glob("pytorch_model*.bin")]:
         raise InputError(f"{BASE_MODEL_DIR} has no *.safetensors weights. {how}")
+    if not published and _model_type(BASE_MODEL_DIR) == "chatglm":
+        raise InputError(
+            f"{BASE_MODEL_DIR} is the checkpoint as published. Convert it first: python -m llmtuner convert "
+            f"{BASE_MODEL_DIR} {BASE_MODEL_DIR}-glm, then set BASE_MODEL_DIR={BASE_MODEL_DIR}-glm."
+        )
     return BASE_MODEL_DIR
+
+
+def _model_type(directory: Path) -> str | None:
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{directory / 'config.json'} is not valid JSON ({error}). Fetch it again.") from error
 
 
 def require_corpus() -> Path:
@@ -196,6 +223,19 @@ def held_out_texts(language: str) -> list[str]:
     return held_out.held_out_texts(
         test_set, training_sets, DATASET_INFO, CORPUS_DIR, VALIDATION_SHARE, PROFILE.held_out_bytes
     )
+
+
+def reference_texts() -> Iterator[str]:
+    """Chinese training text, by which steps 1 and 2 know what Chinese writes too; none where no character is shared.
+
+    Raises:
+        InputError: at once, if there is no such text.
+    """
+    from llmtuner.data import held_out
+    from llmtuner.tokenizer.scripts import SCRIPTS
+
+    names = CHINESE_REFERENCE if SCRIPTS[NEW_SCRIPT].shared else []
+    return held_out.reference_documents(names, DATASET_INFO, CORPUS_DIR, VALIDATION_SHARE, PROFILE.reference_bytes)
 
 
 def save_metrics(step: str, metrics: dict) -> None:

@@ -1,96 +1,164 @@
-"""Step 1: train a Japanese tokenizer. Step 2 adds its pieces to the base model's own.
+"""Step 1: learn Japanese pieces. Step 2 adds them to the base model's tokenizer.
 
-    python step1_train_tokenizer.py
+    python step1_train_tokenizer.py                           continued BPE, on top of the base tokenizer
+    python step1_train_tokenizer.py --method sentencepiece    from characters, under the base tokenizer's rules
+    python step1_train_tokenizer.py --compare                 also train as the original did, for the report
+    python step1_train_tokenizer.py --start FILE.model        take the pieces of another model first, then learn on
+    python step1_train_tokenizer.py --sample-mb 20            read less text
 
-Reads the Japanese training sets of `constants.TOKENIZER_MIX`, but not their held-out documents. Writes
+Reads the Japanese training sets of `constants.TOKENIZER_MIX`, but not their held-out documents, the tokenizer of
+BASE_MODEL_DIR, and Chinese text that tells which Han strings are Chinese too. Writes
 WORK_DIR/step1_ja_tokenizer/ja_bpe.model and WORK_DIR/metrics/step1.json.
 """
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
-from constants import (
-    CORPUS_DIR,
-    DATASET_INFO,
-    JA_TOKENIZER,
-    PROFILE,
-    TOKENIZER_MIX,
-    VALIDATION_SHARE,
-    held_out_texts,
-    require_corpus,
-    save_metrics,
-    start_step,
-)
+import constants
+from constants import CORPUS_DIR, DATASET_INFO, JA_TOKENIZER, PROFILE, TOKENIZER_MIX, VALIDATION_SHARE
 from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, table, whole_directory
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="learn Japanese pieces")
+    parser.add_argument("--method", choices=["continued", "sentencepiece"], default="continued")
+    parser.add_argument("--compare", action="store_true", help="also train as the original did, for the report")
+    parser.add_argument("--sample-mb", type=float, default=PROFILE.tokenizer_sample_bytes / 1e6, metavar="MB")
+    parser.add_argument(
+        "--start", type=Path, metavar="FILE", help="take the pieces of another sentencepiece model first"
+    )
+    options = parser.parse_args()
+    if options.start and options.method != "continued":
+        parser.error("--start goes with --method continued")
+
     # Check: fail now rather than after an hour of training.
-    start_step("step1")
-    require_corpus()
+    constants.start_step("step1")
+    base_model = constants.require_base_model(weights=False) / "tokenizer.model"
+    constants.require_corpus()
     from llmtuner.data.held_out import training_documents
     from llmtuner.data.sources import find_source
+    from llmtuner.tokenizer.fast import check_rules, read_model
+    from llmtuner.tokenizer.merging import kinds, merge, merge_as_original, new_candidates, processor_of
     from llmtuner.tokenizer.training import mix_by_bytes, short_sentences, split_sentences, train_bpe
 
     sources = {name: find_source(name, DATASET_INFO, CORPUS_DIR) for name in TOKENIZER_MIX}
-    examples = short_sentences(held_out_texts("ja"), count=4)
+    held_out = constants.held_out_texts("ja")
+    next(constants.reference_texts(), None)
+    base = read_model(base_model)
+    check_rules(base, base_model)
 
     # Load: documents in their shares, as a stream.
-    heading("Step 1: train a Japanese tokenizer")
-    documents = mix_by_bytes(
-        {name: training_documents(source, VALIDATION_SHARE) for name, source in sources.items()},
-        TOKENIZER_MIX,
-        PROFILE.tokenizer_sample_bytes,
-    )
+    heading("Step 1: learn Japanese pieces")
     read = {name: {"documents": 0, "bytes": 0} for name in sources}
 
-    def sentences() -> Iterator[str]:
-        for name, text in progress(documents, "reading", unit=" documents"):
+    def documents() -> Iterator[str]:
+        for name in read:
+            read[name] = {"documents": 0, "bytes": 0}
+        streams = {name: training_documents(source, VALIDATION_SHARE) for name, source in sources.items()}
+        mixed = mix_by_bytes(streams, TOKENIZER_MIX, int(options.sample_mb * 1e6))
+        for name, text in progress(mixed, "reading", unit=" documents"):
             read[name]["documents"] += 1
             read[name]["bytes"] += len(text.encode())
-            yield from split_sentences(text)
-        say("training: sentencepiece is silent now, seconds for 20 MB of text, hours for a gigabyte")
+            yield text
 
-    # Do: sentencepiece BPE under the base tokenizer's own rules, so that the pieces fit there.
+    def sentences() -> Iterator[str]:
+        for text in documents():
+            yield from split_sentences(text)
+        say("training: sentencepiece is silent now, seconds for 20 MB of text, minutes for more")
+
+    # Do: learn pieces that fit the base tokenizer.
     watch = Stopwatch()
+    skipped = 0
     with whole_directory(JA_TOKENIZER.parent) as directory:
-        trained = train_bpe(sentences(), directory / JA_TOKENIZER.name, PROFILE.ja_vocab_size)
-        if trained.skipped:
-            raise InputError(f"sentencepiece would leave out {trained.skipped} sentences, which must not happen.")
-    seconds = watch.seconds()
+        model_file = directory / JA_TOKENIZER.name
+        if options.method == "continued":
+            pieces = continue_bpe(base, documents(), read_model(options.start) if options.start else None)
+            model_file.write_bytes(merge(base, pieces, placeholders=False).SerializeToString())
+        else:
+            trained = train_bpe(sentences(), model_file, PROFILE.ja_vocab_size)
+            if skipped := trained.skipped:
+                raise InputError(f"sentencepiece would leave out {skipped} sentences, which must not happen.")
+            pieces = new_candidates(base, read_model(model_file))
+        seconds = watch.seconds()
+        if options.compare:
+            original_file = directory / "original_bpe.model"
+            train_bpe(sentences(), original_file, PROFILE.ja_vocab_size, base_rules=False)
 
     # Say what came out.
+    model = read_model(JA_TOKENIZER)
     total = sum(counts["bytes"] for counts in read.values())
     rows = [
         [name, f"{counts['documents']:,}", f"{counts['bytes'] / 1e6:.1f}", f"{counts['bytes'] / total:.0%}"]
         for name, counts in read.items()
     ]
     say(table(["text", "documents", "MB", "share"], rows))
-    say(f"\n{trained.vocab_size:,} pieces from {trained.sentences:,} sentences in {seconds:.0f} s; none was skipped")
-    if trained.vocab_size > PROFILE.ja_vocab_size:
-        say(f"({PROFILE.ja_vocab_size:,} were asked for, which is too few to hold the characters of this text)")
-    elif trained.vocab_size < PROFILE.ja_vocab_size:
-        say(f"({PROFILE.ja_vocab_size:,} were asked for, which is more than this text holds)")
-    heading("How it splits held-out sentences")
-    for example in examples:
-        say(" | ".join(segment(example)))
-    save_metrics(
+    written = kinds(pieces)
+    say("\n" + table(["new pieces, written with", "pieces"], [[kind, f"{n:,}"] for kind, n in written.most_common(12)]))
+
+    heading("Held-out Japanese text")
+    splits: dict[str, tuple[Any, int]] = {"base tokenizer": (processor_of(base), 0)}
+    splits[options.method] = (processor_of(model), len(pieces))
+    if options.compare:
+        as_original = merge_as_original(base, read_model(JA_TOKENIZER.parent / "original_bpe.model"))
+        added = len(as_original.pieces) - len(base.pieces) - 9
+        splits["as the original"] = (processor_of(as_original), added)
+    per_character = {name: tokens_per_character(split, held_out) for name, (split, _) in splits.items()}
+    rows = [[name, f"{added:,}", f"{per_character[name]:.3f}"] for name, (_, added) in splits.items()]
+    say(table(["split by", "new pieces", "tokens per character"], rows))
+    for example in short_sentences(held_out, count=3):
+        say("\n" + "\n".join(f"{' | '.join(split.encode(example, out_type=str))}" for split, _ in splits.values()))
+
+    wanted = PROFILE.new_pieces
+    say(f"\n{len(pieces):,} new pieces from {total / 1e6:.1f} MB of text in {seconds:.0f} s; no text was skipped")
+    if options.method == "continued" and len(pieces) < wanted:
+        say(f"({wanted:,} were asked for, which is more than this text holds)")
+    constants.save_metrics(
         "step1",
         {
-            "vocab_size": trained.vocab_size,
-            "input_bytes": trained.input_bytes,
-            "sentences": trained.sentences,
-            "skipped": trained.skipped,
+            "method": options.method,
+            "vocab_size": len(model.pieces),
+            "new_pieces": len(pieces),
+            "input_bytes": total,
+            "skipped": skipped,
             "seconds": seconds,
+            "pieces_by_script": dict(written.most_common()),
+            "tokens_per_character": {name: round(value, 4) for name, value in per_character.items()},
         },
     )
     say(f"\nsaved {JA_TOKENIZER}\nnext: python step2_merge_tokenizer.py")
 
 
-def segment(text: str) -> list[str]:
-    """The pieces of a text under the model just trained."""
-    import sentencepiece
+def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list[str]:
+    """Pieces learned on top of the base tokenizer's own; lines are read as texts of their own, as messages are.
 
-    return sentencepiece.SentencePieceProcessor(model_file=str(JA_TOKENIZER)).encode(text, out_type=str)
+    Args:
+        start: a sentencepiece model whose pieces come first, as far as they may be added.
+    """
+    from llmtuner.tokenizer.learning import learn_pieces, read_lines
+    from llmtuner.tokenizer.merging import choose_pieces, merge, merge_living
+    from llmtuner.tokenizer.scripts import SCRIPTS
+
+    script = SCRIPTS[constants.NEW_SCRIPT]
+    pieces: list[str] = []
+    if start:
+        chosen = choose_pieces(base, start, script, constants.reference_texts()).pieces
+        dead = set(merge_living(base, chosen)[1])
+        pieces = [piece for piece in chosen if piece not in dead][: PROFILE.new_pieces]
+        base = merge(base, pieces, placeholders=False)
+    wanted = PROFILE.new_pieces - len(pieces)
+    lines = read_lines(base, (line for text in documents for line in text.splitlines() if line.strip()), script)
+    learned = learn_pieces(lines, wanted, script, constants.reference_texts())
+    pieces += progress(learned, "learning", total=wanted, unit=" pieces")
+    if not pieces:
+        raise InputError(f"there is no text to learn pieces from in {CORPUS_DIR}. Put Japanese text there.")
+    return pieces
+
+
+def tokens_per_character(processor: Any, texts: list[str]) -> float:
+    """Tokens that a text costs for each of its characters."""
+    return sum(map(len, processor.encode(texts))) / sum(map(len, texts))
 
 
 if __name__ == "__main__":

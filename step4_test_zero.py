@@ -2,15 +2,17 @@
 
     python step4_test_zero.py
 
-Asks the base and the Zero model the same questions, compares their answers word for word, and measures bits per byte.
+Asks the base and the Zero model the same questions, compares their answers word for word, and measures bits per byte and
+tokens per character. Runs on a GPU if there is one; one model is in memory at a time.
 """
 
 import constants
 from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
-from llmtuner.console import heading, run_script, say
+from llmtuner.console import heading, run_script, say, table
 
 QUESTIONS_PER_GROUP = 60
 SHOWN = 3
+LANGUAGES = ("ja", "zh", "en")
 
 
 def main() -> None:
@@ -20,16 +22,23 @@ def main() -> None:
 
     from llmtuner.eval.answers import answer_all, is_right, read_questions
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
-    from llmtuner.model.loading import load_for_evaluation
+    from llmtuner.model.loading import load_for_evaluation, plan_evaluation
+    from llmtuner.tokenizer.fast import encode_batch
 
     everything = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
-    questions = [one for one in everything if one.group in ("ja", "zh", "en")]
-    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
-    answers, bits = {}, {}
+    questions = [one for one in everything if one.group in LANGUAGES]
+    texts = {language: constants.held_out_texts(language) for language in LANGUAGES}
+    answers, bits, tokens_per_character = {}, {}, {}
     for name, directory in (("base", BASE_MODEL_DIR), ("zero", ZERO_DIR)):
+        say(f"{name}: needs {plan_evaluation(directory)}")
         model, tokenizer = load_for_evaluation(directory)
+        tokens_per_character[name] = {
+            language: round(sum(map(len, encode_batch(tokenizer, own))) / sum(map(len, own)), 4)
+            for language, own in texts.items()
+        }
         answers[name] = answer_all(model, tokenizer, [one.question for one in questions], name=name)
         bits[name] = bits_per_language(model, tokenizer, texts, PROFILE.window, name)
+        del model  # before the other is loaded
 
     heading("the same questions, base and Zero model")
     metrics: dict[str, dict] = {}
@@ -44,8 +53,10 @@ def main() -> None:
         say(f"{group}: {identical} of {len(asked)} answers identical, {correct} right\n")
     heading("held-out text (lower is better)")
     say(bits_table(bits))
+    rows = [[name, *(f"{own[one]:.3f}" for one in LANGUAGES)] for name, own in tokens_per_character.items()]
+    say("\n" + table(["tokens per character", *LANGUAGES], rows))
 
-    constants.save_metrics("step4", {**metrics, "bits_per_byte": bits})
+    constants.save_metrics("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
     say("\nstep 4 done. Next: python step5_train_pt_single_gpu.py")
 
 

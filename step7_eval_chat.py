@@ -61,6 +61,7 @@ def evaluate() -> None:
         free = [answer for one, answer in zip(questions, given, strict=True) if one.group == "ja_free"]
         repeated[name] = {"ja": round(repetition(free), 4)}
         bits[name] = bits_per_language(model, tokenizer, texts, PROFILE.window, name)
+        del model  # before the next is loaded
 
     with (WORK_DIR / "answers.jsonl").open("w", encoding="utf-8") as lines:
         for index, one in enumerate(questions):

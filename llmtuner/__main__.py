@@ -1,18 +1,36 @@
-"""python -m llmtuner train FILE.yaml | export FILE.yaml: the trainer's doors on the command line."""
+"""The trainer and the converter on the command line.
 
+python -m llmtuner train FILE.yaml                  a training run
+python -m llmtuner export FILE.yaml                 merges an adapter
+python -m llmtuner convert CHATGLM3_DIR OUT_DIR     ChatGLM3 as published -> a directory that transformers loads
+"""
+
+import os
 import sys
+from pathlib import Path
 
 from llmtuner.console import InputError, run_script
 
 
 def main() -> None:
     """Runs the command that the first argument names."""
-    from llmtuner.train.tuner import export_model, run_exp
+    match sys.argv[1:]:
+        case ["train", settings]:
+            from llmtuner.train.tuner import run_exp
 
-    commands = {"train": run_exp, "export": export_model}
-    if len(sys.argv) != 3 or sys.argv[1] not in commands:
-        raise InputError(f"usage: python -m llmtuner {'|'.join(commands)} FILE.yaml")
-    print(commands[sys.argv[1]](sys.argv[2]))
+            print(run_exp(settings))
+        case ["export", settings]:
+            from llmtuner.train.tuner import export_model
+
+            print(export_model(settings))
+        case ["convert", source, destination]:
+            from llmtuner.model.chatglm import convert
+
+            convert(Path(source), Path(destination), overwrite=os.environ.get("OVERWRITE") == "1")
+        case _:
+            raise InputError(
+                "usage: python -m llmtuner train FILE.yaml | export FILE.yaml | convert CHATGLM3_DIR OUT_DIR"
+            )
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def make_untrained_model(directory: Path) -> None:
     from transformers import GlmConfig, GlmForCausalLM
 
     from llmtuner.data.template import Template
-    from llmtuner.model.loading import load_tokenizer
+    from llmtuner.tokenizer.fast import load_tokenizer
 
     torch.manual_seed(1)
     tokenizer = load_tokenizer(directory)
@@ -144,7 +144,8 @@ def make_base(destination: Path) -> None:
 
     from llmtuner.eval.answers import Question, answer_all, is_right
     from llmtuner.model.adapters import copy_tokenizer
-    from llmtuner.model.loading import load_model, load_tokenizer
+    from llmtuner.model.loading import load_model
+    from llmtuner.tokenizer.fast import load_tokenizer
     from llmtuner.train.tuner import run_exp
 
     watch = Stopwatch()

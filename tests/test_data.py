@@ -11,7 +11,8 @@ from llmtuner.data.examples import message_reader
 from llmtuner.data.packing import DialogueBins, DocumentBlocks, PackedCollator, best_fit_decreasing, mix
 from llmtuner.data.sources import Source, find_source, is_held_out, read_rows, read_texts
 from llmtuner.data.template import IGNORE, Template
-from llmtuner.model.loading import load_model, load_tokenizer
+from llmtuner.model.loading import load_model
+from llmtuner.tokenizer.fast import load_tokenizer
 
 
 def source(path, **keys):

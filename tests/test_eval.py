@@ -11,8 +11,8 @@ from llmtuner.console import InputError
 from llmtuner.data.template import Template
 from llmtuner.eval.answers import Question, answer_all, is_right, read_questions, repetition
 from llmtuner.eval.bits_per_byte import bits_per_byte
-from llmtuner.model.loading import load_model, load_tokenizer
-from llmtuner.tokenizer.fast import encode
+from llmtuner.model.loading import load_model
+from llmtuner.tokenizer.fast import encode, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,13 +1,18 @@
 """Tokenizer: the fast one equals sentencepiece, text never becomes a role, and a merge kills and changes nothing."""
 
+import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import sentencepiece
 
@@ -23,9 +28,11 @@ from llmtuner.tokenizer.fast import (
     build_fast_tokenizer,
     encode,
     encode_batch,
+    load_tokenizer,
     read_model,
     save_tokenizer,
 )
+from llmtuner.tokenizer.learning import ContinuedBPE, learn_pieces, read_lines
 from llmtuner.tokenizer.merging import (
     choose_pieces,
     compare,
@@ -33,10 +40,13 @@ from llmtuner.tokenizer.merging import (
     disagreements,
     kinds,
     merge,
+    merge_as_original,
     merge_living,
-    strings_seen,
+    new_candidates,
+    processor_of,
     unreachable,
 )
+from llmtuner.tokenizer.scripts import SCRIPTS, strings_seen
 from llmtuner.tokenizer.training import (
     MAX_SENTENCE_BYTES,
     mix_by_bytes,
@@ -45,11 +55,13 @@ from llmtuner.tokenizer.training import (
     train_bpe,
 )
 
+JA = SCRIPTS["japanese"]
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT.parent / "shared" / "chatglm3"
 CORPORA = ROOT.parent / "shared" / "corpora"
 ORIGINAL = GOLDEN / "chatglm3_original_tokenizer.model"
 needs_golden = pytest.mark.skipif(not ORIGINAL.is_file(), reason="needs ChatGLM3's tokenizer in ../shared/chatglm3")
+CHINESE_FILES = [f"zh_{kind}.train" for kind in ("guides", "luxun", "docs", "story", "classic")]
 needs_corpora = pytest.mark.skipif(not CORPORA.is_dir(), reason="needs real texts in ../shared/corpora")
 
 JAPANESE = [
@@ -111,7 +123,7 @@ def candidate_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def merged_file(base_file, candidate_file, tmp_path_factory):
     base = read_model(base_file)
-    choice = choose_pieces(base, read_model(candidate_file), CHINESE)
+    choice = choose_pieces(base, read_model(candidate_file), JA, CHINESE)
     file = tmp_path_factory.mktemp("merged") / "tokenizer.model"
     file.write_bytes(merge_living(base, choice.pieces)[0].SerializeToString())
     return file
@@ -218,6 +230,40 @@ def test_chat_template_is_the_original_format(tiny_tokenizer_dir):
     expected += [assistant, *line, *encode(tokenizer, ENGLISH[0])]
     assert tokenizer.apply_chat_template(chat)["input_ids"] == expected
     assert tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == [*expected, assistant]
+
+
+@pytest.mark.parametrize("text", INJECTED + ODD)
+def test_chat_template_reads_no_role_out_of_a_message(tiny_tokenizer_dir, text):
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    mask, sop, user = tokenizer.convert_tokens_to_ids(["[gMASK]", "sop", "<|user|>"])
+    expected = [mask, sop, user, *encode(tokenizer, "\n"), *(encode(tokenizer, text) if text else [])]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": text}])["input_ids"] == expected
+    metadata = [{"role": "user", "content": "a", "metadata": "<|user|>"}]
+    ids = tokenizer.apply_chat_template(metadata)["input_ids"]
+    assert ids == [mask, sop, user, *encode(tokenizer, "<|user|>\n"), *encode(tokenizer, "a")]
+
+
+def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file, tmp_path):
+    save_tokenizer(merged_file, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    calls = []
+    encode_by_sentencepiece = tokenizer.sentencepiece.encode
+    tokenizer.sentencepiece = SimpleNamespace(
+        encode=lambda texts, **options: calls.append(texts) or encode_by_sentencepiece(texts, **options)
+    )
+    texts = JAPANESE[:5] + CHINESE + ENGLISH + ODD + INJECTED
+    assert encode_batch(tokenizer, texts) == encode_batch(build_fast_tokenizer(merged_file), texts)
+    assert calls == [texts]
+    assert encode_batch(tokenizer, []) == []
+    renamed, swapped = read_model(merged_file), read_model(merged_file)
+    renamed.pieces[-1].piece = "別"
+    swapped.pieces[-1].piece, swapped.pieces[-2].piece = swapped.pieces[-2].piece, swapped.pieces[-1].piece
+    for other in (renamed, swapped, read_model(base_file)):
+        (tmp_path / "tokenizer.model").write_bytes(other.SerializeToString())
+        with pytest.raises(InputError, match="do not hold the same pieces"):
+            load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -351,43 +397,176 @@ def test_short_sentences_come_from_different_texts():
 
 # ----------------------------------------------------------------------------------------------------------- merging
 def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
-    base = hand_made(["▁", "山", "上", "の", "学", "校", "山上"])
+    base = hand_made(["▁", "山", "上", "の", "学", "校", "駅", "。", "・", "山上"])
     candidates = hand_made(
-        [
-            "山上",
-            "の山",
-            "山の",
-            "学校",
-            "学山",
-            "第1",
-            "Aの",
-            "の。",
-            "・の",
-            "▁の",
-            "▁学校",
-            "畑",
-            "校畑",
-            "蛉",
-            "蛉の",
-            "々",
-            "ーの",
-            "ー",
-        ]
+        ["山上", "の山", "山の", "学校", "学駅", "駅上", "第1", "Aの", "の。", "！", "・の", "▁の"]
+        + ["▁学校", "▁駅上", "畑", "校畑", "蛉", "蛉の", "働", "働の", "々", "ーの", "ー", "山。"]
     )
-    choice = choose_pieces(base, candidates, ["我们的学校很大", "蛉"])
-    assert choice.pieces == ["の山", "山の", "学山", "▁の", "畑", "校畑", "々", "ーの", "ー"]
+    choice = choose_pieces(base, candidates, JA, ["我们的学校很大，駅上", "这里是働のところ", "働"])
+    assert choice.pieces == ["の山", "山の", "学駅", "の。", "・の", "▁の", "畑", "校畑", "々", "ーの", "ー"]
     assert choice.left_out == {
-        "native already": 1,  # 山上
-        "digit, letter or sign": 4,  # 第1 Aの の。 ・の
-        "Chinese too": 3,  # 学校 ▁学校 蛉
-        "of a character in bytes": 1,  # 蛉の: 蛉 has no piece of its own
+        "digit, letter or sign": 4,  # 第1 Aの ！ 山。
+        "written in the other language too": 6,  # 学校 ▁学校 蛉 are of GB 2312, 駅上 ▁駅上 働 stand in the reference
+        "of a character in bytes": 2,  # 蛉の 働の: 蛉 and 働 have no piece of their own
     }
-    assert kinds(choice.pieces) == {"kana": 3, "kanji and kana": 2, "one kanji": 2, "several kanji": 2}
+    assert kinds(choice.pieces) == {
+        "han + hiragana": 2,
+        "han": 4,
+        "hiragana + marks": 2,
+        "hiragana": 1,
+        "hiragana + katakana": 1,
+        "katakana": 1,
+    }
 
 
-def test_strings_seen_looks_at_every_place():
-    texts = iter(["中国人民的学校", "校，内", "山"])
-    assert strings_seen({"国人", "学校", "人民的学", "校内", "山山", "山"}, texts) == {"国人", "学校", "人民的学", "山"}
+def test_strings_seen_looks_at_every_place_but_not_at_quotations():
+    texts = iter(["説明駅前的", "開，店", "山", "彼は駅前の店\n覚書"])
+    wanted = {"明駅", "駅前", "説明駅前", "開店", "駅山", "覚", "開"}
+    assert strings_seen(wanted, texts, JA) == {"明駅", "駅前", "説明駅前", "覚", "開"}
+    assert strings_seen({"駅前"}, ["彼は駅前の店"], JA) == set()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        (["の山", ""], "an empty piece"),
+        (["の山", "山の", "の山"], "'の山' 2 times"),
+        (["の▁山"], "'の▁山' with a blank inside"),
+        (["の山", "sop"], "'sop', a special token's name"),
+        (["▁<|user|>"], "a special token's name"),
+    ],
+)
+def test_impossible_candidates_are_refused(pieces, message):
+    base = hand_made(["▁", "山", "の"])
+    assert new_candidates(base, hand_made(["山", "の山", "▁の"])) == ["の山", "▁の"]
+    with pytest.raises(InputError, match=re.escape(message)):
+        new_candidates(base, hand_made(pieces))
+
+
+def test_the_original_method_ranks_every_candidate_first():
+    base = hand_made(["▁", "い", "う", "え", "うえ"])
+    merged = merge_as_original(base, hand_made(["い", "いう", "1a"]))
+    assert [(piece.piece, piece.score) for piece in merged.pieces[-2:]] == [("いう", 0.0), ("1a", 0.0)]
+    assert processor_of(merged).encode("いうえ", out_type=str) == ["▁", "いう", "え"]
+    assert processor_of(merge(base, ["いう"])).encode("いうえ", out_type=str) == ["▁", "い", "うえ"]
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+def learned(base, lines, count, script=JA, reference=()):
+    return list(learn_pieces(read_lines(base, lines, script), count, script, reference))
+
+
+def test_the_most_frequent_pair_is_learned_first():
+    base = hand_made(["▁", "い", "う", "え", "お", "うえ"])
+    lines = ["いうお"] * 4 + ["おい"] * 3 + ["えお"] * 2
+    # い+う 4 times, then いう+お; お+い 3 times; ▁+い... a line begins as a text does
+    assert learned(base, lines, 3) == ["▁い", "▁いう", "▁いうお"]
+    assert learned(base, ["お" + line for line in lines], 2) == ["▁お", "▁おい"]
+    assert learned(base, lines, 99)[-1] in {"えお", "▁えお"}  # and ends where nothing occurs twice
+    # うえ is native: い+う is not there to be learned
+    assert "いう" not in "".join(learned(base, ["いうえ"] * 9, 9)).replace("いうえ", "")
+
+
+def brute_force(base, lines, count):
+    """The same by splitting all lines by sentencepiece and counting all pairs anew after each piece."""
+    pieces = []
+    while len(pieces) < count:
+        pairs = Counter()
+        for line in processor_of(merge(base, pieces)).encode(lines, out_type=str):
+            for left, right in itertools.pairwise(line):
+                name = left + right
+                usable = all(JA.writable.fullmatch(part) for part in (left, right, name))
+                if usable and JA.has_own.search(name) and len(name) <= 16:
+                    pairs[name] += 1
+        best = min(pairs, key=lambda name: (-pairs[name], name), default="")
+        if pairs[best] < 2:
+            break
+        pieces.append(best)
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "natives"),
+    [
+        ("いうえお、。", ["うえ"]),
+        ("いうえ 1A、、", ["うえ"]),
+        ("いいいう", []),
+        ("い", []),
+        ("おいうえ", ["おいう", "いうえ"]),  # natives that come about when いう does, and both want it
+    ],
+)
+def test_learning_equals_counting_all_pairs_anew(alphabet, natives):
+    shuffle = random.Random(1)
+    base = hand_made(["▁", *"いうえお、。1A", *natives])
+    lines = ["".join(shuffle.choices(alphabet, k=shuffle.randrange(2, 40))).strip() for _ in range(200)]
+    lines += ["おいうえ"] * 90
+    expected = brute_force(base, lines, 60)
+    bpe = ContinuedBPE(read_lines(base, lines, JA), 60, JA, set())
+    assert list(bpe.learn()) == expected
+    merged = merge(base, expected)
+    assert dead_pieces(base, merged) == []
+    # the merged tokenizer splits the text as it was split in learning
+    split = [piece for line in processor_of(merged).encode(lines, out_type=str) for piece in line]
+    joined = [bpe.names[index] for index in bpe.tokens if index > 0]
+    assert joined == [piece for piece in split if JA.writable.fullmatch(piece)]
+
+
+def test_rare_pairs_are_learned_once_frequent_ones_are_used_up():
+    base = hand_made(["▁", *"いうえお"])
+    lines = ["いう"] * 50 + ["えお"] * 3
+    bpe = ContinuedBPE(read_lines(base, lines, JA), 9, JA, set())
+    bpe.least = 40
+    assert list(bpe.learn()) == ["▁い", "▁いう", "▁え", "▁えお"]
+
+
+def test_characters_in_bytes_become_pieces_unless_the_other_language_writes_them():
+    base = hand_made(["▁", "の", "人"])
+    lines = ["人の駅の人"] * 5 + ["人の働の人"] * 5 + ["人の蛉の人"] * 9
+    pieces = learned(base, lines, 99, reference=["不働"])
+    assert "駅" in pieces
+    assert pieces.index("駅") < min(at for at, piece in enumerate(pieces) if piece != "駅" and "駅" in piece)
+    assert not any("働" in piece or "蛉" in piece for piece in pieces)  # 働 stands in the reference, 蛉 in GB 2312
+    assert dead_pieces(base, merge(base, pieces)) == []
+
+
+def test_learned_pieces_shorten_japanese_and_change_nothing_else(base_file, tmp_path):
+    base = read_model(base_file)
+    pieces = learned(base, JAPANESE, 120, reference=CHINESE)
+    assert len(pieces) == 120
+    merged = merge(base, pieces)
+    assert dead_pieces(base, merged) == []
+    before, after = processor_of(base), processor_of(merged)
+    assert compare(before, after, CHINESE + ENGLISH + ["山上有一座城，城里、乡下。", "2020 2021"]).changes == []
+    assert compare(before, after, JAPANESE[:5]).token_ratio < 0.35
+    assert not any(character.isdigit() for piece in pieces for character in piece)
+    assert choose_pieces(base, merge(base, pieces, placeholders=False), JA, CHINESE).pieces == pieces
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(merged.SerializeToString())
+    assert disagreements(build_fast_tokenizer(file), after, JAPANESE[:5] + CHINESE + ENGLISH + ODD) == []
+
+
+@pytest.mark.parametrize(
+    ("language", "lines"),
+    [
+        (
+            "korean",
+            ["우리는 매일 아침 학교에 갑니다.", "학교에 가는 길에 친구를 만났습니다.", "친구를 만나면 즐겁습니다!"],
+        ),
+        ("thai", ["ฉันไปโรงเรียนทุกวัน", "เพื่อนของฉันไปโรงเรียนทุกเช้า", "ทุกวันฉันพบเพื่อนที่โรงเรียน"]),
+    ],
+)
+def test_other_languages_by_a_setting(language, lines, base_file, tmp_path):
+    base = read_model(base_file)
+    pieces = learned(base, lines * 9, 80, SCRIPTS[language])
+    merged = merge(base, pieces)
+    before, after = processor_of(base), processor_of(merged)
+    assert compare(before, after, lines).token_ratio < 0.35
+    assert compare(before, after, CHINESE + ENGLISH + JAPANESE[:5]).changes == []
+    assert dead_pieces(base, merged) == []
+    assert all(SCRIPTS[language].has_own.search(piece) for piece in pieces)
+    assert set("".join(kinds(pieces)).replace("marks", "").split(" + ")) - {""} <= {
+        language.replace("korean", "hangul")
+    } or all(kind.replace(" + marks", "") == language.replace("korean", "hangul") for kind in kinds(pieces))
 
 
 def test_new_pieces_rank_below_every_native_piece_in_their_order(base_file, candidate_file):
@@ -435,20 +614,19 @@ def test_dead_pieces_are_found_on_both_sides():
 
 def test_comparison_shows_the_first_difference(tmp_path):
     base = hand_made(["▁", "い", "う", "え"])
-    (tmp_path / "after").mkdir()
-    before = build_fast_tokenizer(written(base, tmp_path))
-    after = build_fast_tokenizer(written(merge(base, ["いう"]), tmp_path / "after"))
+    merged = merge(base, ["いう"])
+    before, after = processor_of(base), processor_of(merged)
     result = compare(before, after, ["ええ", "えいうえ", "うい"])
     assert (result.texts, result.tokens_before, result.tokens_after) == (3, 11, 10)
     assert result.token_ratio == 10 / 11
     assert [(change.before, change.after) for change in result.changes] == [(["い", "う", "え"], ["いう", "え"])]
-    assert disagreements(after, tmp_path / "after" / "hand.model", ["えいうえ"]) == []
-    assert disagreements(before, tmp_path / "after" / "hand.model", ["えい", "えいうえ"]) == ["えいうえ"]
+    assert disagreements(build_fast_tokenizer(written(merged, tmp_path)), after, ["えいうえ"]) == []
+    assert disagreements(build_fast_tokenizer(written(base, tmp_path)), after, ["えい", "えいうえ"]) == ["えいうえ"]
 
 
 def test_merge_shortens_japanese_and_changes_nothing_else(base_file, merged_file):
     base, merged = read_model(base_file), read_model(merged_file)
-    before, after = build_fast_tokenizer(base_file), build_fast_tokenizer(merged_file)
+    before, after = processor_of(base), processor_of(merged)
     assert len(new_pieces(merged, base)) > 100
     assert dead_pieces(base, merged) == []
     assert compare(before, after, CHINESE + ENGLISH).changes == []
@@ -499,10 +677,10 @@ def test_missing_held_out_text_names_the_files(tmp_path):
 
 
 def run_step(script, work, base, corpus, **variables):
-    """Runs a step from another working directory, on a machine without torch."""
-    code = (
-        f"import sys, runpy; sys.modules['torch'] = None; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
-    )
+    """Runs a step, with arguments behind its name, from another working directory, on a machine without torch."""
+    script, *arguments = script.split()
+    code = f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {[script, *arguments]!r}; "
+    code += f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
     environment = {key: value for key, value in os.environ.items() if key not in ("OVERWRITE", "PROFILE")}
     environment |= {"WORK_DIR": str(work), "BASE_MODEL_DIR": str(base), "CORPUS_DIR": str(corpus), **variables}
     environment["PYTHONPATH"] = str(ROOT)
@@ -511,44 +689,78 @@ def run_step(script, work, base, corpus, **variables):
     )
 
 
-def test_steps_1_and_2_end_to_end(tmp_path, tiny_tokenizer_dir):
+TEXT_FILES = {
+    "ja_wiki.train.jsonl": JAPANESE,
+    "ja_aozora.train.jsonl": JAPANESE[::-1],
+    "zh_wiki.train.jsonl": CHINESE,
+    "ja_x.test.jsonl": JAPANESE,
+    "zh_x.test.jsonl": CHINESE,
+    "en_x.test.jsonl": ENGLISH,
+}
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A directory of texts, and one to work in; the miniature's world is not needed there."""
     corpus, work = tmp_path / "texts", tmp_path / "work"
     (work / "corpus").mkdir(parents=True)
-    (work / "corpus" / "questions.jsonl").touch()  # the miniature's world is not needed here
-    names = {"ja_wiki.train.jsonl": JAPANESE, "ja_aozora.train.jsonl": JAPANESE[::-1], "zh_wiki.train.jsonl": CHINESE}
-    names |= {"ja_x.test.jsonl": JAPANESE, "zh_x.test.jsonl": CHINESE, "en_x.test.jsonl": ENGLISH}
-    write_corpus(corpus, names)
+    (work / "corpus" / "questions.jsonl").touch()
+    write_corpus(corpus, TEXT_FILES)
+    return corpus, work
 
+
+def metrics_of(work, step):
+    return json.loads((work / "metrics" / f"{step}.json").read_text())
+
+
+def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
+    corpus, work = places
     early = run_step("step2_merge_tokenizer.py", work, tiny_tokenizer_dir, corpus)
     assert early.returncode == 2
     assert "made by step1_train_tokenizer.py" in early.stderr
 
-    first = run_step("step1_train_tokenizer.py", work, tiny_tokenizer_dir, corpus)
+    first = run_step("step1_train_tokenizer.py --compare", work, tiny_tokenizer_dir, corpus)
     assert first.returncode == 0, first.stderr
-    metrics = json.loads((work / "metrics" / "step1.json").read_text())
-    assert set(metrics) == {"vocab_size", "input_bytes", "sentences", "skipped", "seconds"}
-    assert metrics["skipped"] == 0
-    assert len(read_model(work / "step1_ja_tokenizer" / "ja_bpe.model").pieces) == metrics["vocab_size"]
+    learned = metrics_of(work, "step1")
+    assert (learned["method"], learned["skipped"]) == ("continued", 0)
+    base = read_model(tiny_tokenizer_dir / "tokenizer.model")
+    candidates = read_model(work / "step1_ja_tokenizer" / "ja_bpe.model")
+    assert len(candidates.pieces) == learned["vocab_size"] == len(base.pieces) + learned["new_pieces"]
+    assert sum(learned["pieces_by_script"].values()) == learned["new_pieces"] > 50
+    per_character = learned["tokens_per_character"]
+    assert 2 < per_character["base tokenizer"] < 3.1
+    assert per_character["continued"] < 1
+    assert per_character["as the original"] < 1
     again = run_step("step1_train_tokenizer.py", work, tiny_tokenizer_dir, corpus)
     assert again.returncode == 2
     assert "OVERWRITE=1" in again.stderr
 
     second = run_step("step2_merge_tokenizer.py", work, tiny_tokenizer_dir, corpus)
     assert second.returncode == 0, second.stderr
-    metrics = json.loads((work / "metrics" / "step2.json").read_text())
+    metrics = metrics_of(work, "step2")
     ratio = metrics.pop("token_ratio")
-    assert ratio.pop("ja") < 0.5
+    assert ratio.pop("ja") < 0.3
     assert ratio == {"zh": 1.0, "en": 1.0}
-    merged = read_model(work / "step2_merged_tokenizer" / "tokenizer.model")
-    base = read_model(tiny_tokenizer_dir / "tokenizer.model")
     assert metrics == {
+        "method": "exact",
         "base_pieces": len(base.pieces),
-        "added_pieces": len(new_pieces(merged, base)),
+        "added_pieces": learned["new_pieces"],  # all that were learned
+        "pieces_by_script": learned["pieces_by_script"],
         "dead_pieces": 0,
         "special_ids_kept": True,
         "changed_texts": {"zh": 0, "en": 0},
         "texts": {"ja": 40, "zh": 40, "en": 40},
+        "examples_of_changes": {"zh": [], "en": []},
     }
+
+    original = work / "step1_ja_tokenizer" / "original_bpe.model"
+    command = f"step2_merge_tokenizer.py --method original --candidates {original}"
+    compared = run_step(command, work, tiny_tokenizer_dir, corpus)
+    assert compared.returncode == 0, compared.stderr
+    evidence = json.loads((work / "step2_original_method" / "evidence.json").read_text())
+    assert evidence["changed_texts"]["zh"] > 30  # texts hold their numbers, which the original does not split
+    assert evidence["examples_of_changes"]["zh"][0]["before"] != evidence["examples_of_changes"]["zh"][0]["after"]
+    assert metrics_of(work, "step2")["method"] == "exact"  # the result stays
 
     (corpus / "ja_wiki.train.jsonl").write_text('{"text": "猫"}\n{"text": \n', encoding="utf-8")
     damaged = run_step("step1_train_tokenizer.py", work, tiny_tokenizer_dir, corpus, OVERWRITE="1")
@@ -556,6 +768,77 @@ def test_steps_1_and_2_end_to_end(tmp_path, tiny_tokenizer_dir):
     assert "ja_wiki.train.jsonl, line 2" in damaged.stderr
     assert (work / "step1_ja_tokenizer" / "ja_bpe.model").is_file()  # the finished result is still there
     assert sorted(path.name for path in (work / "step1_ja_tokenizer").parent.glob("step1*")) == ["step1_ja_tokenizer"]
+
+
+def test_step_1_by_sentencepiece_or_on_top_of_other_pieces(places, tiny_tokenizer_dir, candidate_file):
+    corpus, work = places
+    first = run_step("step1_train_tokenizer.py --method sentencepiece", work, tiny_tokenizer_dir, corpus)
+    assert first.returncode == 0, first.stderr
+    metrics = metrics_of(work, "step1")
+    assert (metrics["method"], metrics["skipped"]) == ("sentencepiece", 0)
+    model = read_model(work / "step1_ja_tokenizer" / "ja_bpe.model")
+    assert len(model.pieces) == metrics["vocab_size"] > metrics["new_pieces"]
+    assert not model.normalizer_spec.precompiled_charsmap
+
+    command = f"step1_train_tokenizer.py --start {candidate_file} --sample-mb 0.002"
+    second = run_step(command, work, tiny_tokenizer_dir, corpus, OVERWRITE="1")
+    assert second.returncode == 0, second.stderr
+    base = read_model(tiny_tokenizer_dir / "tokenizer.model")
+    chosen = new_pieces(
+        merge_living(base, choose_pieces(base, read_model(candidate_file), JA, CHINESE).pieces)[0], base
+    )
+    pieces = [piece.piece for piece in read_model(work / "step1_ja_tokenizer" / "ja_bpe.model").pieces]
+    assert pieces[len(base.pieces) :][: len(chosen)] == chosen
+    assert len(pieces) > len(base.pieces) + len(chosen)
+    assert 2000 < metrics_of(work, "step1")["input_bytes"] < 2400
+
+
+def test_step_1_wants_chinese_text_before_it_reads_japanese(places, tiny_tokenizer_dir):
+    corpus, work = places
+    (corpus / "zh_wiki.train.jsonl").unlink()
+    refused = run_step("step1_train_tokenizer.py", work, tiny_tokenizer_dir, corpus, HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2
+    assert "zh_" in refused.stderr
+    assert "reading" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda proto: proto.pieces.add(piece="", score=-1e6, type=NORMAL), "an empty piece"),
+        (lambda proto: proto.pieces.add(piece="sop", score=-1e6, type=NORMAL), "a special token's name"),
+        (lambda proto: proto.pieces.add(piece="の▁の", score=-1e6, type=NORMAL), "a blank inside"),
+        (lambda proto: proto.pieces.add(piece=proto.pieces[-1].piece, score=-1e6, type=NORMAL), "2 times"),
+    ],
+)
+def test_step_2_refuses_bad_candidates(places, tiny_tokenizer_dir, candidate_file, tmp_path, spoil, message):
+    corpus, work = places
+    proto = read_model(candidate_file)
+    spoil(proto)
+    command = f"step2_merge_tokenizer.py --candidates {written(proto, tmp_path)}"
+    refused = run_step(command, work, tiny_tokenizer_dir, corpus)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert list(work.glob("step2*")) == []
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [({"byte_fallback": False}, "no byte fallback"), ({"normalized": True}, "it normalizes text")],
+)
+def test_steps_1_and_2_refuse_a_base_under_other_rules(places, candidate_file, tmp_path, rules, message):
+    corpus, work = places
+    proto = hand_made(["▁", "の"], **rules)
+    if rules.get("normalized"):
+        proto.normalizer_spec.precompiled_charsmap = b"some"
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.model").write_bytes(proto.SerializeToString())
+    for command in ("step1_train_tokenizer.py", f"step2_merge_tokenizer.py --candidates {candidate_file}"):
+        refused = run_step(command, work, tmp_path / "base", corpus)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert list(work.glob("step*")) == []
 
 
 # -------------------------------------------------------------------------------------------------- the real files
@@ -581,8 +864,7 @@ def test_original_chat(original):
     for case in golden("chat_cases.jsonl"):
         assert original.decode(case["ids"]) == case["decoded"]
         rendered = original.apply_chat_template(case["messages"], add_generation_prompt=True)["input_ids"]
-        # a rendered text that holds a role is parsed for it; `llmtuner.data` adds roles by id instead
-        assert (rendered == case["ids"]) == (case["name"] != "injection_user"), case["name"]
+        assert rendered == case["ids"], case["name"]
 
 
 @needs_golden
@@ -601,22 +883,46 @@ def test_original_merge_is_defective_as_published():
 
 @needs_golden
 @needs_corpora
-def test_real_merge_kills_nothing_and_leaves_chinese_alone(original, tmp_path):
-    import pyarrow.parquet
+def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
+    """Learned from a fifth of the text that benchmarks/merge_methods.py reads, so a little less short than there."""
+
+    def documents(name):
+        return pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
 
     def lines(name):
-        texts = pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
-        return [line for text in texts for line in text.split("\n") if line.strip()]
+        return [line for text in documents(name) for line in text.splitlines() if line.strip()]
 
-    chinese_files = [f"zh_{kind}.train" for kind in ("guides", "luxun", "docs", "story", "classic")]
-    base, candidates = read_model(ORIGINAL), read_model(GOLDEN / "seed_ja_bpe.model")
-    choice = choose_pieces(base, candidates, (line for name in chinese_files for line in lines(name)))
-    merged, _ = merge_living(base, choice.pieces)
-    assert len(new_pieces(merged, base)) > 10_000
+    base, reference = read_model(ORIGINAL), [text for name in CHINESE_FILES for text in documents(name)]
+    japanese = documents("ja_wiki.train")[:1200] + documents("ja_aozora.train")[:20]
+    sentences = (sentence for text in japanese for sentence in split_sentences(text))
+    train_bpe(sentences, tmp_path / "original.model", 8000, base_rules=False)
+    as_original = merge_as_original(base, read_model(tmp_path / "original.model"))
+    budget = len(new_pieces(as_original, base))
+    pieces = learned(base, [line for text in japanese for line in text.splitlines()], budget, reference=reference)
+    merged = merge(base, pieces)
+    assert len(pieces) == budget
     assert dead_pieces(base, merged) == []
+    assert len(dead_pieces(base, as_original)) > 10
+    before, after = processor_of(base), processor_of(merged)
+    for name in ("zh_luxun.test", "zh_guides.test", "en_lit.test"):
+        assert compare(before, after, lines(name)).changes == [], name
+        assert len(compare(before, processor_of(as_original), lines(name)).changes) > 20
+    for name in ("ja_wiki.test", "ja_aozora.test", "ja_guides.test"):
+        ours = compare(before, after, documents(name)).tokens_after
+        assert ours < compare(before, processor_of(as_original), documents(name)).tokens_after, name
     file = written(merged, tmp_path)
-    tokenizer = build_fast_tokenizer(file)
-    assert disagreements(tokenizer, file, lines("ja_wiki.test") + lines("zh_luxun.test")) == []
-    assert compare(original, tokenizer, lines("zh_luxun.test") + lines("zh_guides.test")).changes == []
-    assert compare(original, tokenizer, lines("en_lit.test")).changes == []
-    assert compare(original, tokenizer, lines("ja_wiki.test")).token_ratio < 0.68
+    assert disagreements(build_fast_tokenizer(file), after, lines("ja_wiki.test") + lines("zh_luxun.test")) == []
+
+
+@needs_golden
+@needs_corpora
+def test_real_candidates_are_filtered():
+    base, candidates = read_model(ORIGINAL), read_model(GOLDEN / "seed_ja_bpe.model")
+    reference = (
+        text
+        for name in CHINESE_FILES
+        for text in pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
+    )
+    merged, _ = merge_living(base, choose_pieces(base, candidates, JA, reference).pieces)
+    assert len(new_pieces(merged, base)) > 11_000
+    assert dead_pieces(base, merged) == []

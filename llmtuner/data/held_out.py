@@ -51,6 +51,34 @@ def training_documents(source: Source, share: float) -> Iterator[str]:
     return (text for text in read_texts(source) if not is_held_out(text, share))
 
 
+def reference_documents(
+    names: list[str], dataset_info: Path, corpus_dir: Path, share: float, max_bytes: int
+) -> Iterator[str]:
+    """Training text of all files of some data sets alike: what small files leave of their part, larger ones may use.
+
+    Args:
+        names: data sets in `dataset_info`.
+        share: the held-out share, which is left out.
+        max_bytes: UTF-8 bytes of all texts together, at most.
+
+    Raises:
+        InputError: at once, if a data set is nowhere to be found.
+    """
+    sources = [find_source(name, dataset_info, corpus_dir) for name in names]
+    parts = [replace(source, files=(file,)) for source in sources for file in source.files]
+    parts.sort(key=lambda source: Path(source.files[0]).stat().st_size)
+    parts += [source for source in sources if not source.files]  # from the hub
+
+    def documents() -> Iterator[str]:
+        left = max_bytes
+        for number, part in enumerate(parts):
+            for text in up_to_bytes(training_documents(part, share), left // (len(parts) - number)):
+                left -= len(text.encode())
+                yield text
+
+    return documents()
+
+
 def _held_out_documents(source: Source, share: float) -> Iterator[str]:
     return (text for text in read_texts(source) if is_held_out(text, share))
 

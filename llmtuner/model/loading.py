@@ -2,15 +2,17 @@
 
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import InputError
-from llmtuner.tokenizer.fast import build_fast_tokenizer
+from llmtuner.tokenizer.fast import load_tokenizer
 
 # What libraries would print and nobody could act on: bars for reading one file, peft's call of an old name, and
 # DeepSpeed's surprise (it is imported with the Trainer) at a machine without a GPU.
@@ -23,20 +25,6 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(directory: Path | str) -> Any:
-    """The fast tokenizer of a model directory; made from `tokenizer.model` where there is no `tokenizer.json`.
-
-    Raises:
-        InputError: if the directory has neither.
-    """
-    path = Path(directory)
-    if (path / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    if (path / "tokenizer.model").is_file():
-        return build_fast_tokenizer(path / "tokenizer.model")
-    raise InputError(f"{path} has no tokenizer.json or tokenizer.model. A model directory holds its tokenizer too.")
 
 
 def load_model(
@@ -66,13 +54,48 @@ def load_model(
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Where and in which precision a model is evaluated, and what that needs."""
+
+    device: torch.device
+    dtype: torch.dtype | str
+    needed: int
+    """Bytes for its weights."""
+    free: int
+    """Bytes that are free there now."""
+
+    def __str__(self) -> str:
+        where = "GPU" if self.device.type == "cuda" else "CPU"
+        precision = "the precision of its files" if self.dtype == "auto" else str(self.dtype).removeprefix("torch.")
+        text = f"{self.needed / 1e9:.1f} GB of memory on the {where}, in {precision}; {self.free / 1e9:.1f} GB are free"
+        return text + (" - too little: it may be stopped" if self.needed > self.free else "")
+
+
+def plan_evaluation(directory: Path | str) -> Plan:
+    """On a GPU a model keeps the precision of its files; on a CPU fp32 is fastest, and bf16 needs half the memory.
+
+    fp16, in which ChatGLM3 is published, is slow on most CPUs, so it is not used there.
+    """
+    numbers = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) // 2
+    config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    if config.dtype == torch.float32:
+        numbers //= 2
+    where = device()
+    if where.type == "cuda":
+        stored = 4 if config.dtype == torch.float32 else 2
+        return Plan(where, "auto", numbers * stored, torch.cuda.mem_get_info()[0])
+    free = psutil.virtual_memory().available
+    dtype, size = (torch.float32, 4) if numbers * 4 < 0.8 * free else (torch.bfloat16, 2)
+    return Plan(where, dtype, numbers * size, free)
+
+
 def load_for_evaluation(directory: Path | str) -> tuple[PreTrainedModel, Any]:
-    """A model and its tokenizer where they are evaluated fastest: in its own dtype on a GPU, in fp32 on a CPU if small."""
-    small = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) < 2e9
-    dtype: torch.dtype | str = torch.float32 if device().type == "cpu" and small else "auto"
-    model, tokenizer = load_model(directory, dtype), load_tokenizer(directory)
+    """A model and its tokenizer where and in the precision in which they are evaluated fastest (`plan_evaluation`)."""
+    plan = plan_evaluation(directory)
+    model, tokenizer = load_model(directory, plan.dtype), load_tokenizer(directory)
     check_rows(model, tokenizer, directory)
-    return model.to(device()), tokenizer  # type: ignore[arg-type]
+    return model.to(plan.device), tokenizer  # type: ignore[arg-type]
 
 
 def check_rows(model: PreTrainedModel, tokenizer: Any, directory: Path | str) -> None:

@@ -1,5 +1,6 @@
 """ChatGLM3's sentencepiece model as a transformers fast tokenizer: same ids, no remote code, no text read as a role."""
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -29,18 +30,28 @@ SPACE = "▁"  # how sentencepiece writes a space inside a piece
 # Piece types of sentencepiece's protobuf schema
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
-# What ChatGLM3's `build_chat_input` makes of a conversation. Rendered text is parsed for special tokens: only for text
-# that one trusts. Training and chat add roles by id instead.
+# Two characters that Unicode keeps free for uses like this one. The chat template puts them into every name of a special
+# token that a message holds, so that it is not found there; the tokenizer then takes them out of the text again.
+SPLIT = "\ufdd0\ufdd1"
+
+# What ChatGLM3's `build_chat_input` makes of a conversation, roles being read from the template's own text alone.
 CHAT_TEMPLATE = """\
+{%- macro as_text(text) -%}
+    {%- set safe = namespace(text=text) -%}
+    {%- for name in NAMES -%}
+        {%- set safe.text = safe.text | replace(name, name[0] + 'SPLIT' + name[1:]) -%}
+    {%- endfor -%}
+    {{- safe.text -}}
+{%- endmacro -%}
 {{- '[gMASK]sop' -}}
 {%- for message in messages -%}
-    {{- '<|' + message['role'] + '|>' + (message['metadata'] or '') + '\\n' -}}
+    {{- '<|' + message['role'] + '|>' + as_text(message['metadata'] or '') + '\\n' -}}
     {%- set content = message['content'] -%}
     {%- if message['tools'] -%}{%- set content = content + '\\n' + message['tools'] | tojson(indent=4) -%}{%- endif -%}
-    {%- if content -%}{{- ' ' + content -}}{%- endif -%}
+    {%- if content -%}{{- ' ' + as_text(content) -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
-"""
+""".replace("NAMES", repr([*SPECIAL_TOKENS, UNK, BOS, EOS])).replace("SPLIT", SPLIT)
 
 
 def read_model(model_file: Path) -> Any:
@@ -139,7 +150,9 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
     specials = special_ids(proto)
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     backend = Tokenizer(models.BPE(vocabulary, ordered_merges(proto), unk_token=UNK, fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Replace(SPLIT, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
     # Decoding as sentencepiece does: the blanks before the text and behind a special token are the tokenizer's own
     # and go; </s> leaves no trace. Once ▁ has become a blank, it is free to mark the end of a special token meanwhile.
     names = "|".join(map(re.escape, SPECIAL_TOKENS))
@@ -207,13 +220,61 @@ def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFas
     return tokenizer
 
 
+def load_tokenizer(directory: Path | str) -> Any:
+    """The fast tokenizer of a model directory; made from `tokenizer.model` where there is no `tokenizer.json`.
+
+    Where there is a `tokenizer.model`, `encode_batch` uses it: same ids, two to three times as fast.
+
+    Raises:
+        InputError: if the directory has neither, or the two do not hold the same pieces.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(directory)
+    model_file = path / "tokenizer.model"
+    if not (path / "tokenizer.json").is_file():
+        if not model_file.is_file():
+            raise InputError(
+                f"{path} has no tokenizer.json or tokenizer.model. A model directory holds its tokenizer too."
+            )
+        tokenizer: Any = build_fast_tokenizer(model_file)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    if model_file.is_file():
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_proto=read_model(model_file).SerializeToString())
+        pieces = dict(zip(processor.id_to_piece(list(range(len(processor)))), range(len(processor)), strict=True))
+        vocabulary = tokenizer.get_vocab()
+        if any(vocabulary.get(piece) != index for piece, index in pieces.items()) or vocabulary.keys() - {
+            *pieces,
+            *SPECIAL_TOKENS,
+        }:
+            raise InputError(
+                f"tokenizer.json and tokenizer.model in {path} do not hold the same pieces. Take away the one that is wrong."
+            )
+        tokenizer.sentencepiece = processor
+    return tokenizer
+
+
 def encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     """Ids of a text, with no special token added and none read out of the text: "<|user|>" becomes ordinary pieces."""
     return encode_batch(tokenizer, [text])[0]
 
 
 def encode_batch(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
-    """`encode` for many texts at once.
+    """`encode` for many texts at once, by sentencepiece itself if `load_tokenizer` found its model."""
+    processor = getattr(tokenizer, "sentencepiece", None)
+    return encode_by(processor, texts) if processor else encode_by_backend(tokenizer, texts)
+
+
+def encode_by(processor: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts by a sentencepiece processor, which knows no special token but those it must not produce."""
+    return processor.encode(list(texts), num_threads=min(len(texts), os.cpu_count() or 1) or 1)
+
+
+def encode_by_backend(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts by the fast tokenizer.
 
     Calls the backend as transformers' `__call__` does with `split_special_tokens=True`, but without making offsets and
     masks. The switch is set for each call: saved with the tokenizer, it breaks `apply_chat_template`.

@@ -5,24 +5,21 @@ first, so a piece ranked below every native one can only join what the native me
 a piece with a kana, or a Han string that Chinese does not write, finds nothing to join in Chinese and English.
 """
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtuner.console import InputError
-from llmtuner.tokenizer.fast import CONTROL, NORMAL, SPACE, SPECIAL_TOKENS, encode_batch
+from llmtuner.tokenizer.fast import CONTROL, NORMAL, SPACE, SPECIAL_TOKENS, encode_by, encode_by_backend
+from llmtuner.tokenizer.scripts import SHARED, Script, strings_seen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-KANA = r"\u3041-\u3096\u3099-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
-HAN = r"\u3005-\u3007\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_HAS_KANA = re.compile(f"[{KANA}]")
-_HAN_RUN = re.compile(f"[{HAN}]+")
-_KANA_AND_HAN = re.compile(f"[{KANA}{HAN}]+")
+
+BATCH = 4_096  # texts encoded at once
 
 
 @dataclass(frozen=True)
@@ -34,52 +31,60 @@ class Choice:
     """reason -> number of candidates"""
 
 
-def choose_pieces(base: Any, candidates: Any, reference: Iterable[str]) -> Choice:
-    """Picks from the candidates, in their order, those that only Japanese text can hold.
+def new_candidates(base: Any, candidates: Any) -> list[str]:
+    """The pieces of a model that another does not have, in their order.
 
-    A piece must consist of kana and Han characters alone: no digit, Latin letter or punctuation. It must hold a kana,
-    or be a Han string that never occurs in the Chinese reference. A ▁ at its start counts as nothing: such a piece is as
-    harmless as the rest of it, and saves a token where a text or a message begins (2 % of a single sentence's). All its
-    characters must have pieces: one that Chinese spells in bytes goes on being spelled so.
+    Raises:
+        InputError: if a candidate is empty, stands there twice, holds a blank inside or is named like a special token.
+    """
+    native = {piece.piece for piece in base.pieces if piece.type == NORMAL}
+    ordered = [piece.piece for piece in candidates.pieces if piece.type == NORMAL]
+    new = [piece for piece in ordered if piece not in native]
+    problems = [f"{piece!r} {count} times" for piece, count in Counter(ordered).items() if count > 1]
+    problems += ["an empty piece"] * ("" in ordered)
+    problems += [f"{piece!r} with a blank inside" for piece in new if SPACE in piece[1:]]
+    problems += [f"{piece!r}, a special token's name" for piece in new if piece.strip(SPACE) in SPECIAL_TOKENS]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(
+            f"these candidates cannot become pieces: {'; '.join(problems[:5])}{more}. "
+            "Train the candidates anew with step1_train_tokenizer.py."
+        )
+    return new
+
+
+def choose_pieces(base: Any, candidates: Any, script: Script, reference: Iterable[str]) -> Choice:
+    """Picks from the candidates, in their order, those that only text of the new language can hold.
+
+    What a piece must be written with is said by the script. A ▁ at its start counts as nothing: such a piece is as
+    harmless as the rest of it, and saves a token where a text or a message begins. All its characters must have pieces:
+    one that the base spells in bytes goes on being spelled so.
 
     Args:
         base, candidates: sentencepiece models (`read_model`); of the candidates only the order of the pieces counts.
-        reference: Chinese texts, read as a stream.
+        reference: texts of the other language, read as a stream.
+
+    Raises:
+        InputError: as `new_candidates`.
     """
-    native = {piece.piece for piece in base.pieces}
-    ordered = [piece.piece for piece in candidates.pieces if piece.type == NORMAL]
-    reasons: dict[str, str] = {}
-    for piece in ordered:
-        if piece in native:
-            reasons[piece] = "native already"
-        elif not _KANA_AND_HAN.fullmatch(piece.removeprefix(SPACE)):
-            reasons[piece] = "digit, letter or sign"
-    han_only = [piece for piece in ordered if piece not in reasons and not _HAS_KANA.search(piece)]
-    seen = strings_seen({piece.removeprefix(SPACE) for piece in han_only}, reference)
-    reasons |= {piece: "Chinese too" for piece in han_only if piece.removeprefix(SPACE) in seen}
-    characters = native | {piece for piece in ordered if len(piece) == 1 and piece not in reasons}
+    ordered = new_candidates(base, candidates)
+    reasons = {piece: problem for piece in ordered if (problem := script.problem(piece))}
+    shared = {
+        piece: piece.removeprefix(SPACE)
+        for piece in ordered
+        if piece not in reasons and not script.has_own.search(piece)
+    }
+    seen = strings_seen(set(shared.values()), reference, script)
+    reasons |= {piece: SHARED for piece, string in shared.items() if string in seen}
+    characters = {piece.piece for piece in base.pieces}
+    characters |= {piece for piece in ordered if len(piece) == 1 and piece not in reasons}
     for piece in ordered:
         if piece not in reasons and not characters.issuperset(piece):
             reasons[piece] = "of a character in bytes"
     return Choice([piece for piece in ordered if piece not in reasons], Counter(reasons.values()))
 
 
-def strings_seen(strings: set[str], texts: Iterable[str]) -> set[str]:
-    """Those of some Han strings that occur in the texts; memory does not grow with the texts."""
-    waiting: dict[int, set[str]] = {}
-    for string in strings:
-        waiting.setdefault(len(string), set()).add(string)
-    seen: set[str] = set()
-    for text in texts:
-        for run in _HAN_RUN.findall(text):
-            for length, wanted in waiting.items():
-                found = wanted.intersection(run[start : start + length] for start in range(len(run) - length + 1))
-                wanted -= found
-                seen |= found
-    return seen
-
-
-def merge(base: Any, pieces: Sequence[str]) -> Any:
+def merge(base: Any, pieces: Sequence[str], placeholders: bool = True) -> Any:
     """A copy of the base model with nine placeholders for the special tokens and then the new pieces behind its own.
 
     The placeholders are control pieces: no text produces them, and they keep the special tokens at their ids. The new
@@ -92,8 +97,9 @@ def merge(base: Any, pieces: Sequence[str]) -> Any:
         raise InputError("the base tokenizer has new pieces already. Set BASE_MODEL_DIR to the model before any merge.")
     merged = type(base)()
     merged.CopyFrom(base)
-    for token in SPECIAL_TOKENS:
-        merged.pieces.add(piece=token, score=0.0, type=CONTROL)
+    if placeholders:
+        for token in SPECIAL_TOKENS:
+            merged.pieces.add(piece=token, score=0.0, type=CONTROL)
     lowest = min(piece.score for piece in base.pieces if piece.type == NORMAL)
     for rank, piece in enumerate(pieces, start=1):
         merged.pieces.add(piece=piece, score=lowest - rank, type=NORMAL)
@@ -119,18 +125,37 @@ def merge_living(base: Any, pieces: Sequence[str]) -> tuple[Any, list[str]]:
         dead |= dying
 
 
+def merge_as_original(base: Any, candidates: Any) -> Any:
+    """The merge of the project that this one follows, for comparison: every candidate, all with the highest score.
+
+    Equal scores leave the order of merges to sentencepiece, so the result has no `tokenizer.json`.
+
+    Raises:
+        InputError: as `merge` and `new_candidates`.
+    """
+    merged = merge(base, new_candidates(base, candidates))
+    for piece in merged.pieces[len(base.pieces) + len(SPECIAL_TOKENS) :]:
+        piece.score = 0.0
+    return merged
+
+
+def processor_of(proto: Any) -> Any:
+    """A `SentencePieceProcessor` for a model in memory."""
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
 def unreachable(proto: Any) -> set[str]:
     """The normal pieces that no text produces.
 
     A piece is produced somewhere if and only if it is produced from its own characters alone: as long as nothing merges
     across its ends, what happens between them is the same everywhere.
     """
-    import sentencepiece
-
     bare = type(proto)()
     bare.CopyFrom(proto)
     bare.normalizer_spec.add_dummy_prefix = False
-    processor = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+    processor = processor_of(bare)
     normal = {index: piece.piece for index, piece in enumerate(proto.pieces) if piece.type == NORMAL}
     encoded = processor.encode(list(normal.values()), out_type=int)
     return {piece for (index, piece), ids in zip(normal.items(), encoded, strict=True) if ids != [index]}
@@ -164,48 +189,43 @@ class Comparison:
         return self.tokens_after / self.tokens_before
 
 
-def compare(
-    before: "PreTrainedTokenizerFast", after: "PreTrainedTokenizerFast", texts: Sequence[str], window: int = 8
-) -> Comparison:
+def compare(before: Any, after: Any, texts: Sequence[str], window: int = 8) -> Comparison:
     """Counts tokens and collects the texts whose ids differ.
 
     Args:
+        before, after: sentencepiece processors (`processor_of`).
         texts: at least one that is not empty.
         window: tokens that are shown of a change.
     """
     tokens_before = tokens_after = 0
     changes = []
-    for old, new in zip(encode_batch(before, texts), encode_batch(after, texts), strict=True):
-        tokens_before += len(old)
-        tokens_after += len(new)
-        if old != new:
-            first = next((at for at, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), 0)
-            shown = slice(first, first + window)
-            changes.append(Change(_pieces(before, old[shown]), _pieces(after, new[shown])))
+    for start in range(0, len(texts), BATCH):
+        batch = list(texts[start : start + BATCH])
+        for old, new in zip(encode_by(before, batch), encode_by(after, batch), strict=True):
+            tokens_before += len(old)
+            tokens_after += len(new)
+            if old != new:
+                first = next((at for at, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), 0)
+                shown = slice(first, first + window)
+                changes.append(Change(before.id_to_piece(old[shown]), after.id_to_piece(new[shown])))
     return Comparison(len(texts), tokens_before, tokens_after, changes)
 
 
-def _pieces(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> list[str]:
-    return [str(tokenizer.convert_ids_to_tokens(index)) for index in ids]
-
-
-def disagreements(tokenizer: "PreTrainedTokenizerFast", model_file: Path, texts: Sequence[str]) -> list[str]:
-    """The texts to which a fast tokenizer and the sentencepiece model it was made from give different ids."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    expected = processor.encode(list(texts), out_type=int)
-    return [
-        text for text, ids, fast in zip(texts, expected, encode_batch(tokenizer, texts), strict=True) if ids != fast
-    ]
+def disagreements(tokenizer: "PreTrainedTokenizerFast", processor: Any, texts: Sequence[str]) -> list[str]:
+    """The texts to which a fast tokenizer and a sentencepiece processor give different ids."""
+    fast, expected = encode_by_backend(tokenizer, texts), encode_by(processor, texts)
+    return [text for text, ids, wanted in zip(texts, fast, expected, strict=True) if ids != wanted]
 
 
 def kinds(pieces: Iterable[str]) -> Counter[str]:
-    """Counts pieces by what they are written with."""
+    """Counts pieces by the scripts they are written with, as in "han + hiragana"; "marks" are punctuation."""
 
-    def kind(piece: str) -> str:
-        if not _HAS_KANA.search(piece):
-            return "one kanji" if len(piece) == 1 else "several kanji"
-        return "kanji and kana" if _HAN_RUN.search(piece) else "kana"
+    def script(character: str) -> str:
+        if not unicodedata.category(character).startswith(("L", "M")) and character not in "〇々":
+            return "marks"
+        name = unicodedata.name(character, "other").split()[0].lower()
+        return {"cjk": "han", "ideographic": "han", "katakana-hiragana": "katakana"}.get(name, name)
 
-    return Counter(map(kind, pieces))
+    return Counter(
+        " + ".join(sorted({script(character) for character in piece.removeprefix(SPACE)})) for piece in pieces
+    )

@@ -1,4 +1,4 @@
-"""Texts -> sentences -> a sentencepiece BPE model under ChatGLM3's rules, for its pieces to be merged in step 2."""
+"""Texts -> sentences -> a sentencepiece BPE model, as the original trained it or under ChatGLM3's rules."""
 
 import io
 import os
@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmtuner.console import InputError
 
@@ -22,6 +23,14 @@ _SENTENCE = re.compile(
     """,
     re.VERBOSE,
 )
+BASE_RULES: dict[str, Any] = {
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": True,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": False,
+    "split_digits": True,
+    "byte_fallback": True,
+}
 _NOT_CHARACTERS = 3 + 256  # <unk> <s> </s> and the bytes
 
 
@@ -95,6 +104,7 @@ def train_bpe(
     character_coverage: float = 0.9995,
     required_characters: str = "",
     threads: int | None = None,
+    base_rules: bool = True,
 ) -> Training:
     """Trains a sentencepiece BPE model that treats text as ChatGLM3's does, so that its pieces fit in there.
 
@@ -111,6 +121,7 @@ def train_bpe(
         character_coverage: share of the text whose characters become pieces; rarer ones are spelled in bytes.
         required_characters: become pieces even if the text does not hold them.
         threads: default all cores; the result does not depend on it.
+        base_rules: False trains under sentencepiece's own rules, as the original did; for comparison only.
 
     Raises:
         InputError: if there is no sentence, or sentencepiece refuses the settings.
@@ -144,12 +155,7 @@ def train_bpe(
                 hard_vocab_limit=False,
                 character_coverage=character_coverage,
                 required_chars=required_characters,
-                normalization_rule_name="identity",
-                add_dummy_prefix=True,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=False,
-                split_digits=True,
-                byte_fallback=True,
+                **(BASE_RULES if base_rules else {}),
                 max_sentence_length=MAX_SENTENCE_BYTES,
                 num_threads=threads or os.cpu_count() or 1,
                 minloglevel=2,

@@ -17,7 +17,8 @@ from llmtuner.data.sources import find_source
 from llmtuner.data.template import Template
 from llmtuner.hparams import ATTENTION, Arguments, DataArguments
 from llmtuner.model.adapters import prepare_for_training, save_adapter
-from llmtuner.model.loading import check_rows, load_model, load_tokenizer
+from llmtuner.model.loading import check_rows, load_model
+from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.trainer import InitialLoss, PackedTrainer
 
 SEQUENCES_FOR_INITIAL_LOSS = 8  # per data set; more would cost time and change little

@@ -1,0 +1,197 @@
+"""Merges Japanese pieces into ChatGLM3's tokenizer in several ways, and shows what each does to ja, zh, en and code.
+
+    python benchmarks/merge_methods.py --base DIR/tokenizer.model --corpora DIR [--candidates FILE.model] [--sample-mb MB]
+
+`--corpora` holds ja_wiki.train.*, ja_aozora.train.*, zh_*.train.* to learn from and ja_*.test.*, zh_*.test.*, en_*.test.*
+to measure on; code is Python's own standard library. `--candidates` is the piece list of another Japanese tokenizer.
+Japanese is counted by documents, relative to the base tokenizer. A changed line is one whose ids differ; "beyond quotes"
+are those among them without any character that Chinese and English do not write: these must be 0.
+"""
+
+import argparse
+import platform
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llmtuner.console import run_script, say, table, write_json
+from llmtuner.data.sources import FILE_KINDS, Source, read_texts
+from llmtuner.tokenizer.fast import SPECIAL_TOKENS, encode_by, read_model
+from llmtuner.tokenizer.learning import learn_pieces, read_lines
+from llmtuner.tokenizer.merging import (
+    choose_pieces,
+    compare,
+    dead_pieces,
+    merge,
+    merge_as_original,
+    merge_living,
+    processor_of,
+)
+from llmtuner.tokenizer.scripts import SCRIPTS
+from llmtuner.tokenizer.training import mix_by_bytes, split_sentences, train_bpe
+
+SCRIPT = SCRIPTS["japanese"]
+CODE_FILES = 400
+SEED = "seed list"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="compare ways of merging Japanese pieces")
+    parser.add_argument("--base", type=Path, required=True, help="ChatGLM3's tokenizer.model")
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument("--candidates", type=Path, help="a sentencepiece model whose pieces are merged too")
+    parser.add_argument("--sample-mb", type=float, default=1e6, help="Japanese text to learn from, at most")
+    parser.add_argument("--vocab-size", type=int, default=20_000, help="of sentencepiece models")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "merge_methods.json")
+    options = parser.parse_args()
+    corpora = options.corpora
+
+    def japanese() -> Iterator[str]:
+        streams = {name: texts(corpora, f"ja_{name}.train.*") for name in ("wiki", "aozora")}
+        for _, text in mix_by_bytes(streams, {"wiki": 0.8, "aozora": 0.2}, int(options.sample_mb * 1e6)):
+            yield text
+
+    def chinese() -> Iterator[str]:
+        return texts(corpora, "zh_*.train.*")
+
+    base = read_model(options.base)
+    native = len(base.pieces) + len(SPECIAL_TOKENS)
+    merges: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+
+    def learned(start: Any, count: int) -> list[str]:
+        lines = read_lines(start, (line for text in japanese() for line in text.splitlines() if line.strip()), SCRIPT)
+        return list(learn_pieces(lines, count, SCRIPT, chinese()))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, base_rules in (("original", False), ("original, base's rules", True)):
+            file, start = Path(scratch) / "candidates.model", time.perf_counter()
+            train_bpe(
+                (s for text in japanese() for s in split_sentences(text)),
+                file,
+                options.vocab_size,
+                base_rules=base_rules,
+            )
+            seconds[name] = round(time.perf_counter() - start, 1)
+            merges[name] = merge_as_original(base, read_model(file))
+            if base_rules:
+                chosen = choose_pieces(base, read_model(file), SCRIPT, chinese()).pieces
+                merges["the same pieces, filtered, below"] = merge_living(base, chosen)[0]
+    budgets = {name: len(merges[name].pieces) - native for name in ("original", "original, base's rules")}
+    start = time.perf_counter()
+    pieces = learned(base, max(budgets.values()))
+    seconds["continued BPE"] = round(time.perf_counter() - start, 1)
+    for name, budget in budgets.items():
+        merges[f"continued BPE, budget of {name}"] = merge_living(base, pieces[:budget])[0]
+    if options.candidates:
+        candidates = read_model(options.candidates)
+        merges[f"{SEED}: original"] = merge_as_original(base, candidates)
+        budgets[SEED] = len(merges[f"{SEED}: original"].pieces) - native
+        chosen = choose_pieces(base, candidates, SCRIPT, chinese()).pieces
+        living = merge_living(base, chosen)[0]
+        merges[f"{SEED}: filtered, below"] = living
+        kept = [piece.piece for piece in living.pieces[native:]]
+        more = learned(merge(base, kept, placeholders=False), budgets[SEED] - len(kept))
+        merges[f"{SEED}: filtered, below, filled up by continued BPE"] = merge_living(base, kept + more)[0]
+        merges[f"continued BPE, budget of {SEED}"] = merge_living(base, pieces[: budgets[SEED]])[0]
+
+    ja = {file.name.split(".")[0]: list(read(file)) for file in sorted(corpora.glob("ja_*.test.*"))}
+    others = {
+        language: [
+            line for text in texts(corpora, f"{language}_*.test.*") for line in text.splitlines() if line.strip()
+        ]
+        for language in ("zh", "en")
+    }
+    others["code"] = code_lines()
+    rows, results = [], {}
+    before = processor_of(base)
+    for name, merged in merges.items():
+        after = processor_of(merged)
+        result: dict[str, Any] = {"added": len(merged.pieces) - native, "dead": len(dead_pieces(base, merged))}
+        result["ja"] = {file: round(compare(before, after, texts).token_ratio, 4) for file, texts in ja.items()}
+        for language, lines in others.items():
+            changed = [line for line, old, new in split_by_both(before, after, lines) if old != new]
+            result[language] = {
+                "lines": len(lines),
+                "changed": len(changed),
+                "beyond quotes": sum(not quotes_japanese(line) for line in changed),
+            }
+        results[name] = result
+        rows.append(
+            [name, f"{result['added']:,}", *(f"{ratio:.4f}" for ratio in result["ja"].values())]
+            + [f"{result[lang]['changed']:,} / {result[lang]['beyond quotes']:,}" for lang in others]
+            + [f"{result['dead']}"]
+        )
+    counts = [f"{language} of {len(lines):,}" for language, lines in others.items()]
+    say(table(["merge", "added", *ja, *counts, "dead"], rows))
+    say("\nzh, en, code: changed lines / changed lines beyond quotes")
+    say(f"seconds to learn: {seconds}")
+    relative = {}
+    for name in budgets:
+        ours = [
+            key
+            for key in results
+            if key.endswith((f"budget of {name}", "filled up by continued BPE")) and key.startswith((SEED, "continued"))
+        ]
+        theirs = results[name if name in results else f"{name}: original"]
+        for key in ours:
+            if results[key]["added"] == theirs["added"]:
+                relative[f"{key} / {name}"] = {
+                    file: round(results[key]["ja"][file] / theirs["ja"][file], 4) for file in ja
+                }
+    say(
+        table(
+            ["tokens relative to the original's method", *ja],
+            [[key, *map(str, row.values())] for key, row in relative.items()],
+        )
+    )
+    write_json(
+        options.output,
+        {
+            "python": platform.python_version(),
+            "arguments": {"sample_mb": options.sample_mb, "vocab_size": options.vocab_size},
+            "seconds": seconds,
+            "merges": results,
+            "relative": relative,
+        },
+    )
+
+
+def texts(directory: Path, pattern: str) -> Iterator[str]:
+    for file in sorted(directory.glob(pattern)):
+        if file.suffix in FILE_KINDS:
+            yield from read(file)
+
+
+def read(file: Path) -> Iterator[str]:
+    return read_texts(Source(name=file.name, files=(str(file),), columns={"prompt": "text"}))
+
+
+def code_lines() -> list[str]:
+    """Lines of Python's standard library."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:CODE_FILES]
+    return [
+        line
+        for file in files
+        for line in file.read_text(encoding="utf-8", errors="ignore").splitlines()
+        if line.strip()
+    ]
+
+
+def split_by_both(before: Any, after: Any, lines: list[str]) -> Iterator[tuple[str, list[int], list[int]]]:
+    return zip(lines, encode_by(before, lines), encode_by(after, lines), strict=True)
+
+
+def quotes_japanese(line: str) -> bool:
+    """Whether a line holds a kana, or a Han character outside GB 2312 (Japanese or traditional script)."""
+    return bool(SCRIPT.has_own.search(line)) or any(map(SCRIPT.stranger, SCRIPT.shared_run.findall(line)))
+
+
+if __name__ == "__main__":
+    run_script(main)
