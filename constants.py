@@ -35,6 +35,8 @@ class Profile:
     """Step 1 reads about this much text; more costs time and memory and hardly changes the pieces."""
     reference_bytes: int
     """Steps 1 and 2 read about this much Chinese text to know which Han strings are Chinese too."""
+    init: str
+    """Where step 3 starts new embedding rows, unless `--init` says otherwise."""
     held_out_bytes: int
     """UTF-8 bytes per language on which bits per byte and segmentations are measured."""
     window: int
@@ -48,6 +50,7 @@ PROFILES = {
         ja_vocab_size=1_500,
         tokenizer_sample_bytes=20_000_000,
         reference_bytes=40_000_000,
+        init="focus",
         held_out_bytes=60_000,
         window=256,
     ),
@@ -57,6 +60,7 @@ PROFILES = {
         ja_vocab_size=20_000,
         tokenizer_sample_bytes=100_000_000,
         reference_bytes=200_000_000,
+        init="mean",
         held_out_bytes=500_000,
         window=1024,
     ),
@@ -223,6 +227,21 @@ def held_out_texts(language: str) -> list[str]:
     return held_out.held_out_texts(
         test_set, training_sets, DATASET_INFO, CORPUS_DIR, VALIDATION_SHARE, PROFILE.held_out_bytes
     )
+
+
+def japanese_texts(max_bytes: int) -> Iterator[tuple[str, str]]:
+    """Japanese training text in the shares of `TOKENIZER_MIX`: (data set, text).
+
+    Raises:
+        InputError: at once, if a data set is nowhere to be found.
+    """
+    from llmtuner.data.held_out import training_documents
+    from llmtuner.data.sources import find_source
+    from llmtuner.tokenizer.training import mix_by_bytes
+
+    sources = {name: find_source(name, DATASET_INFO, CORPUS_DIR) for name in TOKENIZER_MIX}
+    streams = {name: training_documents(source, VALIDATION_SHARE) for name, source in sources.items()}
+    return mix_by_bytes(streams, TOKENIZER_MIX, max_bytes)
 
 
 def reference_texts() -> Iterator[str]:

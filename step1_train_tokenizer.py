@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import constants
-from constants import CORPUS_DIR, DATASET_INFO, JA_TOKENIZER, PROFILE, TOKENIZER_MIX, VALIDATION_SHARE
+from constants import CORPUS_DIR, JA_TOKENIZER, PROFILE, TOKENIZER_MIX
 from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, table, whole_directory
 
 
@@ -37,27 +37,23 @@ def main() -> None:
     constants.start_step("step1")
     base_model = constants.require_base_model(weights=False) / "tokenizer.model"
     constants.require_corpus()
-    from llmtuner.data.held_out import training_documents
-    from llmtuner.data.sources import find_source
     from llmtuner.tokenizer.fast import check_rules, read_model
     from llmtuner.tokenizer.merging import kinds, merge, merge_as_original, new_candidates, processor_of
-    from llmtuner.tokenizer.training import mix_by_bytes, short_sentences, split_sentences, train_bpe
+    from llmtuner.tokenizer.training import short_sentences, split_sentences, train_bpe
 
-    sources = {name: find_source(name, DATASET_INFO, CORPUS_DIR) for name in TOKENIZER_MIX}
     held_out = constants.held_out_texts("ja")
+    next(constants.japanese_texts(1))
     next(constants.reference_texts(), None)
     base = read_model(base_model)
     check_rules(base, base_model)
 
     # Load: documents in their shares, as a stream.
     heading("Step 1: learn Japanese pieces")
-    read = {name: {"documents": 0, "bytes": 0} for name in sources}
+    read: dict[str, dict[str, int]] = {}
 
     def documents() -> Iterator[str]:
-        for name in read:
-            read[name] = {"documents": 0, "bytes": 0}
-        streams = {name: training_documents(source, VALIDATION_SHARE) for name, source in sources.items()}
-        mixed = mix_by_bytes(streams, TOKENIZER_MIX, int(options.sample_mb * 1e6))
+        read.update({name: {"documents": 0, "bytes": 0} for name in TOKENIZER_MIX})
+        mixed = constants.japanese_texts(int(options.sample_mb * 1e6))
         for name, text in progress(mixed, "reading", unit=" documents"):
             read[name]["documents"] += 1
             read[name]["bytes"] += len(text.encode())

@@ -1,16 +1,27 @@
 """Step 3: grow the model's input and output embeddings for the pieces that step 2 added.
 
     python step3_resize_model.py
+    python step3_resize_model.py --init mean              start the new rows in another way; --help lists them
+    python step3_resize_model.py --norm-correction        scale new input rows to the usual length
 
-Every new row starts as the mean of the rows of the native pieces that spelled the new piece until now, in both
-matrices. Old rows keep every bit. The weights go from disk to disk; memory holds one embedding matrix of them. The
-result, the Zero model, loads in plain transformers without remote code. BASE_MODEL_DIR may be ChatGLM3 as published.
+Old rows keep every bit. New output rows are weighted means of old ones, so no new piece wins against the old ones, and
+greedy answers in Chinese and English stay what they were. The weights go from disk to disk; memory holds one embedding
+matrix of them. The result, the Zero model, loads in plain transformers without remote code. BASE_MODEL_DIR may be
+ChatGLM3 as published.
 """
 
-import constants
-from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, heading, run_script, say, whole_directory
+import argparse
+from typing import TYPE_CHECKING, Any, Literal
 
+import constants
+from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, PROFILE, ZERO_DIR
+from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, whole_directory
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = ("focus", "mean", "first_weighted", "last_weighted", "global_mean", "random")
+FOCUS_BYTES = 30_000_000  # Japanese text from which "focus" knows which pieces are used alike
 SMALL_BYTES = 2e9  # of weights; a larger model is not loaded twice only to compare logits
 PROBES = [  # asked of base and Zero model: their logits over old ids must be equal
     "你好，请介绍一下你自己。",
@@ -21,30 +32,53 @@ PROBES = [  # asked of base and Zero model: their logits over old ids must be eq
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="grow the embeddings for the new pieces")
+    parser.add_argument(
+        "--init", choices=METHODS, default=PROFILE.init, help="where new rows start (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--norm-correction", action="store_true", help="scale new input rows to the native rows' length"
+    )
+    options = parser.parse_args()
+
     constants.start_step("step3", MERGED_TOKENIZER_DIR)
     constants.require_base_model(published=True)
+    if options.init == "focus":
+        constants.require_corpus()
     watch = Stopwatch()
 
+    from llmtuner.model import initialising
     from llmtuner.model.adapters import copy_tokenizer
     from llmtuner.model.chatglm import is_published
-    from llmtuner.model.growing import find_new_pieces, grow_checkpoint, same_rows
+    from llmtuner.model.growing import grow_checkpoint, same_rows
     from llmtuner.model.shards import read_json, writing_into
     from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
 
-    heading("grow the embeddings")
-    new = find_new_pieces(BASE_MODEL_DIR / "tokenizer.model", MERGED_TOKENIZER_DIR / "tokenizer.model")
+    heading("Step 3: grow the embeddings")
+    new = initialising.find_new_pieces(BASE_MODEL_DIR / "tokenizer.model", MERGED_TOKENIZER_DIR / "tokenizer.model")
+    merged_tokenizer = load_tokenizer(MERGED_TOKENIZER_DIR)
+    weights = usage_weights(merged_tokenizer, new) if options.init == "focus" else None
+
+    def make_rows(matrix: "torch.Tensor", which: Literal["input", "output"]) -> "torch.Tensor":
+        # A longer output row would win against old ones: only input rows are scaled.
+        scaled = options.norm_correction and which == "input"
+        return initialising.new_rows(matrix, new, options.init, scaled, seed=int(which == "output"), weights=weights)
+
     with writing_into(ZERO_DIR), whole_directory(ZERO_DIR) as partial:
         copy_tokenizer(MERGED_TOKENIZER_DIR, partial)
-        grown = grow_checkpoint(BASE_MODEL_DIR, partial, new, constants.EMBEDDING_ROWS_MULTIPLE)
+        grown = grow_checkpoint(BASE_MODEL_DIR, partial, new, constants.EMBEDDING_ROWS_MULTIPLE, make_rows)
         if not same_rows(BASE_MODEL_DIR, partial, new.first_id):
             raise InputError(f"rows just written to {partial} came back changed. Check the disk and run step 3 again.")
     say(f"{grown.old_rows:,} rows -> {grown.rows:,} rows, a multiple of {constants.EMBEDDING_ROWS_MULTIPLE}")
     say(f"the first {new.first_id:,} rows of both matrices are the base's, bit by bit; {grown.written}")
+    say(f"new rows: {initialising.METHODS[options.init]}{', input rows scaled' if options.norm_correction else ''}")
+    if options.init not in initialising.CONVEX:
+        say("such output rows can win against old ones: Chinese and English answers may change")
 
-    heading("some new pieces and the native pieces whose rows they start from")
-    base_tokenizer, zero_tokenizer = load_tokenizer(BASE_MODEL_DIR), load_tokenizer(ZERO_DIR)
+    heading("some new pieces and the native pieces whose rows they replace")
+    base_tokenizer = load_tokenizer(BASE_MODEL_DIR)
     for offset in range(0, len(new.spellings), max(1, len(new.spellings) // 8)):
-        piece = zero_tokenizer.convert_ids_to_tokens(new.first_id + offset)
+        piece = merged_tokenizer.convert_ids_to_tokens(new.first_id + offset)
         say(f"  {piece}  <-  {' '.join(base_tokenizer.convert_ids_to_tokens(new.spellings[offset]))}")
 
     difference = None
@@ -60,11 +94,23 @@ def main() -> None:
             "new_rows": grown.rows,
             "old_rows_identical": True,
             "old_logits_max_diff": difference,
-            "init": "mean of the native pieces' rows, input and output",
+            "init": options.init,
+            "norm_correction": options.norm_correction,
             "seconds": watch.seconds(),
         },
     )
     say(f"\nstep 3 done: the Zero model is in {ZERO_DIR}. Next: python step4_test_zero.py")
+
+
+def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
+    """Which native pieces are used like each new one in Japanese text, for the method "focus"."""
+    from llmtuner.model.initialising import focus_weights, static_vectors
+    from llmtuner.tokenizer.fast import encode_batch
+
+    documents = (text for _, text in progress(constants.japanese_texts(FOCUS_BYTES), "reading", unit=" documents"))
+    ids = (ids for text in documents for ids in encode_batch(tokenizer, [text]))
+    vectors = static_vectors(ids, new.end)
+    return focus_weights(vectors, new)
 
 
 def largest_difference(prompts: list[list[int]], old_ids: int) -> float:

@@ -86,7 +86,7 @@ def grow(source: Path, destination: Path) -> None:
 
 
 def new_pieces(generator):  # type: ignore[no-untyped-def]
-    from llmtuner.model.growing import NewPieces
+    from llmtuner.model.initialising import NewPieces
 
     spellings = [generator.sample(range(3, FIRST_NEW_ID - 9), 3) for _ in range(NEW_PIECES)]
     return NewPieces(FIRST_NEW_ID, spellings, 0)

@@ -27,8 +27,8 @@ from llmtuner.eval.answers import answer_all
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.model.adapters import copy_tokenizer, merge_adapter
 from llmtuner.model.chatglm import convert
-from llmtuner.model.growing import NewPieces, find_new_pieces, grow_checkpoint
-from llmtuner.model.initialising import METHODS, focus_weights, new_rows, static_vectors
+from llmtuner.model.growing import grow_checkpoint
+from llmtuner.model.initialising import METHODS, NewPieces, find_new_pieces, focus_weights, new_rows, static_vectors
 from llmtuner.model.loading import load_for_evaluation, load_model
 from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
 

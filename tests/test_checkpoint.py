@@ -22,7 +22,8 @@ import constants
 from llmtuner.console import InputError, whole_directory
 from llmtuner.model import shards
 from llmtuner.model.chatglm import check_tokenizer, convert, glm_settings, open_published
-from llmtuner.model.growing import MATRICES, NewPieces, grow_checkpoint, mean_rows, same_rows
+from llmtuner.model.growing import MATRICES, grow_checkpoint, same_rows
+from llmtuner.model.initialising import NewPieces, find_new_pieces, median_norm, new_rows
 from llmtuner.model.shards import LazyTensor, concatenate, in_memory, open_checkpoint, write_checkpoint
 from llmtuner.tokenizer.fast import NORMAL, read_model
 
@@ -736,7 +737,7 @@ def test_growing_keeps_every_old_bit(tmp_path, tiny_tokenizer_dir, dtype, monkey
         assert torch.equal(now[FIRST], ((old[5].float() + old[9].float()) / 2).to(dtype))
         assert torch.equal(now[FIRST + 1], old[7])
         assert torch.allclose(now[NEW.end - 1].float(), old[NEW.spellings[-1]].float().mean(dim=0), rtol=0.01)
-        assert torch.equal(now[FIRST : NEW.end], mean_rows(old, NEW).to(dtype))
+        assert torch.equal(now[FIRST : NEW.end], new_rows(old, NEW, "mean").to(dtype))
         assert torch.equal(now[NEW.end :], old[UNKNOWN].expand(576 - NEW.end, -1))
         assert NEW.end < 576
     assert AutoConfig.from_pretrained(tmp_path / "zero").dtype == dtype
@@ -763,19 +764,19 @@ def test_grown_model_has_the_logits_of_its_base(glm, model, tmp_path):
 def test_rows_come_from_the_callers_function(glm, tmp_path):
     seen = []
 
-    def new_rows(matrix, which):
+    def make_rows(matrix, which):
         seen.append((which, tuple(matrix.shape), matrix.dtype))
         return torch.full((len(NEW.spellings), 64), {"input": 1.0, "output": 2.0}[which])
 
-    grow(glm, tmp_path / "zero", new_rows=new_rows)
+    grow(glm, tmp_path / "zero", make_rows=make_rows)
     assert sorted(seen) == [("input", (512, 64), torch.float32), ("output", (512, 64), torch.float32)]
     after = load_file(tmp_path / "zero" / "model.safetensors")
     assert (after["model.embed_tokens.weight"][FIRST : NEW.end] == 1).all()
     assert (after["lm_head.weight"][FIRST : NEW.end] == 2).all()
     with pytest.raises(ValueError, match="162 new pieces"):
-        grow(glm, tmp_path / "wrong", new_rows=lambda matrix, which: torch.ones(3, 64))
+        grow(glm, tmp_path / "wrong", make_rows=lambda matrix, which: torch.ones(3, 64))
     with pytest.raises(InputError, match="NaN or infinity"):
-        grow(glm, tmp_path / "wrong", new_rows=lambda matrix, which: torch.full((162, 64), float("nan")))
+        grow(glm, tmp_path / "wrong", make_rows=lambda matrix, which: torch.full((162, 64), float("nan")))
     assert not (tmp_path / "wrong").exists()
 
 
@@ -872,6 +873,7 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
         monkeypatch.setattr(step3, name, value)
     monkeypatch.setattr(constants, "WORK_DIR", tmp_path / "work")
     monkeypatch.setattr(constants, "METRICS_DIR", tmp_path / "work" / "metrics")
+    monkeypatch.setattr(sys, "argv", ["step3_resize_model.py", "--init", "mean", "--norm-correction"])
     for where, instead, message in (
         ("shards._write_tensor", fill_disk, "the disk filled up while writing"),
         ("growing.same_rows", lambda *_: False, "came back changed"),
@@ -885,6 +887,12 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
     metrics = constants.load_metrics("step3")
     assert (metrics["old_rows"], metrics["new_rows"], metrics["old_rows_identical"]) == (512, 512, True)
     assert metrics["old_logits_max_diff"] is None
+    assert (metrics["init"], metrics["norm_correction"]) == ("mean", True)
+    rows = {one.name: one.read_rows(0, 512).float() for one in open_checkpoint(zero).values() if one.name in MATRICES}
+    new = find_new_pieces(published / "tokenizer.model", merged / "tokenizer.model")
+    embeddings, head = rows["model.embed_tokens.weight"], rows["lm_head.weight"]
+    assert torch.allclose(embeddings[new.first_id : new.end].norm(dim=1), torch.tensor(median_norm(embeddings, new)))
+    assert torch.allclose(head[new.first_id : new.end], new_rows(head, new, "mean"))  # output rows stay means
 
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; directory = sys.argv[1];"

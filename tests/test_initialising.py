@@ -10,10 +10,10 @@ import torch
 
 from llmtuner.console import InputError
 from llmtuner.model import initialising
-from llmtuner.model.growing import NewPieces
 from llmtuner.model.initialising import (
     CONVEX,
     METHODS,
+    NewPieces,
     combine,
     focus_weights,
     median_norm,

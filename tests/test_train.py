@@ -7,7 +7,8 @@ import torch
 
 from llmtuner.console import InputError
 from llmtuner.hparams import get_train_args, override
-from llmtuner.model.growing import NewPieces, grow_checkpoint
+from llmtuner.model.growing import grow_checkpoint
+from llmtuner.model.initialising import NewPieces
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.tuner import export_model, run_exp

@@ -2,11 +2,8 @@
 
 The checkpoint is copied from disk to disk, tensor by tensor: of the weights, memory holds one embedding matrix.
 
-By default a new row is the mean of the rows of the native pieces that spelled the new piece until now: its bytes or
-sub-pieces (the common strong baseline, e.g. SambaLingo, arXiv 2404.05829). For output rows this has a useful
-consequence: the new logit is the mean of native logits, so, but for the rounding of stored rows, it never exceeds the
-greatest of them, and greedy answers stay what they were. Step 4 measures whether they did.
-Rows of padding are copies of `<unk>`'s, which is never a target, so they stay inert for the same reason.
+Where new rows come from is another room (initialising.py). Rows of padding are copies of `<unk>`'s, which is never a
+target, so they stay inert.
 """
 
 from collections.abc import Callable
@@ -18,6 +15,7 @@ import torch
 
 from llmtuner.console import InputError
 from llmtuner.model.chatglm import is_published, open_published
+from llmtuner.model.initialising import NewPieces, new_rows
 from llmtuner.model.shards import (
     Checkpoint,
     LazyTensor,
@@ -36,72 +34,12 @@ NewRows = Callable[[torch.Tensor, Literal["input", "output"]], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class NewPieces:
-    """Which ids are new, and which native ids spell each of them."""
-
-    first_id: int
-    spellings: list[list[int]]
-    unknown_id: int
-
-    @property
-    def end(self) -> int:
-        return self.first_id + len(self.spellings)
-
-
-@dataclass(frozen=True)
 class Grown:
     """What `grow_checkpoint` did: embedding rows before and after, and what was written."""
 
     old_rows: int
     rows: int
     written: Written
-
-
-def find_new_pieces(base_tokenizer: Path, merged_tokenizer: Path) -> NewPieces:
-    """Compares two sentencepiece models; new pieces stand behind the base's and the special tokens.
-
-    Raises:
-        InputError: if the second does not continue the first.
-    """
-    import sentencepiece
-
-    from llmtuner.tokenizer.fast import SPECIAL_TOKENS
-
-    base = sentencepiece.SentencePieceProcessor(model_file=str(base_tokenizer))
-    merged = sentencepiece.SentencePieceProcessor(model_file=str(merged_tokenizer))
-    size = base.get_piece_size()
-    if any(base.id_to_piece(i) != merged.id_to_piece(i) for i in range(size)):
-        raise InputError(
-            f"{merged_tokenizer} does not begin with the pieces of {base_tokenizer}. Merge again with this base."
-        )
-    first_id = size + len(SPECIAL_TOKENS)
-    newline = base.encode("\n")  # [▁, newline]: what follows is spelled as inside a text
-    spellings = []
-    for new_id in range(first_id, merged.get_piece_size()):
-        text = merged.id_to_piece(new_id).replace("▁", " ")
-        spellings.append(base.encode("\n" + text)[len(newline) :])
-    return NewPieces(first_id, spellings, base.unk_id())
-
-
-@one_thread()
-def mean_rows(matrix: torch.Tensor, new: NewPieces) -> torch.Tensor:
-    """For each new piece the mean, formed in fp32, of the rows of the pieces that spell it.
-
-    Args:
-        matrix: [old rows, width], any floating-point dtype.
-
-    Returns:
-        [new, width] in fp32
-    """
-    rows = torch.zeros(len(new.spellings), matrix.shape[1])
-    for start in range(0, len(rows), 512):  # a call of torch for each piece would take a minute on busy cores
-        spellings = new.spellings[start : start + 512]
-        lengths = torch.tensor([len(spelling) for spelling in spellings])
-        ids = torch.tensor([native for spelling in spellings for native in spelling])
-        into = torch.arange(start, start + len(spellings)).repeat_interleave(lengths)
-        rows.index_add_(0, into, matrix[ids].float())
-        rows[start : start + 512] /= lengths[:, None]
-    return rows
 
 
 def open_base(directory: Path) -> Checkpoint:
@@ -138,7 +76,7 @@ def open_base(directory: Path) -> Checkpoint:
 
 
 def grow_checkpoint(
-    source: Path, destination: Path, new: NewPieces, multiple: int, new_rows: NewRows | None = None
+    source: Path, destination: Path, new: NewPieces, multiple: int, make_rows: NewRows | None = None
 ) -> Grown:
     """Writes the model of `source` into `destination`, a directory that exists, with rows for the new pieces.
 
@@ -147,7 +85,7 @@ def grow_checkpoint(
 
     Args:
         source: a Glm checkpoint, or ChatGLM3 as published.
-        new_rows: makes the new rows of either matrix; `mean_rows` by default.
+        make_rows: makes the new rows of either matrix; means of the native pieces' rows by default.
 
     Raises:
         InputError: if `source` is no such checkpoint or has fewer rows than its tokenizer has ids; and as
@@ -161,16 +99,16 @@ def grow_checkpoint(
             "Fetch weights and tokenizer.model from one place."
         )
     rows = -(-max(new.end, old_rows) // multiple) * multiple
-    make_rows = new_rows or (lambda matrix, _: mean_rows(matrix, new))
-    tensors = [_grow(one, new, rows, make_rows) if one.name in MATRICES else one for one in base.tensors]
+    make = make_rows or (lambda matrix, _: new_rows(matrix, new, "mean"))
+    tensors = [_grow(one, new, rows, make) if one.name in MATRICES else one for one in base.tensors]
     base.config.vocab_size = rows
     return Grown(old_rows, rows, replace(base, tensors=tensors).write(destination))
 
 
-def _grow(old: LazyTensor, new: NewPieces, rows: int, new_rows: NewRows) -> LazyTensor:
-    made = new_rows(old.read_rows(0, old.shape[0]), MATRICES[old.name]).to(old.dtype)
+def _grow(old: LazyTensor, new: NewPieces, rows: int, make_rows: NewRows) -> LazyTensor:
+    made = make_rows(old.read_rows(0, old.shape[0]), MATRICES[old.name]).to(old.dtype)
     if made.shape != (len(new.spellings), *old.shape[1:]):
-        raise ValueError(f"new_rows made {list(made.shape)} for {len(new.spellings)} new pieces, {old.shape[1]} wide")
+        raise ValueError(f"make_rows made {list(made.shape)} for {len(new.spellings)} new pieces, {old.shape[1]} wide")
     unknown = old.read_rows(new.unknown_id, new.unknown_id + 1)
     padding = in_memory(old.name, unknown.expand(rows - new.end, -1))
     return concatenate(old.name, [old.rows(0, new.first_id), in_memory(old.name, made), padding])

@@ -8,12 +8,13 @@ Rows of the input matrix are free: a new piece never stands in a Chinese or Engl
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import torch
 
 from llmtuner.console import InputError
-from llmtuner.model.growing import NewPieces
 from llmtuner.tokenizer.fast import BOS, EOS, SPECIAL_TOKENS, UNK
 
 METHODS = {
@@ -31,6 +32,45 @@ _ROWS_AT_ONCE = 4096
 _COLUMNS_AT_ONCE = 256
 _TOKENS_AT_ONCE = 1_000_000
 _CONTEXT_SMOOTHING = 0.75  # as in word2vec; without it rare contexts dominate (Levy, Goldberg & Dagan 2015)
+
+
+@dataclass(frozen=True)
+class NewPieces:
+    """Which ids are new, and which native ids spell each of them."""
+
+    first_id: int
+    spellings: list[list[int]]
+    unknown_id: int
+
+    @property
+    def end(self) -> int:
+        return self.first_id + len(self.spellings)
+
+
+def find_new_pieces(base_tokenizer: Path, merged_tokenizer: Path) -> NewPieces:
+    """Compares two sentencepiece models; new pieces stand behind the base's and the special tokens.
+
+    Raises:
+        InputError: if the second does not continue the first.
+    """
+    import sentencepiece
+
+    from llmtuner.tokenizer.fast import SPECIAL_TOKENS
+
+    base = sentencepiece.SentencePieceProcessor(model_file=str(base_tokenizer))
+    merged = sentencepiece.SentencePieceProcessor(model_file=str(merged_tokenizer))
+    size = base.get_piece_size()
+    if any(base.id_to_piece(i) != merged.id_to_piece(i) for i in range(size)):
+        raise InputError(
+            f"{merged_tokenizer} does not begin with the pieces of {base_tokenizer}. Merge again with this base."
+        )
+    first_id = size + len(SPECIAL_TOKENS)
+    newline = base.encode("\n")  # [▁, newline]: what follows is spelled as inside a text
+    spellings = []
+    for new_id in range(first_id, merged.get_piece_size()):
+        text = merged.id_to_piece(new_id).replace("▁", " ")
+        spellings.append(base.encode("\n" + text)[len(newline) :])
+    return NewPieces(first_id, spellings, base.unk_id())
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
