@@ -118,9 +118,8 @@ def main() -> None:
             say(f"  before  {' | '.join(before.encode(sentence, out_type=str))}")
             say(f"  after   {' | '.join(after.encode(sentence, out_type=str))}")
     say(f"\n{len(base.pieces):,} native pieces, {len(SPECIAL_TOKENS)} special tokens, {len(added):,} new pieces;")
-    say(
-        f"{len(dead)} dead{f' ({chr(32).join(dead[:8])})' if dead else ''}, special ids {'kept' if special_ids_kept else 'MOVED'}"
-    )
+    named = f" ({' '.join(dead[:8])})" if dead else ""
+    say(f"{len(dead)} dead{named}, special ids {'kept' if special_ids_kept else 'MOVED'}")
 
     evidence: dict[str, Any] = {
         "method": options.method,

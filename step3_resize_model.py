@@ -34,16 +34,18 @@ PROBES = [  # asked of base and Zero model: their logits over old ids must be eq
 def main() -> None:
     parser = argparse.ArgumentParser(description="grow the embeddings for the new pieces")
     parser.add_argument(
-        "--init", choices=METHODS, default=PROFILE.init, help="where new rows start (default: %(default)s)"
+        "--init", choices=METHODS, default=PROFILE.init, help="start of new rows (default: %(default)s)"
     )
+    parser.add_argument("--init-output", choices=METHODS, help="start of new output rows, if it is another")
     parser.add_argument(
         "--norm-correction", action="store_true", help="scale new input rows to the native rows' length"
     )
     options = parser.parse_args()
+    methods = {"input": options.init, "output": options.init_output or options.init}
 
     constants.start_step("step3", MERGED_TOKENIZER_DIR)
     constants.require_base_model(published=True)
-    if options.init == "focus":
+    if "focus" in methods.values():
         constants.require_corpus()
     watch = Stopwatch()
 
@@ -57,12 +59,12 @@ def main() -> None:
     heading("Step 3: grow the embeddings")
     new = initialising.find_new_pieces(BASE_MODEL_DIR / "tokenizer.model", MERGED_TOKENIZER_DIR / "tokenizer.model")
     merged_tokenizer = load_tokenizer(MERGED_TOKENIZER_DIR)
-    weights = usage_weights(merged_tokenizer, new) if options.init == "focus" else None
+    weights = usage_weights(merged_tokenizer, new) if "focus" in methods.values() else None
 
     def make_rows(matrix: "torch.Tensor", which: Literal["input", "output"]) -> "torch.Tensor":
         # A longer output row would win against old ones: only input rows are scaled.
         scaled = options.norm_correction and which == "input"
-        return initialising.new_rows(matrix, new, options.init, scaled, seed=int(which == "output"), weights=weights)
+        return initialising.new_rows(matrix, new, methods[which], scaled, seed=int(which == "output"), weights=weights)
 
     with writing_into(ZERO_DIR), whole_directory(ZERO_DIR) as partial:
         copy_tokenizer(MERGED_TOKENIZER_DIR, partial)
@@ -71,8 +73,10 @@ def main() -> None:
             raise InputError(f"rows just written to {partial} came back changed. Check the disk and run step 3 again.")
     say(f"{grown.old_rows:,} rows -> {grown.rows:,} rows, a multiple of {constants.EMBEDDING_ROWS_MULTIPLE}")
     say(f"the first {new.first_id:,} rows of both matrices are the base's, bit by bit; {grown.written}")
-    say(f"new rows: {initialising.METHODS[options.init]}{', input rows scaled' if options.norm_correction else ''}")
-    if options.init not in initialising.CONVEX:
+    for which, method in methods.items():
+        scaled = ", scaled" if options.norm_correction and which == "input" else ""
+        say(f"new {which} rows: {initialising.METHODS[method]}{scaled}")
+    if methods["output"] not in initialising.CONVEX:
         say("such output rows can win against old ones: Chinese and English answers may change")
 
     heading("some new pieces and the native pieces whose rows they replace")
@@ -94,7 +98,7 @@ def main() -> None:
             "new_rows": grown.rows,
             "old_rows_identical": True,
             "old_logits_max_diff": difference,
-            "init": options.init,
+            "init": methods,
             "norm_correction": options.norm_correction,
             "seconds": watch.seconds(),
         },

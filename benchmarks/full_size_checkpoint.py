@@ -129,7 +129,7 @@ def measure(name: str, line: list[str], source: Path, gigabytes_of: Path) -> dic
         "gigabytes": round(gigabytes, 3),
         "seconds": round(seconds, 2),
         "seconds_per_gigabyte": round(seconds / gigabytes, 3),
-        "peak_megabytes": round(usage.ru_maxrss / 1024 * 1.048576, 1),
+        "peak_megabytes": round(usage.ru_maxrss * 1024 / 1e6, 1),
         "processor_seconds": round(usage.ru_utime + usage.ru_stime, 2),
     }
 

@@ -83,23 +83,26 @@ def main() -> None:
             if base_rules:
                 chosen = choose_pieces(base, read_model(file), SCRIPT, chinese()).pieces
                 merges["the same pieces, filtered, below"] = merge_living(base, chosen)[0]
-    budgets = {name: len(merges[name].pieces) - native for name in ("original", "original, base's rules")}
+
+    def added(name: str) -> int:
+        return len(merges[name].pieces) - native
+
+    # Ours with as many pieces as each of theirs.
+    pairs = [(f"continued BPE, as many as {name}", name) for name in ("original", "original, base's rules")]
     start = time.perf_counter()
-    pieces = learned(base, max(budgets.values()))
+    pieces = learned(base, max(added(theirs) for _, theirs in pairs))
     seconds["continued BPE"] = round(time.perf_counter() - start, 1)
-    for name, budget in budgets.items():
-        merges[f"continued BPE, budget of {name}"] = merge_living(base, pieces[:budget])[0]
+    for ours, theirs in pairs:
+        merges[ours] = merge_living(base, pieces[: added(theirs)])[0]
     if options.candidates:
         candidates = read_model(options.candidates)
-        merges[f"{SEED}: original"] = merge_as_original(base, candidates)
-        budgets[SEED] = len(merges[f"{SEED}: original"].pieces) - native
+        merges[f"{SEED}, original"] = merge_as_original(base, candidates)
         chosen = choose_pieces(base, candidates, SCRIPT, chinese()).pieces
-        living = merge_living(base, chosen)[0]
-        merges[f"{SEED}: filtered, below"] = living
+        merges[f"{SEED}, filtered, below"] = living = merge_living(base, chosen)[0]
         kept = [piece.piece for piece in living.pieces[native:]]
-        more = learned(merge(base, kept, placeholders=False), budgets[SEED] - len(kept))
-        merges[f"{SEED}: filtered, below, filled up by continued BPE"] = merge_living(base, kept + more)[0]
-        merges[f"continued BPE, budget of {SEED}"] = merge_living(base, pieces[: budgets[SEED]])[0]
+        more = learned(merge(base, kept, placeholders=False), added(f"{SEED}, original") - len(kept))
+        merges[f"{SEED}, filtered, filled up by continued BPE"] = merge_living(base, kept + more)[0]
+        pairs.append((f"{SEED}, filtered, filled up by continued BPE", f"{SEED}, original"))
 
     ja = {file.name.split(".")[0]: list(read(file)) for file in sorted(corpora.glob("ja_*.test.*"))}
     others = {
@@ -114,7 +117,7 @@ def main() -> None:
     for name, merged in merges.items():
         after = processor_of(merged)
         result: dict[str, Any] = {"added": len(merged.pieces) - native, "dead": len(dead_pieces(base, merged))}
-        result["ja"] = {file: round(compare(before, after, texts).token_ratio, 4) for file, texts in ja.items()}
+        result["ja"] = {file: round(compare(before, after, documents).token_ratio, 4) for file, documents in ja.items()}
         for language, lines in others.items():
             changed = [line for line, old, new in split_by_both(before, after, lines) if old != new]
             result[language] = {
@@ -132,23 +135,17 @@ def main() -> None:
     say(table(["merge", "added", *ja, *counts, "dead"], rows))
     say("\nzh, en, code: changed lines / changed lines beyond quotes")
     say(f"seconds to learn: {seconds}")
-    relative = {}
-    for name in budgets:
-        ours = [
-            key
-            for key in results
-            if key.endswith((f"budget of {name}", "filled up by continued BPE")) and key.startswith((SEED, "continued"))
-        ]
-        theirs = results[name if name in results else f"{name}: original"]
-        for key in ours:
-            if results[key]["added"] == theirs["added"]:
-                relative[f"{key} / {name}"] = {
-                    file: round(results[key]["ja"][file] / theirs["ja"][file], 4) for file in ja
-                }
+    relative = {
+        f"{ours} / {theirs}": {
+            file: round(results[ours]["ja"][file] / results[theirs]["ja"][file], 4) for file in results[ours]["ja"]
+        }
+        for ours, theirs in pairs
+        if added(ours) == added(theirs)
+    }
+    say("")
     say(
         table(
-            ["tokens relative to the original's method", *ja],
-            [[key, *map(str, row.values())] for key, row in relative.items()],
+            ["Japanese tokens, ours / theirs", *ja], [[key, *map(str, row.values())] for key, row in relative.items()]
         )
     )
     write_json(

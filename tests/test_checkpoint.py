@@ -873,7 +873,9 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
         monkeypatch.setattr(step3, name, value)
     monkeypatch.setattr(constants, "WORK_DIR", tmp_path / "work")
     monkeypatch.setattr(constants, "METRICS_DIR", tmp_path / "work" / "metrics")
-    monkeypatch.setattr(sys, "argv", ["step3_resize_model.py", "--init", "mean", "--norm-correction"])
+    monkeypatch.setattr(
+        sys, "argv", ["step3", "--init", "mean", "--norm-correction", "--init-output", "first_weighted"]
+    )
     for where, instead, message in (
         ("shards._write_tensor", fill_disk, "the disk filled up while writing"),
         ("growing.same_rows", lambda *_: False, "came back changed"),
@@ -887,12 +889,13 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
     metrics = constants.load_metrics("step3")
     assert (metrics["old_rows"], metrics["new_rows"], metrics["old_rows_identical"]) == (512, 512, True)
     assert metrics["old_logits_max_diff"] is None
-    assert (metrics["init"], metrics["norm_correction"]) == ("mean", True)
+    assert metrics["init"] == {"input": "mean", "output": "first_weighted"}
+    assert metrics["norm_correction"]
     rows = {one.name: one.read_rows(0, 512).float() for one in open_checkpoint(zero).values() if one.name in MATRICES}
     new = find_new_pieces(published / "tokenizer.model", merged / "tokenizer.model")
     embeddings, head = rows["model.embed_tokens.weight"], rows["lm_head.weight"]
     assert torch.allclose(embeddings[new.first_id : new.end].norm(dim=1), torch.tensor(median_norm(embeddings, new)))
-    assert torch.allclose(head[new.first_id : new.end], new_rows(head, new, "mean"))  # output rows stay means
+    assert torch.allclose(head[new.first_id : new.end], new_rows(head, new, "first_weighted"))  # never scaled
 
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; directory = sys.argv[1];"

@@ -224,7 +224,9 @@ def kinds(pieces: Iterable[str]) -> Counter[str]:
         if not unicodedata.category(character).startswith(("L", "M")) and character not in "〇々":
             return "marks"
         name = unicodedata.name(character, "other").split()[0].lower()
-        return {"cjk": "han", "ideographic": "han", "katakana-hiragana": "katakana"}.get(name, name)
+        return {"cjk": "han", "ideographic": "han", "katakana-hiragana": "katakana", "combining": "marks"}.get(
+            name, name
+        )
 
     return Counter(
         " + ".join(sorted({script(character) for character in piece.removeprefix(SPACE)})) for piece in pieces
