@@ -53,7 +53,7 @@ def main() -> None:
     from llmtuner.model.adapters import copy_tokenizer
     from llmtuner.model.chatglm import is_published
     from llmtuner.model.growing import grow_checkpoint, same_rows
-    from llmtuner.model.shards import read_json, writing_into
+    from llmtuner.model.shards import read_json
     from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
 
     heading("Step 3: grow the embeddings")
@@ -66,7 +66,7 @@ def main() -> None:
         scaled = options.norm_correction and which == "input"
         return initialising.new_rows(matrix, new, methods[which], scaled, seed=int(which == "output"), weights=weights)
 
-    with writing_into(ZERO_DIR), whole_directory(ZERO_DIR) as partial:
+    with whole_directory(ZERO_DIR) as partial:
         copy_tokenizer(MERGED_TOKENIZER_DIR, partial)
         grown = grow_checkpoint(BASE_MODEL_DIR, partial, new, constants.EMBEDDING_ROWS_MULTIPLE, make_rows)
         if not same_rows(BASE_MODEL_DIR, partial, new.first_id):

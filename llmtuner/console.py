@@ -1,5 +1,6 @@
 """What every script shares with the person at the terminal: clear errors, outcome lines, metrics, outputs that appear whole."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 Item = TypeVar("Item")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class InputError(Exception):
@@ -92,17 +95,27 @@ def whole_directory(destination: Path) -> Iterator[Path]:
     """Yields a directory to write into that becomes `destination` only when everything has been written.
 
     After an error nothing is left behind and an older `destination` is untouched.
+
+    Raises:
+        InputError: if the disk fills up, or may not be written to.
     """
     partial = destination.with_name(f"{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        yield partial
-    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(destination, ignore_errors=True)
+        partial.rename(destination)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise InputError(
+                f"the disk filled up while writing {destination} ({error.strerror}). Nothing of it is kept: make room "
+                "or write to another disk, and start again."
+            ) from error
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            raise InputError(f"cannot write {destination} ({error.strerror}). Write to another place.") from error
         raise
-    shutil.rmtree(destination, ignore_errors=True)
-    partial.rename(destination)
 
 
 def write_json(path: Path, content: Any) -> None:

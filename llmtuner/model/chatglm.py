@@ -17,7 +17,6 @@ from llmtuner.model.shards import (
     concatenate,
     open_checkpoint,
     read_json,
-    writing_into,
 )
 from llmtuner.tokenizer.fast import check_rules, read_model, save_tokenizer, special_ids
 
@@ -333,7 +332,7 @@ def convert(source: Path, destination: Path, overwrite: bool = False) -> None:
     checkpoint = open_published(source)
     config = read_json(source / "config.json")
     say(describe(config))
-    with writing_into(destination), whole_directory(destination) as partial:
+    with whole_directory(destination) as partial:
         if (source / "tokenizer.model").is_file():
             save_tokenizer(source / "tokenizer.model", partial)
         else:

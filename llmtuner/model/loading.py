@@ -68,7 +68,8 @@ class Plan:
     def __str__(self) -> str:
         where = "GPU" if self.device.type == "cuda" else "CPU"
         precision = "the precision of its files" if self.dtype == "auto" else str(self.dtype).removeprefix("torch.")
-        text = f"{self.needed / 1e9:.1f} GB of memory on the {where}, in {precision}; {self.free / 1e9:.1f} GB are free"
+        needed = f"{self.needed / 1e9:.1f} GB" if self.needed >= 1e9 else f"{self.needed / 1e6:.0f} MB"
+        text = f"{needed} of memory on the {where}, in {precision}; {self.free / 1e9:.1f} GB are free"
         return text + (" - too little: it may be stopped" if self.needed > self.free else "")
 
 

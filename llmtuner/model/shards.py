@@ -4,7 +4,6 @@ A checkpoint is first a plan: names, shapes and dtypes, known without reading a 
 them is found before anything is written, and memory never holds more than a few megabytes of the weights.
 """
 
-import errno
 import json
 import math
 import shutil
@@ -307,7 +306,6 @@ def write_checkpoint(tensors: Sequence[LazyTensor], directory: Path, max_shard_b
 
     Raises:
         InputError: if the disk is too small, a tensor holds NaN or infinity, or one is not what was planned.
-        OSError: if writing fails; see `writing_into`.
     """
     total = sum(tensor.bytes for tensor in tensors)
     free = shutil.disk_usage(directory).free
@@ -330,24 +328,6 @@ def write_checkpoint(tensors: Sequence[LazyTensor], directory: Path, max_shard_b
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return Written(len(tensors), total, len(shards))
-
-
-@contextmanager
-def writing_into(directory: Path) -> Iterator[None]:
-    """Turns a failure to write, such as a full disk, into an error message.
-
-    Raises:
-        InputError: names the directory and what to do.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"the disk filled up while writing {directory} ({error.strerror}). Nothing of it is kept: make room "
-                "or write to another disk, and start again."
-            ) from error
-        raise InputError(f"cannot write {directory} ({error.strerror or error}). Write to another place.") from error
 
 
 @contextmanager
