@@ -35,8 +35,6 @@ class Profile:
     """Step 1 reads about this much text; more costs time and memory and hardly changes the pieces."""
     reference_bytes: int
     """Steps 1 and 2 read about this much Chinese text to know which Han strings are Chinese too."""
-    init: str
-    """Where step 3 starts new embedding rows, unless `--init` says otherwise."""
     held_out_bytes: int
     """UTF-8 bytes per language on which bits per byte and segmentations are measured."""
     window: int
@@ -50,7 +48,6 @@ PROFILES = {
         ja_vocab_size=1_500,
         tokenizer_sample_bytes=20_000_000,
         reference_bytes=40_000_000,
-        init="focus",
         held_out_bytes=60_000,
         window=256,
     ),
@@ -60,7 +57,6 @@ PROFILES = {
         ja_vocab_size=20_000,
         tokenizer_sample_bytes=100_000_000,
         reference_bytes=200_000_000,
-        init="mean",
         held_out_bytes=500_000,
         window=1024,
     ),

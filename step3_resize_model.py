@@ -1,7 +1,7 @@
 """Step 3: grow the model's input and output embeddings for the pieces that step 2 added.
 
     python step3_resize_model.py
-    python step3_resize_model.py --init mean              start the new rows in another way; --help lists them
+    python step3_resize_model.py --init focus             start the new rows in another way; --help lists them
     python step3_resize_model.py --norm-correction        scale new input rows to the usual length
 
 Old rows keep every bit. New output rows are weighted means of old ones, so no new piece wins against the old ones, and
@@ -14,13 +14,13 @@ import argparse
 from typing import TYPE_CHECKING, Any, Literal
 
 import constants
-from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, PROFILE, ZERO_DIR
+from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, ZERO_DIR
 from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, whole_directory
 
 if TYPE_CHECKING:
     import torch
 
-METHODS = ("focus", "mean", "first_weighted", "last_weighted", "global_mean", "random")
+METHODS = ("mean", "focus", "first_weighted", "last_weighted", "global_mean", "random")
 FOCUS_BYTES = 30_000_000  # Japanese text from which "focus" knows which pieces are used alike
 SMALL_BYTES = 2e9  # of weights; a larger model is not loaded twice only to compare logits
 PROBES = [  # asked of base and Zero model: their logits over old ids must be equal
@@ -33,9 +33,7 @@ PROBES = [  # asked of base and Zero model: their logits over old ids must be eq
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="grow the embeddings for the new pieces")
-    parser.add_argument(
-        "--init", choices=METHODS, default=PROFILE.init, help="start of new rows (default: %(default)s)"
-    )
+    parser.add_argument("--init", choices=METHODS, default="mean", help="start of new rows (default: %(default)s)")
     parser.add_argument("--init-output", choices=METHODS, help="start of new output rows, if it is another")
     parser.add_argument(
         "--norm-correction", action="store_true", help="scale new input rows to the native rows' length"

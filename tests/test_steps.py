@@ -186,7 +186,7 @@ def test_zero_model_is_the_base_in_chinese_and_english(run_of_all_steps):
     grown = metrics_of(run_of_all_steps, "step3")
     assert grown["old_logits_max_diff"] == 0
     assert grown["new_rows"] % 64 == 0
-    assert grown["init"] == {"input": "focus", "output": "focus"}
+    assert grown["init"] == {"input": "mean", "output": "mean"}
     zero = metrics_of(run_of_all_steps, "step4")
     assert zero["zh"]["identical"] == zero["zh"]["asked"] > 0
     assert zero["en"]["identical"] == zero["en"]["asked"] > 0
