@@ -193,6 +193,31 @@ def test_zero_model_is_the_base_in_chinese_and_english(run_of_all_steps):
     assert zero["ja"]["correct"] <= 0.05 * zero["ja"]["asked"]
 
 
+def test_new_rows_can_start_where_pieces_are_used_alike(run_of_all_steps, tmp_path):
+    from safetensors import safe_open
+
+    work = tmp_path / "work"
+    for name in ("step2_merged_tokenizer", "corpus"):
+        shutil.copytree(run_of_all_steps / name, work / name)
+    result = start("step3", tmp_path, "--init", "focus")
+    assert result.returncode == 0, result.stderr
+    metrics = metrics_of(work, "step3")
+    assert metrics["init"] == {"input": "focus", "output": "focus"}
+    rows = {}
+    for directory in (work, run_of_all_steps):
+        with safe_open(directory / "step3_zero" / "model.safetensors", framework="pt") as file:
+            rows[directory] = file.get_tensor("lm_head.weight").float()
+    old = metrics["old_rows"] - 26  # the base's rows without its padding
+    assert rows[work][:old].equal(rows[run_of_all_steps][:old])
+    changed = (rows[work] != rows[run_of_all_steps]).any(dim=1).sum()
+    assert changed > 0.8 * merged_pieces(run_of_all_steps)
+    assert rows[work].norm(dim=1).max() <= rows[work][:old].norm(dim=1).max()  # means are no longer than the longest
+
+
+def merged_pieces(work):
+    return metrics_of(work, "step2")["added_pieces"]
+
+
 def test_base_knows_its_world(run_of_all_steps):
     exact = metrics_of(run_of_all_steps, "step7")["exact"]["base"]
     assert min(exact["zh"], exact["en"]) >= 0.9
