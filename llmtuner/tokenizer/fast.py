@@ -223,7 +223,7 @@ def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFas
 def load_tokenizer(directory: Path | str) -> Any:
     """The fast tokenizer of a model directory; made from `tokenizer.model` where there is no `tokenizer.json`.
 
-    Where there is a `tokenizer.model`, `encode_batch` uses it: same ids, two to three times as fast.
+    Where there is a `tokenizer.model`, `encode_batch` uses it: same ids, on Japanese and Chinese at least twice as fast.
 
     Raises:
         InputError: if the directory has neither, or the two do not hold the same pieces.
