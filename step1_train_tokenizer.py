@@ -37,7 +37,7 @@ def main() -> None:
     constants.start_step("step1")
     base_model = constants.require_base_model(weights=False) / "tokenizer.model"
     constants.require_corpus()
-    from llmtuner.tokenizer.fast import check_rules, read_model
+    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, check_rules, read_model
     from llmtuner.tokenizer.merging import kinds, merge, merge_as_original, new_candidates, processor_of
     from llmtuner.tokenizer.training import short_sentences, split_sentences, train_bpe
 
@@ -98,7 +98,7 @@ def main() -> None:
     splits[options.method] = (processor_of(model), len(pieces))
     if options.compare:
         as_original = merge_as_original(base, read_model(JA_TOKENIZER.parent / "original_bpe.model"))
-        added = len(as_original.pieces) - len(base.pieces) - 9
+        added = len(as_original.pieces) - len(base.pieces) - len(SPECIAL_TOKENS)
         splits["as the original"] = (processor_of(as_original), added)
     per_character = {name: tokens_per_character(split, held_out) for name, (split, _) in splits.items()}
     rows = [[name, f"{added:,}", f"{per_character[name]:.3f}"] for name, (_, added) in splits.items()]

@@ -20,6 +20,7 @@ from llmtuner.console import InputError, Stopwatch, heading, progress, run_scrip
 if TYPE_CHECKING:
     import torch
 
+# the names of `initialising.METHODS`, which would import torch before anything is checked
 METHODS = ("mean", "focus", "first_weighted", "last_weighted", "global_mean", "random")
 FOCUS_BYTES = 30_000_000  # Japanese text from which "focus" knows which pieces are used alike
 SMALL_BYTES = 2e9  # of weights; a larger model is not loaded twice only to compare logits

@@ -859,9 +859,11 @@ def fill_disk(*_):
 
 def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, tmp_path, monkeypatch):
     import step3_resize_model as step3
+    from llmtuner.model.initialising import METHODS
     from llmtuner.tokenizer.fast import save_tokenizer
     from llmtuner.tokenizer.merging import merge
 
+    assert sorted(step3.METHODS) == sorted(METHODS)
     merged = tmp_path / "work" / "step2_merged_tokenizer"
     merged.mkdir(parents=True)
     proto = merge(read_model(published / "tokenizer.model"), ["ま", "す", "ます"])
@@ -906,3 +908,20 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
     line = [sys.executable, "-I", "-c", code, str(zero)]
     result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "the disk filled up"), (errno.EACCES, "cannot write"), (errno.EBADF, None)]
+)
+def test_what_a_failed_write_says_and_leaves(tmp_path, number, message):
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "older").touch()
+
+    def fail_half_way():
+        with whole_directory(tmp_path / "result") as partial:
+            (partial / "half").touch()
+            raise OSError(number, "no")
+
+    with pytest.raises(InputError if message else OSError, match=message):
+        fail_half_way()
+    assert [str(one.relative_to(tmp_path)) for one in sorted(tmp_path.rglob("*"))] == ["result", "result/older"]

@@ -92,3 +92,22 @@ def test_answers_do_not_depend_on_the_batch(tiny_model_dir):
     together = answer_all(model, tokenizer, questions, max_new_tokens=6)
     alone = [answer_all(model, tokenizer, [question], max_new_tokens=6)[0] for question in questions]
     assert together == alone
+
+
+def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir, monkeypatch):
+    from types import SimpleNamespace
+
+    from llmtuner.model import loading
+
+    monkeypatch.setattr(loading, "device", lambda: torch.device("cpu"))
+    numbers = sum(parameter.numel() for parameter in load_model(tiny_model_dir).parameters())
+    for free, dtype, size in (
+        (10**9, torch.float32, 4),
+        (4 * numbers, torch.bfloat16, 2),
+        (numbers, torch.bfloat16, 2),
+    ):
+        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        plan = loading.plan_evaluation(tiny_model_dir)
+        assert plan.dtype == dtype
+        assert plan.needed == pytest.approx(size * numbers, rel=0.05)  # the header of the file counts too
+        assert ("too little" in str(plan)) == (free < plan.needed)

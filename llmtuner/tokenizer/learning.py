@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from llmtuner.tokenizer.fast import NORMAL, SPACE
-from llmtuner.tokenizer.scripts import Script, strings_seen
+from llmtuner.tokenizer.fast import NORMAL, SPACE, encode_by
+from llmtuner.tokenizer.merging import processor_of
+from llmtuner.tokenizer.scripts import ALPHABET, Script, strings_seen
 
 LONGEST_PIECE = 16  # characters; sentencepiece's own default
 BATCH = 4_096  # lines handed to sentencepiece at once
@@ -41,46 +42,37 @@ class Lines:
     """Number of the base's ids."""
     shared_runs: Counter[str]
     """Runs of shared characters that the other language does not write, with how often they occur."""
-    input_bytes: int
 
 
-def read_lines(base: Any, lines: Iterable[str], script: Script, threads: int = 2) -> Lines:
+def read_lines(base: Any, lines: Iterable[str], script: Script) -> Lines:
     """Splits lines by the base tokenizer; 4 bytes of memory for each token.
 
     Args:
         base: sentencepiece model (`read_model`).
         lines: read once, as a stream.
     """
-    import sentencepiece
-
     # Characters without a piece become temporary ones, so that each is one token and not its three bytes.
     known = {piece.piece for piece in base.pieces}
-    alphabet = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000)]))
-    spelled_in_bytes = [letter for letter in script.letters.findall(alphabet) if letter not in known]
+    spelled_in_bytes = [letter for letter in script.letters.findall(ALPHABET) if letter not in known]
     extended = type(base)()
     extended.CopyFrom(base)
     lowest = min(piece.score for piece in base.pieces if piece.type == NORMAL)
     for rank, letter in enumerate(spelled_in_bytes, start=1):
         extended.pieces.add(piece=letter, score=lowest - rank, type=NORMAL)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=extended.SerializeToString())
+    processor = processor_of(extended)
 
     names = [piece.piece if piece.type == NORMAL else "" for piece in extended.pieces]
     usable = np.array([bool(name) and script.writable.fullmatch(name) is not None for name in names])
     shared_runs: Counter[str] = Counter()
-    input_bytes = 0
     parts = [np.zeros(1, np.int32)]
     stream = iter(lines)
     while batch := list(islice(stream, BATCH)):
-        ids = np.fromiter(
-            (index for line in processor.encode(batch, num_threads=threads) for index in (*line, END)), np.int32
-        )
+        ids = np.fromiter((index for line in encode_by(processor, batch) for index in (*line, END)), np.int32)
         ids[~usable[ids]] = END
         repeated = (ids[1:] == END) & (ids[:-1] == END)
         parts.append(ids[np.concatenate([[True], ~repeated])])
-        text = "\n".join(batch)
-        input_bytes += len(text.encode()) - len(batch) + 1
-        shared_runs.update(run for run in script.shared_run.findall(text) if script.stranger(run))
-    return Lines(np.concatenate(parts), names, len(base.pieces), shared_runs, input_bytes)
+        shared_runs.update(run for run in script.shared_run.findall("\n".join(batch)) if script.stranger(run))
+    return Lines(np.concatenate(parts), names, len(base.pieces), shared_runs)
 
 
 def shared_strings(runs: Counter[str], script: Script, least: int) -> set[str]:

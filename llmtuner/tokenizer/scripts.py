@@ -8,6 +8,7 @@ from functools import cached_property
 from llmtuner.tokenizer.fast import SPACE
 
 SHARED = "written in the other language too"  # why a piece is left out
+ALPHABET = "\n".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000)]))  # apart, so that they form no runs
 KANA = r"\u3041-\u3096\u3099-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 HAN = r"\u3007\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 
@@ -52,7 +53,7 @@ class Script:
     def foreign(self) -> frozenset[str]:
         """The shared characters that the other language writes as well."""
         found = []
-        for character in self.shared_run.findall("\n".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000)]))):
+        for character in self.shared_run.findall(ALPHABET):
             try:
                 character.encode(self.charset)
                 found.append(character)
@@ -94,6 +95,8 @@ def strings_seen(strings: set[str], texts: Iterable[str], script: Script) -> set
     Args:
         strings: each holds a character that the other language does not write; so few places need a closer look.
     """
+    if not strings:
+        return set()
     waiting: dict[int, set[str]] = {}
     for string in strings:
         waiting.setdefault(len(string), set()).add(string)
