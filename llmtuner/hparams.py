@@ -1,32 +1,42 @@
 """Every setting of a training run or an export, under LLaMA-Factory's names, with all problems reported at once."""
 
 import difflib
+import fnmatch
+import math
+import os
 import re
+import socket
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 from transformers import TrainingArguments
 
-from llmtuner.console import InputError
+from llmtuner.console import InputError, say
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and how it is loaded."""
+    """Which model, how it is loaded, and where its merge goes."""
 
     model_name_or_path: str
     """Directory of the model to train: config, safetensors and tokenizer."""
     flash_attn: str = "auto"
     """Attention kernel: `disabled` (plain matrix products), `sdpa`, `fa2`; `auto` is sdpa on a GPU, disabled on a CPU."""
     adapter_name_or_path: str | None = None
-    """Directory of a trained adapter, for export."""
+    """Directory of one trained adapter: training goes on from its weights, an export merges it."""
     export_dir: str | None = None
-    """Where `export_model` writes the merged model."""
+    """Where an export writes the merged model."""
     export_size: int = 2
     """Largest size of one file of exported weights, in GB."""
+    export_device: str = "cpu"
+    """LLaMA-Factory's files name it; the merge reads and writes tensor by tensor and needs no GPU."""
+    export_legacy_format: bool = False
+    """LLaMA-Factory's files name it; only false: weights are written as safetensors only."""
 
 
 @dataclass
@@ -35,29 +45,46 @@ class DataArguments:
 
     dataset: list[str] = field(default_factory=list)
     """Names from dataset_info.json; a list, or one string with commas."""
+    eval_dataset: list[str] = field(default_factory=list)
+    """Names of data sets whose rows are all held out; val_size must be 0 then."""
     dataset_dir: str = "data"
     """Directory of dataset_info.json."""
-    corpus_dir: str = "."
-    """Directory in which the file names of dataset_info.json are looked up."""
+    corpus_dir: str | None = None
+    """Directory in which file names are looked up; by default dataset_dir."""
     cache_dir: str = "cache"
     """Where tokenized data sets are kept for the next run."""
+    tokenized_path: str | None = None
+    """Directory in which tokenized data sets are kept under their plain names: made once, then used without the texts."""
+    overwrite_cache: bool = False
+    """Tokenize again, even if nothing has changed."""
+    packing: bool = True
+    """Several documents or dialogues in one sequence; false: one each, padded."""
+    neat_packing: bool = True
+    """Packed documents do not see one another; false: attention and positions run across them."""
     mix_strategy: str = "concat"
-    """`concat` takes every row once; `interleave_under` draws by interleave_probs until one set is used up,
-    `interleave_over` until every set has been seen, repeating those that are used up."""
+    """`concat`: every row once; `interleave_under`: until one set is used up; `interleave_over`: until all are seen."""
     interleave_probs: list[float] | None = None
-    """Share of each data set in the trained tokens, in the order of `dataset`; must sum to 1."""
+    """Share of each data set in what is drawn, in the order of `dataset`; must sum to 1."""
+    interleave_by: str = "tokens"
+    """What interleave_probs are shares of: `tokens`, `bytes` or `rows`."""
     template: str = "chatglm3"
     """Chat format of the sft stage."""
     cutoff_len: int = 1024
-    """Tokens in one packed sequence; a longer document goes on in the next, a longer dialogue is cut."""
+    """Tokens in one sequence; a longer document goes on in the next, a longer dialogue is cut."""
     max_samples: int | None = None
     """Reads at most this many rows of each data set."""
-    val_size: float = 0.05
-    """Share of documents or dialogues held out for the eval loss, chosen by a hash of their text."""
+    val_size: float = 0.0
+    """Held out for the eval loss: below 1 a share; an integer from 1 up: that many rows of each data set."""
     max_eval_sequences: int = 512
-    """At most this many packed sequences are used for the eval loss."""
+    """At most this many sequences are used for the eval loss."""
     preprocessing_num_workers: int = 1
-    """Processes that tokenize."""
+    """Threads that tokenize."""
+    train_on_prompt: bool = False
+    """Train the questions of a dialogue too."""
+    mask_history: bool = False
+    """Train the last answer of a dialogue only."""
+    max_rejected: float = 0.05
+    """Share of a data set's rows that may be unusable; more stop the run."""
 
 
 @dataclass
@@ -67,30 +94,49 @@ class FinetuningArguments:
     stage: str = "pt"
     """`pt`: continued pretraining on documents; `sft`: instruction tuning on dialogues."""
     finetuning_type: str = "lora"
-    """`lora` trains low-rank adapters (and additional_target in full), `full` every parameter."""
+    """`lora`: adapters, and additional_target in full; `full`: every parameter; `freeze`: additional_target alone."""
     lora_rank: int = 8
-    lora_alpha: int | None = None
+    """Rank of the adapters' matrices."""
+    lora_alpha: float | None = None
     """Scale of the adapter; by default twice the rank."""
     lora_dropout: float = 0.0
+    """Share of an adapter's inputs that is zeroed while training."""
     lora_target: list[str] = field(default_factory=lambda: ["all"])
     """Modules that get an adapter: names, or `all` linear layers except the output layer."""
     additional_target: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapter, such as embed_tokens and lm_head."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732): keeps high ranks learning."""
+    use_dora: bool = False
+    """Train the length of each weight row apart from its direction (arXiv 2402.09353)."""
     embedding_learning_rate: float | None = None
     """Learning rate of the embedding matrices; by default that of everything else."""
+    embedding_rows: str = "all"
+    """`new` trains only the rows that step 3 appended (with additional_target embed_tokens, lm_head)."""
     plot_loss: bool = False
     """Draw training_loss.png and eval_loss.png into output_dir."""
+    overwrite_output_dir: bool = False
+    """Delete an earlier run's checkpoints in output_dir and start anew; otherwise go on from the newest whole one."""
 
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, FinetuningArguments]
+Problem = tuple[tuple[str, ...], str]  # the settings involved, and what is wrong with them
 
 STAGES = ("pt", "sft")
-FINETUNING_TYPES = ("lora", "full")
+FINETUNING_TYPES = ("lora", "full", "freeze")
 MIX_STRATEGIES = ("concat", "interleave_under", "interleave_over")
 TEMPLATES = ("chatglm3",)
 ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
+CHOICES = {
+    "stage": STAGES,
+    "finetuning_type": FINETUNING_TYPES,
+    "mix_strategy": MIX_STRATEGIES,
+    "interleave_by": ("tokens", "bytes", "rows"),
+    "template": TEMPLATES,
+    "flash_attn": tuple(ATTENTION),
+    "embedding_rows": ("all", "new"),
+    "export_device": ("cpu", "auto"),
+}
 # The original ChatGLM3 code's names of modules, and Glm's.
 MODULE_NAMES = {
     "query_key_value": ["q_proj", "k_proj", "v_proj"],
@@ -100,119 +146,338 @@ MODULE_NAMES = {
     "word_embeddings": ["embed_tokens"],
     "output_layer": ["lm_head"],
 }
+EMBEDDINGS = {"embed_tokens", "lm_head"}
+CLASSES = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments)
+OWNER: dict[str, type] = {f.name: cls for cls in CLASSES for f in fields(cls)}
+TYPES: dict[str, Any] = {f.name: f.type for cls in CLASSES for f in fields(cls)}
+OLD_NAMES = {"evaluation_strategy": "eval_strategy", "gradient_checkpointing": "activation_checkpointing"}
+OLD_NAMES = {old: new for old, new in OLD_NAMES.items() if new in TYPES}  # some versions know only the old one
+TYPES |= {"warmup_ratio": float, "save_safetensors": bool}  # of older transformers, and translated
+IN_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[str]: "names with commas, or a list of them",
+    list[float]: "numbers with commas, or a list of them",
+}
+SAFETENSORS = "weights are written as safetensors only"
+# What LLaMA-Factory or transformers would take and this trainer does not: the one value there is, and why.
+FIXED = {
+    "export_legacy_format": (False, SAFETENSORS),
+    "save_safetensors": (True, SAFETENSORS),
+    "load_best_model_at_end": (False, "every checkpoint is kept up to save_total_limit; export the one you want"),
+    "average_tokens_across_devices": (True, "the loss is normalised over all ranks"),
+    "label_smoothing_factor": (0, "the loss is plain cross-entropy"),
+    "do_predict": (False, "a run trains, or measures the eval loss (do_eval)"),
+}
+Limit = tuple[Callable[[float], bool], str]  # whether a number is accepted, and in words what is
+AT_LEAST_1: Limit = (lambda value: value >= 1, "at least 1")
+ABOVE_0: Limit = (lambda value: 0 < value < math.inf, "greater than 0")
+NOT_NEGATIVE: Limit = (lambda value: 0 <= value < math.inf, "a number from 0 up")
+BELOW_1: Limit = (lambda value: 0 <= value < 1, "from 0 to below 1")
+LIMITS: dict[str, Limit] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "export_size"), AT_LEAST_1),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "lora_rank", "max_samples"), AT_LEAST_1),
+    **dict.fromkeys(("max_eval_sequences", "preprocessing_num_workers"), AT_LEAST_1),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "lora_alpha"), ABOVE_0),
+    **dict.fromkeys(("learning_rate", "embedding_learning_rate", "weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("lora_dropout", "warmup_ratio"), BELOW_1),
+    "cutoff_len": (lambda value: value >= 8, "at least 8 tokens"),
+    "max_rejected": (lambda value: 0 <= value <= 1, "a share, from 0 to 1"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "a number of steps, or left out to train num_train_epochs"),
+    "val_size": (lambda value: _is_share_or_count(value), "a share, from 0 to below 1, or a whole number of rows"),
+    "warmup_steps": (lambda value: _is_share_or_count(value), "a whole number of steps, from 0 up"),
+}
+# Settings that do not change what is learned (patterns).
+HARMLESS = (
+    *("logging_*", "log_*", "save_*", "eval_*", "max_eval_sequences", "per_device_eval_batch_size", "*_full_eval"),
+    *("report_to", "run_name", "project", "trackio_*", "hub_*", "push_to_hub", "plot_loss", "disable_tqdm", "debug"),
+    *("preprocessing_num_workers", "max_rejected", "overwrite_cache", "overwrite_output_dir", "output_dir"),
+    *("cache_dir", "tokenized_path", "corpus_dir", "resume_from_checkpoint", "do_train", "do_eval", "export_*"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "ddp_timeout", "ddp_backend", "local_rank", "use_cpu"),
+    *("activation_checkpointing*", "gradient_checkpointing*", "skip_memory_metrics", "torch_empty_cache_steps"),
+)
+USAGE = "a settings file, then settings: FILE.yaml --learning_rate 5e-5 --plot_loss (also --name=value or name=value)"
 
 
-def read_args(args: dict[str, Any] | str | Path | None = None) -> dict[str, Any]:
-    """Settings from a dict, a YAML file, or (None) a command line that names a YAML file.
+def read_args(args: dict[str, Any] | str | Path | list[str] | None = None) -> dict[str, Any]:
+    """Settings from a dict, a YAML file, or words of a command line (None: this process's own).
+
+    Words are an optional YAML file, then settings as `override` takes them.
 
     Raises:
-        InputError: if the file does not exist or holds no settings.
+        InputError: if the file cannot be read or holds no settings, or the words have another form.
     """
     if isinstance(args, dict):
         return dict(args)
-    if args is None:
-        if len(sys.argv) != 2:
-            raise InputError("give one YAML file of settings: python -m llmtuner train FILE.yaml")
-        args = sys.argv[1]
+    if isinstance(args, str | Path):
+        return _read_yaml(args)
+    words = sys.argv[1:] if args is None else args
+    if not words:
+        raise InputError(f"no settings are given. Write {USAGE}.")
+    if re.match(r"--|\w+=", words[0]):
+        return override({}, words)
+    return override(_read_yaml(words[0]), words[1:])
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(Path(args).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the settings file {args}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{args} is not valid YAML: {error}.") from error
+        raise InputError(f"cannot read the settings file {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{args} holds no settings. Write lines of the form `name: value`.")
+        raise InputError(f"{path} holds no settings. Write lines of the form `name: value`.")
     return settings
 
 
 def override(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    """Settings with those replaced that a command line names as `--name value`.
+    """Settings with those replaced that a command line gives as `--name value`, `--name=value`, `name=value` or `--flag`.
+
+    Values are read as in YAML. A `--name` that another `--name` or nothing follows is true.
 
     Raises:
-        InputError: if the words are not pairs of that form.
+        InputError: if a word has none of these forms.
     """
     import yaml
 
-    names, values = words[::2], words[1::2]
-    if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        raise InputError(f"settings on the command line have the form --name value; got: {' '.join(words)}")
-    return {**settings, **{name[2:]: yaml.safe_load(value) for name, value in zip(names, values, strict=True)}}
+    settings, words = dict(settings), list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.partition("=")
+        if not re.fullmatch(r"--\w[\w-]*" + (r"|\w+" if equals else ""), name):
+            raise InputError(f"cannot take {word!r} for a setting. A command line has the form --name value: {USAGE}.")
+        if not equals:
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        try:
+            settings[name.removeprefix("--").replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"cannot read the value {text!r} of {name}. Put it in quotes within quotes.") from error
+    return settings
 
 
-def get_train_args(args: dict[str, Any] | str | Path | None = None) -> Arguments:
+def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, for_export: bool = False) -> Arguments:
     """Checks settings and sorts them into model, data, training and finetuning arguments.
+
+    Args:
+        args: as for `read_args`.
+        for_export: whether they are to merge an adapter, not to train.
 
     Raises:
         InputError: one message with every problem found.
     """
-    settings = {name: _number(value) for name, value in read_args(args).items()}
-    ratio = settings.pop("warmup_ratio", None)
-    classes = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments)
-    owner = {f.name: cls for cls in classes for f in fields(cls) if f.init}
-    problems = []
-    for name in settings:
-        if name not in owner:
-            near = difflib.get_close_matches(name, owner, n=1)
-            problems.append(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for name in ("dataset", "lora_target", "additional_target", "interleave_probs"):
-        if isinstance(settings.get(name), str):
-            settings[name] = [part.strip() for part in settings[name].split(",") if part.strip()]
-    for name in ("lora_target", "additional_target"):
-        if isinstance(settings.get(name), list):
-            settings[name] = [own for given in settings[name] for own in MODULE_NAMES.get(given, [given])]
-    if isinstance(settings.get("interleave_probs"), list):
-        settings["interleave_probs"] = [float(share) for share in settings["interleave_probs"]]
-    if "model_name_or_path" not in settings:
-        problems.append("model_name_or_path is not given")
-    problems += _contradictions(settings)
+    given = {OLD_NAMES.get(str(name), str(name)): value for name, value in read_args(args).items()}
+    unknown = [name for name in given if name not in TYPES]
+    settings = {name: _convert(name, value) for name, value in given.items() if name not in unknown}
+    problems: list[Problem] = [((name,), _unknown(name)) for name in unknown]
+    problems += _problems_of_single_values(settings)
+    usable = _without(settings, problems)
+    bad = settings.keys() - usable.keys()
+    problems += [problem for problem in _contradictions(usable, for_export) if bad.isdisjoint(problem[0])]
+    usable = _without(usable, problems)
+
+    # Building TrainingArguments joins the group of processes, which others would then wait for in vain.
+    joins_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "deepspeed" in usable
+    if not (problems and joins_processes):
+        usable = _as_transformers_takes_them(usable, for_export)
+        try:
+            training = _build(TrainingArguments, usable)
+        except (TypeError, ValueError, ImportError, OSError) as error:
+            problems.append(((), str(error)))
     if problems:
-        raise InputError("settings:\n  - " + "\n  - ".join(problems))
+        raise InputError("settings:\n  - " + "\n  - ".join(text for _, text in problems))
+    return _build(ModelArguments, usable), _build(DataArguments, usable), training, _build(FinetuningArguments, usable)
 
-    def build(cls: type) -> Any:
-        return cls(**{name: value for name, value in settings.items() if owner[name] is cls})
 
-    if ratio is not None:
-        settings["warmup_steps"] = float(ratio)  # transformers takes a share in the place of a count
-    if not torch.cuda.is_available():
-        settings.setdefault("use_cpu", True)
-    try:
-        training = build(TrainingArguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"settings: {error}") from error
-    return build(ModelArguments), build(DataArguments), training, build(FinetuningArguments)
+def _without(settings: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    bad = {name for names, _ in problems for name in names}
+    return {name: value for name, value in settings.items() if name not in bad}
+
+
+def _build(cls: type, settings: dict[str, Any]) -> Any:
+    return cls(**{name: value for name, value in settings.items() if OWNER[name] is cls})
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [*TYPES, *OLD_NAMES], n=1)
+    return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _kinds(name: str) -> tuple[Any, ...]:
+    """The types that a setting may have."""
+    kind = TYPES[name]
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _convert(name: str, value: Any) -> Any:
+    """A value in the type of its setting, or as it was if it does not fit."""
+    kinds = _kinds(name)
+    if isinstance(value, Path):
+        value = str(value)
+    if value is False and name.endswith("_strategy"):  # YAML takes a bare `no` for false
+        return "no"
+    if name == "resume_from_checkpoint" and value is True:
+        return None  # a run goes on from its newest checkpoint without being asked
+    if list in [get_origin(kind) for kind in kinds] and OWNER[name] is not TrainingArguments:
+        if type(value) in (str, int, float):
+            value = [part.strip() for part in str(value).split(",") if part.strip()]
+        if list[float] in kinds and isinstance(value, list):
+            value = [_number(one) for one in value]
+        if name in ("lora_target", "additional_target") and _fits(value, list[str]):
+            value = list(dict.fromkeys(own for one in value for own in MODULE_NAMES.get(one, [one])))
+    elif str not in kinds and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)  # YAML takes 1e-4 for text, because it has no dot; people write it so
+    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value
 
 
 def _number(value: Any) -> Any:
-    """YAML takes 1e-4 for text, because it has no dot; people write it so."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
-def _contradictions(settings: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, known, default in (
-        ("stage", STAGES, "pt"),
-        ("finetuning_type", FINETUNING_TYPES, "lora"),
-        ("mix_strategy", MIX_STRATEGIES, "concat"),
-        ("template", TEMPLATES, "chatglm3"),
-        ("flash_attn", tuple(ATTENTION), "auto"),
-    ):
-        if settings.get(name, default) not in known:
-            problems.append(f"{name} is {settings[name]!r}; it can be {' or '.join(known)}")
-    probs, datasets = settings.get("interleave_probs"), settings.get("dataset") or []
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(one, get_args(kind)[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and not math.isnan(value)
+    return isinstance(value, kind)
+
+
+def _is_share_or_count(value: float) -> bool:
+    return 0 <= value < 1 or (value >= 1 and float(value).is_integer())
+
+
+def _problems_of_single_values(settings: dict[str, Any]) -> Iterator[Problem]:
+    for name, value in settings.items():
+        kinds = [kind for kind in _kinds(name) if kind is not type(None)]
+        if value is None and type(None) in _kinds(name):
+            continue
+        if all(kind in IN_WORDS for kind in kinds) and not any(_fits(value, kind) for kind in kinds):
+            yield (name,), f"{name} is {value!r}; it must be {' or '.join(IN_WORDS[kind] for kind in kinds)}"
+        elif name in CHOICES and value not in CHOICES[name]:
+            yield (name,), f"{name} is {value!r}; it can be {' or '.join(CHOICES[name])}"
+        elif name in FIXED and value != FIXED[name][0]:
+            yield (name,), f"{name}: {str(value).lower()} is not supported: {FIXED[name][1]}"
+        elif name in LIMITS and not LIMITS[name][0](value):
+            yield (name,), f"{name} is {value}; it must be {LIMITS[name][1]}"
+        elif name == "deepspeed" and isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
+            yield (name,), f"deepspeed names the file {value}, which does not exist"
+        elif name == "adapter_name_or_path" and "," in value:
+            yield (name,), f"adapter_name_or_path is {value}; it can be one directory only"
+
+
+def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Problem]:
+    """What does not go together, among settings that are each right by themselves."""
+    ours = vars(ModelArguments("")) | vars(DataArguments()) | vars(FinetuningArguments()) | settings
+    required = ("adapter_name_or_path", "export_dir") if for_export else ("dataset", "output_dir")
+    for name in ("model_name_or_path", *required):
+        if not ours.get(name):
+            yield (name,), f"{name} is not given"
+
+    if settings.get("output_dir") and settings.get("output_dir") == settings.get("model_name_or_path"):
+        yield ("output_dir", "model_name_or_path"), "output_dir is the model's own directory; name another one"
+
+    probs, strategy, involved = ours["interleave_probs"], ours["mix_strategy"], ("interleave_probs", "mix_strategy")
     if probs is not None:
-        if len(probs) != len(datasets):
-            problems.append(f"interleave_probs has {len(probs)} shares for {len(datasets)} data sets")
+        if len(probs) != (count := len(ours["dataset"])):
+            yield (*involved, "dataset"), f"interleave_probs has {len(probs)} shares for {count} data sets"
         if abs(sum(probs) - 1) > 1e-6 or min(probs, default=0) < 0:
-            problems.append(f"interleave_probs sums to {sum(probs):.4g}; shares are not negative and sum to 1")
-    if settings.get("mix_strategy", "concat") != "concat" and probs is None:
-        problems.append(f"mix_strategy {settings['mix_strategy']} needs interleave_probs")
-    if not 0 <= settings.get("val_size", 0.05) < 1:
-        problems.append(f"val_size is {settings['val_size']}; it is a share of the documents, from 0 to below 1")
-    if settings.get("cutoff_len", 1024) < 8:
-        problems.append(f"cutoff_len is {settings['cutoff_len']}; it must be at least 8 tokens")
-    warmup = settings.get("warmup_steps", 0)
-    if isinstance(warmup, float) and 0 < warmup < 1:
-        problems.append(f"warmup_steps is {warmup}, a ratio where a count of steps belongs; use warmup_ratio instead?")
-    return problems
+            yield involved, f"interleave_probs sums to {sum(probs):.4g}; shares are not negative and sum to 1"
+        if strategy == "concat":
+            yield involved, "interleave_probs is given, but mix_strategy is concat, which takes every row once"
+    elif strategy != "concat":
+        yield involved, f"mix_strategy {strategy} needs interleave_probs"
+
+    share, sets = ours["val_size"], ours["eval_dataset"]
+    if share and sets:
+        yield ("eval_dataset", "val_size"), "eval_dataset and val_size are both given; leave one of them out"
+    for name in sorted({*sets} & {*ours["dataset"]}):
+        yield (
+            ("eval_dataset", "dataset"),
+            f"{name} is in dataset and in eval_dataset; hold out a val_size of it instead",
+        )
+    for name in ("eval_strategy", "do_eval", "eval_on_start"):
+        value = settings.get(name)
+        if value not in (None, "no", False) and not (share or sets):
+            text = f"{name} is {str(value).lower()}, but nothing is held out: give val_size or eval_dataset"
+            yield (name, "val_size", "eval_dataset"), text
+    if settings.get("do_train") is False and not settings.get("do_eval"):
+        yield ("do_train", "do_eval"), "do_train is false and do_eval is not true: there is nothing to do"
+    if settings.get("packing") is False and settings.get("neat_packing"):
+        yield ("packing", "neat_packing"), "neat_packing is true, but packing is false"
+    if settings.get("fp16") and settings.get("bf16"):
+        yield ("fp16", "bf16"), "fp16 and bf16 are both true; one of them can be"
+    if settings.get("warmup_steps") and settings.get("warmup_ratio"):
+        yield ("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given; set one of them to 0"
+
+    kind, modules = ours["finetuning_type"], ours["additional_target"]
+    for name in ("use_dora", "use_rslora", *(() if for_export else ("adapter_name_or_path",))):
+        if ours[name] and kind != "lora":
+            yield (name, "finetuning_type"), f"{name} is given, but finetuning_type {kind} has no adapters"
+    if kind == "freeze" and not modules:
+        yield ("finetuning_type", "additional_target"), "finetuning_type freeze needs additional_target: what it trains"
+    if ours["embedding_rows"] == "new" and (kind != "lora" or EMBEDDINGS.isdisjoint(modules)):
+        text = "embedding_rows new needs finetuning_type lora, and embed_tokens or lm_head in additional_target"
+        yield ("embedding_rows", "finetuning_type", "additional_target"), text
+
+
+def _as_transformers_takes_them(settings: dict[str, Any], for_export: bool) -> dict[str, Any]:
+    """Settings without names of older transformers, with this trainer's defaults and what the machine asks for."""
+    settings = {"logging_nan_inf_filter": False, "use_cpu": not torch.cuda.is_available(), **settings}
+    settings["remove_unused_columns"] = False
+    settings.pop("save_safetensors", None)
+    ratio, steps = settings.pop("warmup_ratio", None), settings.get("warmup_steps", 0)
+    if 0 < steps < 1:
+        say(
+            f"warmup_steps is {steps}, a share where a number of steps belongs: did you mean warmup_ratio: {steps}? "
+            "It is taken as that; write so to be asked no more."
+        )
+    elif ratio:
+        settings["warmup_steps"] = float(ratio)  # transformers takes a share in the place of a count
+    if settings.get("fp16") and settings["use_cpu"]:
+        say("fp16 needs a GPU: computing in bf16 on this CPU")
+        settings |= {"fp16": False, "bf16": True}
+    if not settings.get("do_eval"):
+        settings.setdefault("do_train", True)
+    if for_export:
+        settings.pop("deepspeed", None)
+    if settings.get("deepspeed") and "RANK" not in os.environ:
+        _start_as_one_process()
+    return settings
+
+
+def _start_as_one_process() -> None:
+    """Sets what torchrun would set for a single process: deepspeed reads it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in one.items():
+        os.environ.setdefault(name, str(value))
+
+
+def settings_to_save(arguments: Arguments) -> dict[str, Any]:
+    """All settings of a run in one flat dict that JSON can hold, without those that are not set."""
+    model, data, training, finetuning = arguments
+    settings = {**asdict(model), **asdict(data), **training.to_dict(), **asdict(finetuning)}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Which settings that change what is learned differ, as lines of the form `learning_rate: 0.0001 -> 5e-05`."""
+    return [
+        f"{name}: {before.get(name, 'not set')} -> {after.get(name, 'not set')}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name) and not any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS)
+    ]
