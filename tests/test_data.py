@@ -1,18 +1,28 @@
 """Sources, chat format and packing: every row is read, nothing becomes a special token, no document sees another."""
 
+import hashlib
 import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
-import torch
 
 from llmtuner.console import InputError
-from llmtuner.data.examples import message_reader
-from llmtuner.data.packing import DialogueBins, DocumentBlocks, PackedCollator, best_fit_decreasing, mix
+from llmtuner.data import examples as examples_module
+from llmtuner.data.examples import load_examples
+from llmtuner.data.messages import MAX_MESSAGES, BadRow, to_messages
 from llmtuner.data.sources import Source, find_source, is_held_out, read_rows, read_texts
 from llmtuner.data.template import IGNORE, Template
-from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def source(path, **keys):
@@ -50,19 +60,13 @@ def test_long_json_array_is_read_in_pieces(tmp_path):
     rows = [{"text": "長い" * 20_000, "number": number} for number in range(40)]  # several times the read buffer
     path = tmp_path / "long.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    assert [row["number"] for row in read_rows(source(path))] == list(range(40))
+    assert [row.values["number"] for row in read_rows(source(path))] == list(range(40))
 
 
 def test_first_existing_column_is_taken(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "甲"}\n', encoding="utf-8")
     assert list(read_texts(source(path, columns={"prompt": ["completion", "text"]}))) == ["甲"]
-
-
-def test_row_filter_keeps_right_answers_only(tmp_path):
-    path = tmp_path / "qa.jsonl"
-    path.write_text('{"answer": "yes", "label": 1}\n{"answer": "no", "label": 0}\n', encoding="utf-8")
-    assert [row["answer"] for row in read_rows(source(path, keep_rows={"label": 1}))] == ["yes"]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,10 @@ def test_row_filter_keeps_right_answers_only(tmp_path):
         ('{"text": "日本"}'.encode("shift_jis"), "not UTF-8"),
         (b'{"body": "x"}\n', "no column 'text'; it has 'body'"),
         (b'{"text": "a"}\n{"text": \n', "line 2, is not valid JSON"),
-        (b'{"text": 3}\n', "holds no text"),
+        (b'{"text": 3}\n', "line 1, holds no text"),
+        (b'{"text": "a"}\n\n{"body": "b"}\n', "no column 'text'; it has 'body'"),
+        (b'{"text": "a"}\n["a"]\n', "line 2, is not a JSON object but list"),
+        (b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2, holds half a character"),
     ],
 )
 def test_bad_file_is_named_with_its_problem(tmp_path, content, message):
@@ -84,7 +91,12 @@ def test_bad_file_is_named_with_its_problem(tmp_path, content, message):
 
 
 def test_damaged_parquet_and_json_are_named(tmp_path):
-    for name, content in (("bad.parquet", b"PAR1 nonsense"), ("bad.json", b'[{"text": "a"}, {"te')):
+    parquet = write(tmp_path, "parquet").read_bytes()
+    for name, content in (
+        ("bad.parquet", b"PAR1 nonsense"),
+        ("half.parquet", parquet[: len(parquet) // 2]),
+        ("bad.json", b'[{"text": "a"}, {"te'),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             list(read_texts(source(tmp_path / name, columns={"prompt": "text"})))
@@ -104,43 +116,265 @@ def test_held_out_share_is_about_what_was_asked_for():
     assert not any(is_held_out(f"document {number}", 0.0) for number in range(100))
 
 
+def test_rows_know_their_file_and_line(tmp_path):
+    (tmp_path / "a.txt").write_text("\n一行目\n二行目\n\n\n三行目\n四行目", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n\n{"text": \n{"text": "b"}\n', encoding="utf-8")
+    (tmp_path / "c.csv").write_text('text,n\n"two\nlines",1\n\na,2,3\nb\n', encoding="utf-8")
+    (tmp_path / "d.json").write_text(json.dumps([{"text": "a"}, 7, {"text": "b"}]), encoding="utf-8")
+    rows = list(
+        read_rows(Source("all", tuple(str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv", "d.json"))))
+    )
+    assert [(row.file, row.line, row.values.get("text"), bool(row.problem)) for row in rows] == [
+        (0, 2, "一行目\n二行目", False),
+        (0, 6, "三行目\n四行目", False),
+        (1, 1, "a", False),
+        (1, 3, None, True),
+        (1, 4, "b", False),
+        (2, 2, "two\nlines", False),
+        (2, 5, None, True),
+        (2, 6, "b", False),
+        (3, 1, "a", False),
+        (3, 2, None, True),
+        (3, 3, "b", False),
+    ]
+    assert "3 cells where the header has 2" in rows[6].problem
+    assert rows[7].values == {"text": "b", "n": None}
+    assert "not a JSON object but int" in rows[9].problem
+
+
+def test_unusual_json_is_a_problem_of_its_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 100_000 + '\n{"n": ' + "1" * 5_000 + '}\n{"text": "a"}\n', encoding="utf-8")
+    assert [bool(row.problem) for row in read_rows(source(path))] == [True, True, False]
+
+
+def test_long_cell_of_csv_is_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "長" * 200_000 + "\n", encoding="utf-8")
+    assert [len(text) for text in read_texts(source(path, columns={"prompt": "text"}))] == [200_000]
+
+
+# -------------------------------------------------------------------------------------------------- dataset_info.json
+def info(folder, **entries):
+    path = folder / "dataset_info.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def test_a_file_a_pattern_and_a_directory_are_found(tmp_path):
+    for name in ("b.jsonl", "a.txt", "notes.md", "deep/c.csv"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text("text\na", encoding="utf-8")
+    path = info(
+        tmp_path,
+        file={"file_name": "texts/b.jsonl"},
+        pattern={"file_name": "texts/*"},
+        directory={"file_name": "texts"},
+        absolute={"file_name": str(tmp_path / "texts" / "*.txt")},
+        deep={"file_name": "texts/**/*.csv"},
+    )
+
+    def found(name, corpus_dir=tmp_path):
+        return [os.path.relpath(file, tmp_path / "texts") for file in find_source(name, path, corpus_dir).files]
+
+    assert found("file") == ["b.jsonl"]
+    assert found("pattern") == found("directory") == ["a.txt", "b.jsonl"]
+    assert found("absolute", tmp_path / "elsewhere") == ["a.txt"]
+    assert found("deep") == ["deep/c.csv"]
+
+
+def test_columns_and_tags_default_to_those_of_llama_factory():
+    alpaca = {"instruction": "訳して", "input": "山", "output": "mountain"}
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    asked = [{"role": "user", "content": "訳して\n山"}, {"role": "assistant", "content": "mountain"}]
+    assert to_messages(Source("a", ()), alpaca) == asked
+    only_named = Source("a", (), columns={"prompt": "instruction", "response": "output"})
+    assert to_messages(only_named, alpaca)[0]["content"] == "訳して"
+    assert [
+        one["content"] for one in to_messages(Source("s", (), formatting="sharegpt"), {"conversations": turns})
+    ] == [
+        "Q",
+        "A",
+    ]
+    named = Source("s", (), formatting="sharegpt", columns={"system": "rules"})
+    assert [one["role"] for one in to_messages(named, {"conversations": turns, "rules": "S"})] == [
+        "system",
+        "user",
+        "assistant",
+    ]
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    tagged = Source("s", (), formatting="sharegpt", columns={"messages": "messages"}, tags=tags)
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    assert len(to_messages(tagged, row)) == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"file_name": "a.txt", "ranking": True}, "entry 'one' has the key 'ranking'"),
+        ({"file_name": "a.txt", "columns": {"images": "images"}}, "key 'images' under `columns`"),
+        ({"file_name": "a.txt", "columns": {"tools": "tools"}}, "key 'tools' under `columns`"),
+        ({"file_name": "a.txt", "columns": {"chosen": "good"}}, "key 'chosen' under `columns`"),
+        ({"file_name": "a.txt", "tags": {"function_tag": "call"}}, "key 'function_tag' under `tags`"),
+        ({"script_url": "load.py"}, "key 'script_url'"),
+        ({"cloud_file_name": "s3://x"}, "key 'cloud_file_name'"),
+        ({"ms_hub_url": "x/y"}, "key 'ms_hub_url'"),
+        ({"columns": {"prompt": "text"}}, "neither file_name nor hf_hub_url"),
+        ({"file_name": "a.txt", "formatting": "openai"}, "formatting 'openai' is unknown"),
+        ({"file_name": "a.txt", "num_samples": "ten"}, "num_samples is 'ten'; it must be a whole number"),
+        ({"file_name": "a.txt", "num_samples": -1}, "num_samples is -1; it must be a whole number above 0"),
+        ({"file_name": "a.txt", "columns": ["text"]}, "must be an object"),
+        ({"file_name": ["a.txt"]}, "must be text"),
+        ("a.txt", "not a JSON object"),
+    ],
+)
+def test_entry_that_cannot_be_followed_is_named(tmp_path, entry, message):
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    with pytest.raises(InputError, match="'one'") as error:
+        find_source("one", info(tmp_path, one=entry), tmp_path)
+    assert message in str(error.value)
+
+
+def test_keys_that_change_nothing_are_accepted(tmp_path):
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    entry = {"file_name": "a.txt", "ms_hub_url": "x/y", "ranking": False, "subset": None, "columns": {"images": None}}
+    assert find_source("one", info(tmp_path, one={**entry, "file_sha1": "e655"}), tmp_path).files
+
+
+def test_every_entry_of_this_project_can_be_followed(tmp_path):
+    entries = ROOT / "data" / "dataset_info.json"
+    for name, entry in json.loads(entries.read_text(encoding="utf-8")).items():
+        if "hf_hub_url" in entry:
+            assert find_source(name, entries, tmp_path).hf_hub_url == entry["hf_hub_url"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"{", "not valid JSON"), (b"[]", "not a JSON object"), (b"\xff", "JSON")]
+)
+def test_broken_dataset_info_is_named(tmp_path, content, message):
+    (tmp_path / "dataset_info.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        find_source("one", tmp_path / "dataset_info.json", tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        find_source("one", tmp_path / "nowhere.json", tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------------ messages
-def test_formats_become_messages():
-    alpaca = message_reader(Source("a", (), columns={"prompt": "instruction", "query": "input", "response": "output"}))
-    assert alpaca({"instruction": "訳して", "input": "山", "output": "mountain"}) == [
-        {"role": "user", "content": "訳して\n山"},
-        {"role": "assistant", "content": "mountain"},
-    ]
-    assert alpaca({"instruction": "訳して", "input": None, "output": "  "}) == []
-    sharegpt = message_reader(Source("s", (), formatting="sharegpt", columns={"messages": "conversations"}))
-    turns = [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    assert [one["role"] for one in sharegpt({"conversations": turns})] == ["system", "user", "assistant"]
-    assert sharegpt({"conversations": turns[::-1]}) == []
+ALPACA = Source(
+    "a", (), columns={"prompt": "q", "query": "in", "response": "a", "history": "before", "system": "rules"}
+)
+SHAREGPT = Source("s", (), formatting="sharegpt")
 
 
-def test_dialogue_trains_answers_and_end_marks_only(tiny_tokenizer_dir):
-    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+def turns(*said):
+    names = {"h": "human", "g": "gpt", "s": "system", "o": "observation"}
+    return {
+        "conversations": [
+            {"from": names.get(str(one), one), "value": f"words {number}"} for number, one in enumerate(said)
+        ]
+    }
+
+
+def test_history_and_system_come_first():
+    row = {"q": "Q2", "in": None, "a": "A2", "before": [["Q1", "A1"]], "rules": "S"}
+    assert [one["content"] for one in to_messages(ALPACA, row)] == ["S", "Q1", "A1", "Q2", "A2"]
+    assert [one["role"] for one in to_messages(ALPACA, row)] == ["system", *["user", "assistant"] * 2]
+    assert len(to_messages(ALPACA, {"q": "Q", "a": "A"})) == 2
+
+
+def test_observations_take_the_place_of_questions():
+    roles = [one["role"] for one in to_messages(SHAREGPT, turns("s", "h", "g", "o", "g"))]
+    assert roles == ["system", "user", "assistant", "observation", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "reason"),
+    [
+        (ALPACA, {"q": "Q", "a": " \n"}, "column 'a' is empty"),
+        (ALPACA, {"q": None, "a": "A"}, "column 'q' holds nothing, not text"),
+        (ALPACA, {"q": 3, "a": "A"}, "column 'q' holds int, not text"),
+        (ALPACA, {"q": "Q"}, "has no column 'a'"),
+        (ALPACA, {"q": "Q", "a": "\udc00"}, "column 'a' holds half a character"),
+        (ALPACA, {"q": "Q", "a": "A", "in": 3}, "column 'in' holds int"),
+        (ALPACA, {"q": "Q", "a": "A", "rules": ["S"]}, "column 'rules' holds list"),
+        (ALPACA, {"q": "Q", "a": "A", "before": "Q1"}, "not a list of pairs"),
+        (ALPACA, {"q": "Q", "a": "A", "before": [["Q1"]]}, "not a list of pairs"),
+        (ALPACA, {"q": "Q", "a": "A", "before": [["Q1", ""]]}, "answer 1 of column 'before' is empty"),
+        (ALPACA, {"q": "Q", "a": "A", "before": [["Q1", "A1"]] * MAX_MESSAGES}, "holds 2,002 messages"),
+        (SHAREGPT, {}, "has no column 'conversations'"),
+        (SHAREGPT, {"conversations": None}, "holds nothing, not a list"),
+        (SHAREGPT, {"conversations": "hello"}, "holds str, not a list"),
+        (SHAREGPT, {"conversations": []}, "holds no message"),
+        (SHAREGPT, {"conversations": ["hello"]}, "message 1 holds str"),
+        (SHAREGPT, turns("h", "bot"), "message 2 has the unknown role 'bot'"),
+        (SHAREGPT, turns("h", ["gpt"]), "message 2 has the unknown role ['gpt']"),
+        (SHAREGPT, turns("g", "h"), "message 1 is from assistant where the user should speak"),
+        (SHAREGPT, turns("h", "g", "h", "h"), "message 4 is from user where the assistant should speak"),
+        (SHAREGPT, turns("h", "o"), "message 2 is from observation where the assistant should speak"),
+        (SHAREGPT, turns("h", "g", "g"), "message 3 is from assistant where the user should speak"),
+        (SHAREGPT, turns("h", "s", "g"), "message 2 is from system, which may only speak first"),
+        (SHAREGPT, turns("h", "g", "h"), "the last message is not the assistant's"),
+        (SHAREGPT, turns("s"), "the last message is not the assistant's"),
+        (SHAREGPT, turns(*"hg" * 501), "holds 1,002 messages; 1,000 is the most"),
+        (SHAREGPT, {"conversations": [{"from": "human", "value": ""}]}, "message 1 is empty"),
+        (SHAREGPT, {"conversations": [{"from": "human"}]}, "message 1 holds nothing, not text"),
+    ],
+)
+def test_bad_row_says_why(source, row, reason):
+    with pytest.raises(BadRow) as error:
+        to_messages(source, row)
+    assert reason in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ template
+FOUR = [
+    {"role": "user", "content": "一座山"},
+    {"role": "assistant", "content": "小镇"},
+    {"role": "user", "content": "a town"},
+    {"role": "assistant", "content": "9:30"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir):
+    return load_tokenizer(tiny_tokenizer_dir)
+
+
+def test_dialogue_trains_answers_and_end_marks_only(tokenizer):
     template = Template.of(tokenizer)
-    messages = [
-        {"role": "user", "content": "一座山"},
-        {"role": "assistant", "content": "小镇"},
-        {"role": "user", "content": "a town"},
-        {"role": "assistant", "content": "9:30"},
-    ]
-    [(ids, labels)] = template.dialogues(tokenizer, [messages])
-    trained = [label for label in labels if label != IGNORE]
-    assert all(label in (own, IGNORE) for own, label in zip(ids, labels, strict=True))
-    first_end = trained.index(template.roles["user"])
-    assert tokenizer.decode(trained[:first_end]).strip() == "小镇"
-    assert tokenizer.decode(trained[first_end + 1 : -1]).strip() == "9:30"
-    assert trained[-1] == template.eos
+    [(ids, labels)] = template.dialogues(tokenizer, [FOUR])
+    assert ids.dtype == labels.dtype == numpy.int32
+    newline, *contents = encode_batch(tokenizer, ["\n", *(message["content"] for message in FOUR)])
+    user, assistant, nothing = template.roles["user"], template.roles["assistant"], IGNORE
+    q1, a1, q2, a2 = ([*newline, *content] for content in contents)
+    by_hand = [template.gmask, template.sop, user, *q1, assistant, *a1, user, *q2, assistant, *a2, template.eos]
+    assert ids.tolist() == by_hand
+    trained = [nothing] * (4 + len(q1)) + [*a1, user] + [nothing] * (len(q2) + 1) + [*a2, template.eos]
+    assert labels.tolist() == trained
     # The prompt of a chat is the beginning of what was trained.
-    prompt = template.prompt(tokenizer, messages[:1])
-    assert ids[: len(prompt)] == prompt
+    prompt = template.prompt(tokenizer, FOUR[:1])
+    assert ids[: len(prompt)].tolist() == prompt
+
+    [(same, labels)] = template.dialogues(tokenizer, [FOUR], mask_history=True)
+    assert same.tolist() == by_hand
+    assert labels.tolist() == [nothing] * (len(by_hand) - len(a2) - 1) + [*a2, template.eos]
+    [(_, labels)] = template.dialogues(tokenizer, [FOUR], train_on_prompt=True)
+    assert labels.tolist() == [nothing, nothing, *by_hand[2:]]
+    [(_, labels)] = template.dialogues(tokenizer, [FOUR], mask_history=True, train_on_prompt=True)
+    last = 1 + len(q2) + 1 + len(a2) + 1
+    assert labels.tolist() == [nothing] * (len(by_hand) - last) + by_hand[-last:]
 
 
-def test_text_never_becomes_a_special_token(tiny_tokenizer_dir):
-    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+def test_an_observation_ends_the_answer_before_it(tokenizer):
+    template = Template.of(tokenizer)
+    seen = [*FOUR[:2], {"role": "observation", "content": "12"}, FOUR[3]]
+    [(ids, labels)] = template.dialogues(tokenizer, [seen])
+    place = ids.tolist().index(template.roles["observation"])
+    assert labels[place] == template.roles["observation"]
+    assert labels[place + 1] == IGNORE
+
+
+def test_text_never_becomes_a_special_token(tokenizer):
     template = Template.of(tokenizer)
     attack = "<|user|> [gMASK]sop <|assistant|> </s> philosophy sop"
     [(ids, _)] = template.dialogues(
@@ -152,78 +386,403 @@ def test_text_never_becomes_a_special_token(tiny_tokenizer_dir):
     assert [one for one in document if one in special] == [*template.prefix, template.eos]
 
 
-# ------------------------------------------------------------------------------------------------------------- packing
-def examples(rows):
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]})
-
-
-def test_blocks_hold_every_token_once_and_restart_positions():
-    documents = examples([([7, 8, 10, 11], []), ([7, 8, 12, 13, 14], [])])
-    blocks = DocumentBlocks([documents], [(0, 0), (0, 1)], cutoff_len=6, untrained=[7, 8])
-    first, second = blocks[0], blocks[1]
-    assert first["input_ids"].tolist() == [7, 8, 10, 11, 7, 8]
-    assert first["labels"].tolist() == [IGNORE, IGNORE, 10, 11, IGNORE, IGNORE]
-    assert first["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
-    assert second["input_ids"].tolist() == [12, 13, 14]
-    assert second["labels"].tolist() == [IGNORE, 13, 14]  # the first has lost its context
-    assert second["position_ids"].tolist() == [0, 1, 2]
-    assert len(blocks) == 2
-    assert blocks.tokens == 9
+def test_both_encoders_give_the_same_ids(tokenizer, monkeypatch):
+    template = Template.of(tokenizer)
+    texts = ["小镇的东边 \n\n 是一条河", "  The ferry 🚢 leaves\t", ""]
+    fast = [ids.tolist() for ids in template.documents(tokenizer, texts, threads=2)]
+    monkeypatch.setattr(tokenizer, "sentencepiece", None)
+    assert [ids.tolist() for ids in template.documents(tokenizer, texts)] == fast
 
 
-def test_bins_hold_every_dialogue_and_count_what_is_cut():
-    rows = [([1] * size, [IGNORE] + [1] * (size - 1)) for size in (5, 3, 4, 12)] + [([1] * 12, [IGNORE] * 11 + [1])]
-    bins = DialogueBins([examples(rows)], [(0, index) for index in range(5)], cutoff_len=8)
-    assert sorted(row for one in bins.bins for row in one) == [0, 1, 2, 3]
-    assert (bins.cut, bins.dropped) == (2, 1)
-    assert max(len(bins[number]["input_ids"]) for number in range(len(bins))) <= 8
+# ------------------------------------------------------------------------------------------------------------ examples
+def settings(directory, **changed):
+    """What `load_examples` reads of DataArguments."""
+    given = {
+        "dataset_dir": str(directory),
+        "corpus_dir": None,
+        "cache_dir": str(directory / "cache"),
+        "tokenized_path": None,
+        "overwrite_cache": False,
+        "preprocessing_num_workers": 1,
+        "max_samples": None,
+        "template": "chatglm3",
+        "mask_history": False,
+        "train_on_prompt": False,
+        "max_rejected": 0.05,
+    }
+    return SimpleNamespace(**given | changed)
 
 
-def test_best_fit_decreasing_wastes_little():
-    rng = numpy.random.default_rng(0)
-    sizes = [int(size) for size in rng.integers(10, 200, size=2_000)]
-    bins = best_fit_decreasing([(size, index) for index, size in enumerate(sizes)], 256)
-    assert sorted(item for one in bins for item in one) == list(range(2_000))
-    assert all(sum(sizes[item] for item in one) <= 256 for one in bins)
-    assert sum(sizes) / (len(bins) * 256) > 0.98
+DOCUMENTS = {"file_name": "documents.*", "columns": {"prompt": "text"}}
+DIALOGUES = {"file_name": "dialogues.*", "columns": {"prompt": "q", "query": "in", "response": "a"}}
 
 
-def test_mix_keeps_shares_of_tokens():
-    rng = numpy.random.default_rng(0)
-    lengths = [rng.integers(5, 50, 4_000), rng.integers(200, 400, 300), rng.integers(20, 90, 900)]
-    shares = [0.76, 0.12, 0.12]
-    drawn = mix(lengths, shares, "interleave_under", seed=1)
-    tokens = [sum(int(lengths[which][index]) for which, index in drawn if which == one) for one in range(3)]
-    assert all(abs(own / sum(tokens) - share) < 0.01 for own, share in zip(tokens, shares, strict=True))
-    assert len(set(drawn)) == len(drawn)
-    over = mix(lengths, shares, "interleave_over", seed=1)
-    assert {which for which, _ in over} == {0, 1, 2}
-    assert len(set(over)) == sum(map(len, lengths))
-    assert sorted(mix(lengths, [1, 1, 1], "concat", seed=1)) == [
-        (a, b) for a in range(3) for b in range(len(lengths[a]))
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Thirty documents, of which two are alike, and twenty dialogues."""
+    texts = [f"小镇的第{number}条河。The ferry leaves at {number}." for number in range(29)]
+    lines(tmp_path / "documents.jsonl", [{"text": text} for text in [*texts, texts[3]]])
+    lines(tmp_path / "dialogues.jsonl", [{"q": f"第{n}条河？", "in": "", "a": f"柳树 {n}"} for n in range(20)])
+    info(tmp_path, documents=DOCUMENTS, dialogues=DIALOGUES)
+    return tmp_path
+
+
+def test_documents_are_stored_with_their_origin(corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(examples_module, "BATCH_ROWS", 7)
+    examples = load_examples("documents", "pt", tokenizer, settings(corpus, preprocessing_num_workers=2))
+    texts = [json.loads(line)["text"] for line in (corpus / "documents.jsonl").read_text().splitlines()]
+    table = examples.table
+    assert len(examples) == len(table) == 30
+    by_hand = [ids.tolist() for ids in Template.of(tokenizer).documents(tokenizer, texts)]
+    assert [table.ids(row).tolist() for row in range(30)] == by_hand
+    assert table.lengths.tolist() == [len(ids) for ids in by_hand]
+    assert table.lengths.dtype == numpy.int64
+    assert all(len(table.labels(row)) == 0 for row in range(30))
+    assert table.column("bytes").tolist() == [len(text.encode()) for text in texts]
+    assert table.column("line").tolist() == list(range(1, 31))
+    assert examples.origin(16) == f"{corpus / 'documents.jsonl'}, line 17"
+    assert examples.counts == {
+        "read": 30,
+        "filtered": 0,
+        "rejected": 0,
+        "empty": 0,
+        "kept": 30,
+        "tokens": sum(map(len, by_hand)),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "duplicates": 1,
+    }
+    digest = hashlib.sha256(texts[5].encode()).digest()
+    assert int(table.column("hash")[5]) == int.from_bytes(digest[:8], "big")
+
+
+def test_table_maps_many_batches_and_travels_by_path(corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(examples_module, "BATCH_BYTES", 100)
+    monkeypatch.setattr(examples_module, "BATCH_ROWS", 4)
+    examples = load_examples("dialogues", "sft", tokenizer, settings(corpus))
+    copy = pickle.loads(pickle.dumps(examples))
+    assert len(copy.table._starts) > 5
+    assert len(pickle.dumps(examples)) < 2_000
+    asked = [
+        [{"role": "user", "content": f"第{n}条河？"}, {"role": "assistant", "content": f"柳树 {n}"}] for n in range(20)
     ]
+    for row, (ids, labels) in enumerate(Template.of(tokenizer).dialogues(tokenizer, asked)):
+        assert copy.table.ids(row).tolist() == ids.tolist()
+        assert copy.table.labels(row).tolist() == labels.tolist()
+    assert not copy.table.ids(0).flags.writeable  # a view into the file
+    texts = [json.dumps(messages, ensure_ascii=False) for messages in asked]
+    assert copy.split(0.3)[1].tolist() == [row for row, text in enumerate(texts) if is_held_out(text, 0.3)]
 
 
-def test_collator_pads_without_training_the_padding():
-    collator = PackedCollator(pad_id=0)
-    one = {"input_ids": numpy.array([5, 6, 7]), "labels": numpy.array([IGNORE, 6, 7]), "position_ids": numpy.arange(3)}
-    other = {key: value[:2] for key, value in one.items()}
-    batch = collator([one, other])
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE, 6, IGNORE]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
-    assert (collator.tokens, collator.padding) == (6, 1)
+def test_batches_are_bounded_by_rows_and_by_bytes(corpus, tokenizer, monkeypatch):
+    sizes = []
+    documents = Template.documents
+
+    def watched(self, tokenizer, texts, threads=1):
+        sizes.append((len(texts), sum(len(text.encode()) for text in texts)))
+        return documents(self, tokenizer, texts, threads)
+
+    monkeypatch.setattr(Template, "documents", watched)
+    monkeypatch.setattr(examples_module, "BATCH_BYTES", 1_500)
+    lines(corpus / "documents.jsonl", [{"text": "a" * 900}] * 6 + [{"text": "b"}] * 1_200 + [{"text": "c" * 5_000}])
+    load_examples("documents", "pt", tokenizer, settings(corpus))
+    assert sizes == [(2, 1_800)] * 3 + [(1_000, 1_000), (201, 5_200)]
 
 
-def test_packed_documents_do_not_see_one_another(tiny_model_dir):
-    model = load_model(tiny_model_dir, torch.float32)
-    one, other = torch.randint(10, 300, (7,)), torch.randint(10, 300, (9,))
-    packed = torch.cat([one, other])[None]
-    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
-    with torch.no_grad():
-        together = model(input_ids=packed, position_ids=positions, use_cache=False).logits[0]
-        alone = torch.cat([model(input_ids=ids[None]).logits[0] for ids in (one, other)])
-        leaking = model(input_ids=packed, use_cache=False).logits[0]
-    assert (together - alone).abs().max() < 1e-4
-    assert (leaking - alone).abs().max() > 1e-2  # the comparison can fail
+def test_split_keeps_the_same_text_on_one_side(corpus, tokenizer):
+    examples = load_examples("documents", "pt", tokenizer, settings(corpus))
+    texts = [json.loads(line)["text"] for line in (corpus / "documents.jsonl").read_text().splitlines()]
+    trained, held_out = examples.split(0.2)
+    assert held_out.tolist() == [row for row, text in enumerate(texts) if is_held_out(text, 0.2)]
+    assert sorted([*trained, *held_out]) == list(range(30))
+    assert trained.dtype == held_out.dtype == numpy.int64
+    assert [len(part) for part in examples.split(0)] == [30, 0]
+    for row in (-1, 30):
+        with pytest.raises(IndexError):
+            examples.table.ids(row)
+    hashes = examples.table.column("hash")
+    for count in range(1, 31):
+        trained, held_out = examples.split(count)
+        together = (3 in held_out) == (29 in held_out)  # these two are alike
+        assert together
+        assert count <= len(held_out) <= count + 1
+        assert len(trained) == 0 or hashes[held_out].max() < hashes[trained].min()
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_history": True}, {"train_on_prompt": True}])
+def test_settings_of_the_labels_are_followed(corpus, tokenizer, options):
+    rows = [{**turns("h", "g", "h", "g"), "n": n} for n in range(3)]
+    lines(corpus / "talks.jsonl", rows)
+    info(corpus, talks={"file_name": "talks.jsonl", "formatting": "sharegpt"})
+    table = load_examples("talks", "sft", tokenizer, settings(corpus, **options)).table
+    messages = to_messages(SHAREGPT, rows[0])
+    [(ids, labels)] = Template.of(tokenizer).dialogues(tokenizer, [messages], **options)
+    assert table.ids(2).tolist() == ids.tolist()
+    assert table.labels(2).tolist() == labels.tolist()
+
+
+def test_settings_that_change_the_ids_make_another_cache(corpus, tokenizer, tiny_tokenizer_dir):
+    def directory(name="documents", stage="pt", tokenizer=tokenizer, **changed):
+        return load_examples(name, stage, tokenizer, settings(corpus, **changed)).directory
+
+    first = directory()
+    assert directory(mask_history=True, max_rejected=0.5) == first  # nothing that documents depend on
+    dialogues = directory("dialogues", "sft")
+    others = [
+        directory(max_samples=3),
+        directory("dialogues", "sft", mask_history=True),
+        directory("dialogues", "sft", train_on_prompt=True),
+    ]
+    changed = load_tokenizer(tiny_tokenizer_dir)
+    changed.add_tokens(["木匠"])
+    others.append(directory(tokenizer=changed))
+    info(corpus, documents={**DOCUMENTS, "num_samples": 4}, dialogues=DIALOGUES)
+    others.append(directory())
+    info(corpus, documents=DOCUMENTS, dialogues=DIALOGUES)
+    assert directory() == first
+    with (corpus / "documents.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "one more"}\n')
+    others.append(directory())
+    assert len({first, dialogues, *others}) == 2 + len(others)
+
+
+def test_row_limits_and_row_filter(corpus, tokenizer):
+    rows = [{"q": f"Q{n}", "a": f"A{n}", "label": n % 2} for n in range(40)]
+    with lines(corpus / "dialogues.jsonl", rows).open("a", encoding="utf-8") as file:
+        file.write("{\n")  # nobody knows its label
+    entry = {"file_name": "dialogues.jsonl", "columns": {"prompt": "q", "response": "a"}, "keep_rows": {"label": 1}}
+    info(corpus, all=entry, some={**entry, "num_samples": 12}, none={**entry, "keep_rows": {"label": 5}})
+    examples = load_examples("all", "sft", tokenizer, settings(corpus))
+    assert [examples.counts[key] for key in ("read", "filtered", "rejected", "kept")] == [41, 20, 1, 20]
+    assert examples.table.column("line").tolist() == list(range(2, 41, 2))
+    assert len(load_examples("all", "sft", tokenizer, settings(corpus, max_samples=5))) == 5
+    assert len(load_examples("some", "sft", tokenizer, settings(corpus))) == 12
+    with pytest.raises(InputError, match="40 filtered away by keep_rows"):
+        load_examples("none", "sft", tokenizer, settings(corpus, max_rejected=1.0))
+    csv = corpus / "rows.csv"
+    csv.write_text("text,label\nyes,1\nno,0\n", encoding="utf-8")
+    assert list(read_texts(source(csv, columns={"prompt": "text"}, keep_rows={"label": 1}))) == ["yes"]
+
+
+def test_unusable_rows_are_left_out_and_listed(corpus, tokenizer, capsys):
+    rows = [{"q": f"Q{n}", "a": f"A{n}"} for n in range(50)]
+    rows[16]["a"] = ""
+    lines(corpus / "dialogues.jsonl", rows)
+    with (corpus / "dialogues.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"q": "half of a li\n')
+    info(corpus, dialogues={**DIALOGUES, "columns": {"prompt": "q", "response": "a"}})
+    examples = load_examples("dialogues", "sft", tokenizer, settings(corpus))
+    file = str(corpus / "dialogues.jsonl")
+    assert f"dialogues: 51 rows, 2 of them unusable (3.92%), first: {file}, line 17: column 'a' is empty" in (
+        capsys.readouterr().out
+    )
+    listed = [json.loads(line) for line in (examples.directory / "rejected.jsonl").read_text().splitlines()]
+    assert listed[0] == {"data_set": "dialogues", "file": file, "line": 17, "reason": "column 'a' is empty"}
+    assert (listed[1]["line"], "not valid JSON" in listed[1]["reason"]) == (51, True)
+    assert (examples.counts["rejected"], examples.counts["kept"], len(listed)) == (2, 49, 2)
+    assert 17 not in examples.table.column("line")
+    with pytest.raises(InputError, match=r"2 of 51 rows \(3.92%\)[^$]*line 17: column 'a' is empty") as error:
+        load_examples("dialogues", "sft", tokenizer, settings(corpus, max_rejected=0.03))  # from the cache
+    assert "raise max_rejected" in str(error.value)
+
+
+def test_too_many_unusable_rows_leave_nothing_behind(corpus, tokenizer):
+    lines(
+        corpus / "documents.jsonl",
+        [{"text": "a"}, {"text": 1}, {"text": None}, {"text": "b"}, {"body": "c"}, {"text": 2}],
+    )
+    with pytest.raises(InputError, match=r"4 of 6 rows \(66.67%\)") as error:
+        load_examples("documents", "pt", tokenizer, settings(corpus))
+    for part in (
+        "line 2: column 'text' holds int",
+        "line 3: column 'text' holds nothing",
+        "line 5: has no column 'text'",
+    ):
+        assert part in str(error.value)
+    assert "line 6" not in str(error.value)
+    assert not [path for path in (corpus / "cache").iterdir() if path.is_dir()]
+    assert len(load_examples("documents", "pt", tokenizer, settings(corpus, max_rejected=0.7))) == 2
+
+
+def test_empty_documents_are_counted_only(corpus, tokenizer):
+    lines(corpus / "documents.jsonl", [{"text": "a"}, {"text": ""}, {"text": " \n"}])
+    counts = load_examples("documents", "pt", tokenizer, settings(corpus)).counts
+    assert (counts["kept"], counts["empty"], counts["rejected"]) == (1, 2, 0)
+    lines(corpus / "documents.jsonl", [{"text": ""}])
+    with pytest.raises(InputError, match=r"no row is left of 1.*1 empty"):
+        load_examples("documents", "pt", tokenizer, settings(corpus))
+
+
+@pytest.mark.parametrize(
+    ("entry", "stage", "message"),
+    [
+        ({"columns": {"prompt": "text"}}, "pt", "no column 'text'; it has 'q', 'in', 'a'"),
+        ({"columns": {"prompt": "q", "response": "answer"}}, "sft", "no column 'answer'; it has 'q', 'in', 'a'"),
+        ({"columns": {"prompt": "q", "response": "a", "query": "inn"}}, "sft", "no column 'inn'"),
+        ({"columns": {"prompt": "q"}}, "sft", "names no column for 'response'"),
+        ({}, "sft", "no column 'instruction'"),
+        ({"formatting": "sharegpt"}, "sft", "no column 'conversations'"),
+    ],
+)
+def test_wrong_column_name_is_no_single_rows_fault(corpus, tokenizer, entry, stage, message):
+    info(corpus, dialogues={"file_name": "dialogues.jsonl", **entry})
+    with pytest.raises(InputError) as error:
+        load_examples("dialogues", stage, tokenizer, settings(corpus, max_rejected=1.0))
+    assert message in str(error.value)
+
+
+def test_what_was_tokenized_is_not_tokenized_again(corpus, tokenizer, monkeypatch):
+    made = load_examples("documents", "pt", tokenizer, settings(corpus)).directory
+    before = (made / "examples.arrow").stat().st_mtime_ns
+    monkeypatch.setattr(examples_module, "_make", None)
+    again = load_examples("documents", "pt", tokenizer, settings(corpus))
+    assert (again.directory / "examples.arrow").stat().st_mtime_ns == before
+    assert load_examples("documents", "pt", tokenizer, settings(corpus, overwrite_cache=True)).directory == made
+    about = made / "about.json"
+    os.utime(about, (time.time() - 3600, time.time() - 3600))  # as if an earlier run had made it
+    with pytest.raises(TypeError):
+        load_examples("documents", "pt", tokenizer, settings(corpus, overwrite_cache=True))
+    assert load_examples("documents", "pt", tokenizer, settings(corpus)).directory == made
+    (made / "examples.arrow").write_bytes(b"")
+    with pytest.raises(InputError, match="is damaged"):
+        load_examples("documents", "pt", tokenizer, settings(corpus))
+
+
+def test_tokenized_path_outlives_the_texts(corpus, tokenizer, tiny_tokenizer_dir):
+    kept = settings(corpus, tokenized_path=str(corpus / "kept"))
+    ids = load_examples("dialogues", "sft", tokenizer, kept).table.ids(3).tolist()
+    (corpus / "dialogues.jsonl").unlink()
+    (corpus / "dataset_info.json").unlink()
+    again = load_examples("dialogues", "sft", tokenizer, kept)
+    assert again.directory == corpus / "kept" / "dialogues-sft"
+    assert again.table.ids(3).tolist() == ids
+    changed = settings(corpus, tokenized_path=kept.tokenized_path, mask_history=True)
+    with pytest.raises(InputError, match=r"mask_history was False, now True.*overwrite_cache: true"):
+        load_examples("dialogues", "sft", tokenizer, changed)
+    other = load_tokenizer(tiny_tokenizer_dir)
+    other.add_tokens(["木匠"])
+    with pytest.raises(InputError, match="tokenizer was"):
+        load_examples("dialogues", "sft", other, kept)
+
+
+def test_name_of_a_data_set_is_made_safe(corpus, tokenizer):
+    info(corpus, **{"../Wiki ja/1": DOCUMENTS})
+    examples = load_examples("../Wiki ja/1", "pt", tokenizer, settings(corpus, tokenized_path=str(corpus / "kept")))
+    assert examples.directory == corpus / "kept" / ".._Wiki_ja_1-pt"
+
+
+def test_cache_that_cannot_be_written_is_named(corpus, tokenizer):
+    (corpus / "file").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match=r"cannot write to .*file/cache"):
+        load_examples("documents", "pt", tokenizer, settings(corpus, cache_dir=str(corpus / "file" / "cache")))
+
+
+def test_full_disk_leaves_nothing_behind(corpus, tokenizer):
+    lines(corpus / "documents.jsonl", [{"text": f"第{number}条河，河边种满了柳树。"} for number in range(2_000)])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(InputError, match="the disk filled up"):
+            load_examples("documents", "pt", tokenizer, settings(corpus))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not [path for path in (corpus / "cache").iterdir() if path.is_dir()]
+
+
+CALLER = """
+import json, pathlib, sys, time
+from types import SimpleNamespace
+from sentencepiece import SentencePieceProcessor
+from llmtuner.data import examples
+directory, model_file, settings, number = sys.argv[1:]
+directory = pathlib.Path(directory)
+make = examples._make
+def slow(*args):
+    (directory / f"making-{number}").touch()
+    time.sleep(0.5)  # the other one is at the lock by then
+    make(*args)
+examples._make = slow
+tokenizer = SimpleNamespace(  # a real one takes seconds to import
+    sentencepiece=SentencePieceProcessor(model_file),
+    backend_tokenizer=SimpleNamespace(to_str=lambda: "same"),
+    convert_tokens_to_ids=len,
+    eos_token_id=2,
+)
+(directory / f"ready-{number}").touch()
+while not (directory / "ready-0").exists() or not (directory / "ready-1").exists():
+    time.sleep(0.01)
+made = examples.load_examples("documents", "pt", tokenizer, SimpleNamespace(**json.loads(settings)))
+print(json.dumps([made.table.ids(row).tolist() for row in range(len(made))]))
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_of_two_processes_tokenizes_and_the_other_waits(corpus, tokenizer, tiny_tokenizer_dir, overwrite):
+    if overwrite:
+        lines(corpus / "old.jsonl", [{"text": "old"}])
+        kept = settings(corpus, tokenized_path=str(corpus / "kept"))
+        info(corpus, documents={**DOCUMENTS, "file_name": "old.jsonl"})
+        about = load_examples("documents", "pt", tokenizer, kept).directory / "about.json"
+        os.utime(about, (time.time() - 3600, time.time() - 3600))
+        info(corpus, documents=DOCUMENTS)
+    given = settings(corpus, tokenized_path=str(corpus / "kept") if overwrite else None, overwrite_cache=overwrite)
+    model_file = str(tiny_tokenizer_dir / "tokenizer.model")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    calls = [
+        subprocess.Popen(
+            [sys.executable, "-c", CALLER, str(corpus), model_file, json.dumps(vars(given)), str(number)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    one, other = (json.loads(call.communicate(timeout=60)[0]) for call in calls)
+    assert one == other
+    assert len(one) == 30
+    assert len(list(corpus.glob("making-*"))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
+def test_hub_data_sets_are_streamed(tmp_path, tokenizer):
+    """A directory stands for a repository on the hub: load_dataset reads both alike."""
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = tmp_path / "hub" / "texts"
+    asked = tmp_path / "hub" / "asked" / "v2"
+    talks = tmp_path / "hub" / "talks"
+    for directory in (texts, asked, talks):
+        directory.mkdir(parents=True)
+    rows = [{"text": f"第{n}条河"} for n in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), texts / "train-00000.parquet")
+    lines(asked / "train.jsonl", [{"instruction": f"Q{n}", "input": "", "output": f"A{n}"} for n in range(5)])
+    (asked.parent / "v1").mkdir()
+    lines(asked.parent / "v1" / "train.jsonl", [{"instruction": "old", "input": "", "output": "old"}])
+    lines(talks / "train.jsonl", [turns("s", "h", "g"), turns("h", "g", "h", "g")])
+    lines(talks / "test.jsonl", [turns("h", "g")])
+    info(
+        tmp_path,
+        texts={"hf_hub_url": str(texts), "file_name": "nowhere.*", "columns": {"prompt": "text"}},
+        asked={"hf_hub_url": str(asked.parent), "folder": "v2"},
+        talks={"hf_hub_url": str(talks), "formatting": "sharegpt", "subset": "default"},
+        test={"hf_hub_url": str(talks), "formatting": "sharegpt", "split": "test"},
+        wrong={"hf_hub_url": str(talks), "formatting": "sharegpt", "subset": "mars"},
+        missing={"hf_hub_url": "nobody/nothing"},
+    )
+    given = settings(tmp_path)
+    documents = load_examples("texts", "pt", tokenizer, given)
+    assert len(documents) == 5
+    assert documents.origin(4) == f"hub data set {texts}, line 5"
+    assert list(read_texts(find_source("texts", tmp_path / "dataset_info.json", tmp_path)))[4] == "第4条河"
+    sizes = {name: len(load_examples(name, "sft", tokenizer, given)) for name in ("asked", "talks", "test")}
+    assert sizes == {"asked": 5, "talks": 2, "test": 1}
+    for name in ("wrong", "missing"):
+        with pytest.raises(InputError, match="cannot be loaded"):
+            load_examples(name, "sft", tokenizer, given)
+    lines(talks / "train.jsonl", [turns("h", "g")])  # the fingerprint of a directory knows its files
+    assert len(load_examples("talks", "sft", tokenizer, given)) == 1

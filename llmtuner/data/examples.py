@@ -1,135 +1,392 @@
-"""Rows -> token ids and labels, tokenized once and kept on disk under a fingerprint of data, tokenizer and settings."""
+"""Rows -> token ids and labels in an Arrow file: tokenized once, by one process, then read in place by all of them."""
 
+import bisect
 import hashlib
 import itertools
 import json
+import math
+import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
+import psutil
 import pyarrow
-from datasets import Dataset
+from filelock import FileLock
+from tqdm import tqdm
 
-from llmtuner.console import InputError, progress, say, whole_directory
-from llmtuner.data.sources import Source, is_held_out, read_rows, read_texts
-from llmtuner.data.template import Message, Template
+from llmtuner.console import InputError, say, whole_directory, write_json
+from llmtuner.data.messages import BadRow, check_columns, to_document, to_messages
+from llmtuner.data.sources import Row, Source, find_source, read_rows, text_hash
+from llmtuner.data.template import Ids, Message, Template
 
-BATCH = 1_000  # rows handed to the tokenizer at once
-FORMAT = 1  # counted up when what is stored changes
+if TYPE_CHECKING:
+    from llmtuner.hparams import DataArguments
+
+BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once; one document may be longer
+BATCH_ROWS = 1_000
+FORMAT = 2  # counted up when what is stored changes
 SCHEMA = pyarrow.schema(
     [
         ("input_ids", pyarrow.list_(pyarrow.int32())),
-        ("labels", pyarrow.list_(pyarrow.int32())),
-        ("held_out", pyarrow.bool_()),
+        ("labels", pyarrow.list_(pyarrow.int32())),  # empty for documents, whose labels are their ids
+        ("bytes", pyarrow.int32()),  # UTF-8, of the text or of all contents
+        ("hash", pyarrow.uint64()),  # of the text, or of the messages as JSON
+        ("file", pyarrow.int32()),
+        ("line", pyarrow.int64()),
     ]
 )
-SHAREGPT_TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "system_tag": "system",
-}
 
 
-def load_examples(
-    source: Source, stage: str, tokenizer: Any, cache_dir: Path, val_size: float, max_samples: int | None = None
-) -> Dataset:
-    """Tokenized examples of one data set, memory-mapped from disk.
+class TokenTable:
+    """Rows of token ids in an Arrow file that is mapped, not read: a row is a view into the file.
 
-    Returns:
-        rows of `input_ids`, `labels` (-100 where not trained; empty for documents, whose labels are their ids) and
-        `held_out` (whether the row belongs to the validation share, decided by a hash of its text).
+    Another process gets the path and maps the file itself.
     """
-    settings = [FORMAT, stage, val_size, max_samples, source.fingerprint(), _tokenizer_fingerprint(tokenizer)]
-    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    directory = cache_dir / f"{source.name}-{stage}-{fingerprint}"
-    if not directory.is_dir():
-        encode = _encode_documents if stage == "pt" else _encode_dialogues
-        with whole_directory(directory) as partial:
-            _write(partial / "examples.arrow", encode(source, tokenizer, val_size, max_samples))
-    return Dataset.from_file(str(directory / "examples.arrow"))
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._starts = numpy.cumsum([0] + [batch.num_rows for batch in batches]).tolist()
+        self._lists = {
+            name: [_offsets_and_values(batch[name]) for batch in batches] for name in ("input_ids", "labels")
+        }
+        self._numbers = {name: [batch[name].to_numpy() for batch in batches] for name in SCHEMA.names[2:]}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenTable, (self.path,)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @cached_property
+    def lengths(self) -> numpy.ndarray:
+        """Tokens of each row, int64."""
+        parts = [numpy.diff(offsets) for offsets, _ in self._lists["input_ids"]]
+        return numpy.concatenate([numpy.zeros(0, numpy.int64), *parts]).astype(numpy.int64)
+
+    def ids(self, row: int) -> Ids:
+        """Token ids of a row: int32, a view that cannot be written to."""
+        return self._view("input_ids", row)
+
+    def labels(self, row: int) -> Ids:
+        """Labels of a row, aligned with its ids; none for a document."""
+        return self._view("labels", row)
+
+    def column(self, name: str) -> numpy.ndarray:
+        """`bytes`, `hash`, `file` or `line` of all rows."""
+        empty = numpy.zeros(0, SCHEMA.field(name).type.to_pandas_dtype())
+        return numpy.concatenate([empty, *self._numbers[name]])
+
+    def _view(self, name: str, row: int) -> Ids:
+        batch, place = self.locate(row)
+        offsets, values = self._lists[name][batch]
+        return values[offsets[place] : offsets[place + 1]]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The record batch of a row and its place there.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        batch = bisect.bisect_right(self._starts, row) - 1
+        return batch, row - self._starts[batch]
+
+    def number(self, name: str, row: int) -> int:
+        """`bytes`, `hash`, `file` or `line` of one row."""
+        batch, place = self.locate(row)
+        return int(self._numbers[name][batch][place])
 
 
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+def _offsets_and_values(lists: pyarrow.ListArray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    return lists.offsets.to_numpy(), lists.values.to_numpy()
 
 
-def _write(path: Path, batches: Iterator[list[tuple[list[int], list[int], bool]]]) -> None:
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
-        for batch in batches:
-            columns = [[row[place] for row in batch] for place in range(len(SCHEMA))]
-            writer.write_batch(pyarrow.record_batch(columns, schema=SCHEMA))
+@dataclass(frozen=True)
+class Examples:
+    """One tokenized data set, read in place from disk."""
+
+    name: str
+    table: TokenTable
+    places: tuple[str, ...]
+    """Files (or the hub's data set) that the column `file` counts in."""
+    counts: dict[str, int]
+    """Rows read, filtered (by keep_rows), rejected, empty, kept, duplicates (kept too); tokens and bytes of those kept."""
+    directory: Path
+    """Holds examples.arrow, about.json, rejected.jsonl."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def origin(self, row: int) -> str:
+        """Where a row was read, such as `ja_wiki.train.jsonl, line 17`."""
+        return f"{self.places[self.table.number('file', row)]}, line {self.table.number('line', row)}"
+
+    def split(self, val_size: float) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Row numbers, int64, of what is trained on and what is held out; rows of the same text stay together.
+
+        Args:
+            val_size: below 1 a share of the texts, chosen as `is_held_out` does; from 1 the number of rows (those of the
+                smallest hash, and their duplicates); 0 holds none out.
+        """
+        hashes = self.table.column("hash")
+        if val_size < 1:
+            held_out = hashes < numpy.uint64(math.ceil(val_size * 2**64))
+        else:
+            last = min(int(val_size), len(hashes)) - 1
+            held_out = hashes <= numpy.partition(hashes, last)[last]
+        return numpy.flatnonzero(~held_out), numpy.flatnonzero(held_out)
 
 
-def _batched(items: Iterable[Any]) -> Iterator[list[Any]]:
-    stream = iter(items)
-    while batch := list(itertools.islice(stream, BATCH)):
+def load_examples(name: str, stage: str, tokenizer: Any, data_args: "DataArguments") -> Examples:
+    """Tokenized examples of one data set, memory-mapped from disk; made first where they are not there yet.
+
+    Any number of processes may call it at once: one tokenizes, the others wait as long as that takes.
+
+    Args:
+        name: a data set in dataset_info.json.
+        stage: `pt` (documents) or `sft` (dialogues).
+
+    Raises:
+        InputError: if the data set cannot be found or read, has too many unusable rows or no usable one, or was kept
+            under `tokenized_path` by another tokenizer or other settings.
+    """
+    settings = _settings(name, stage, tokenizer, data_args)
+    plain = re.sub(r"[^\w.-]", "_", f"{name}-{stage}")  # safe for any file system
+    source = None
+    if data_args.tokenized_path:
+        directory = Path(data_args.tokenized_path) / plain
+    else:
+        source = _find(name, data_args)
+        content = json.dumps([settings, source.fingerprint()], sort_keys=True)
+        directory = Path(data_args.cache_dir) / f"{plain}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    if not _is_made(directory, data_args.overwrite_cache):
+        with _locked(directory):
+            if not _is_made(directory, data_args.overwrite_cache):
+                _make(directory, source or _find(name, data_args), stage, tokenizer, data_args, settings)
+    examples = _open(name, directory, settings)
+    if unusable := _check(name, directory, examples.counts, data_args.max_rejected):
+        say(unusable)
+    return examples
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Lets one process at a time into a directory; the lock of a process that died is free."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{directory}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {directory.parent} ({error.strerror or error}). Set cache_dir or tokenized_path to a "
+            "directory that you may write to."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _find(name: str, data_args: "DataArguments") -> Source:
+    dataset_dir = Path(data_args.dataset_dir)
+    return find_source(name, dataset_dir / "dataset_info.json", Path(data_args.corpus_dir or dataset_dir))
+
+
+def _settings(name: str, stage: str, tokenizer: Any, data_args: "DataArguments") -> dict[str, Any]:
+    """Everything but the rows that the stored ids and labels depend on."""
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "name": name,
+        "stage": stage,
+        "max_samples": data_args.max_samples,
+    }
+    if stage == "sft":
+        for setting in ("template", "mask_history", "train_on_prompt"):
+            settings[setting] = getattr(data_args, setting)
+    return settings | {"tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]}
+
+
+def _is_made(directory: Path, overwrite: bool) -> bool:
+    """Whether a data set is there. One that shall be overwritten is, once it is younger than this process.
+
+    All processes of a run start before any of them tokenizes, so what one has made is not made again by the next.
+    """
+    try:
+        made = (directory / "about.json").stat().st_mtime
+    except OSError:  # it may go between any two lines, while another process makes it again
+        return False
+    return not overwrite or made >= psutil.Process().create_time()
+
+
+def _open(name: str, directory: Path, settings: dict[str, Any]) -> Examples:
+    try:
+        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
+        table = TokenTable(directory / "examples.arrow")
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"data set {name}: {directory} is damaged ({error}). Delete it and start again.") from error
+    changed = [
+        f"{key} was {about['settings'].get(key)}, now {settings.get(key)}"
+        for key in settings | about["settings"]
+        if about["settings"].get(key) != settings.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"data set {name}: {directory} was made with other settings ({'; '.join(changed)}). Set overwrite_cache: true "
+            "to make it again, or name another tokenized_path."
+        )
+    return Examples(name, table, tuple(about["places"]), about["counts"], directory)
+
+
+def _check(name: str, directory: Path, counts: dict[str, int], max_rejected: float) -> str:
+    """One line on how many rows cannot be used; empty if all can.
+
+    Raises:
+        InputError: if there are more than `max_rejected`, a share of those that `keep_rows` let through, or if none is kept.
+    """
+    rejected, of = counts["rejected"], counts["read"] - counts["filtered"]
+    with (directory / "rejected.jsonl").open(encoding="utf-8") as lines:
+        entries = [json.loads(line) for line in itertools.islice(lines, 3)]
+    reasons = [f"{entry['file']}, line {entry['line']}: {entry['reason']}" for entry in entries]
+    if rejected > max_rejected * of:
+        raise InputError(
+            f"data set {name}: {rejected:,} of {of:,} rows ({rejected / of:.2%}) cannot be used, more than max_rejected "
+            f"({max_rejected:.2%}) allows:\n  " + "\n  ".join(reasons) + "\nMend them, or raise max_rejected."
+        )
+    if not counts["kept"]:
+        raise InputError(
+            f"data set {name}: no row is left of {counts['read']:,}: {counts['filtered']:,} filtered away by keep_rows, "
+            f"{rejected:,} unusable, {counts['empty']:,} empty. Put text into it, or leave it out of the mix."
+        )
+    return (
+        f"{name}: {of:,} rows, {rejected:,} of them unusable ({rejected / of:.2%}), first: {reasons[0]}"
+        if rejected
+        else ""
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizing
+class Usable(NamedTuple):
+    """A row that can be trained on."""
+
+    content: str | list[Message]
+    size: int
+    hash: int
+    file: int
+    line: int
+
+
+def _make(
+    directory: Path, source: Source, stage: str, tokenizer: Any, data_args: "DataArguments", settings: dict[str, Any]
+) -> None:
+    """Tokenizes a data set into `directory`, which appears whole or not at all."""
+    template = Template.of(tokenizer)
+    threads = data_args.preprocessing_num_workers
+    counts: Counter[str] = Counter(
+        dict.fromkeys(["read", "filtered", "rejected", "empty", "kept", "tokens", "bytes"], 0)
+    )
+
+    def encode(contents: list[Any]) -> list[tuple[Ids, Ids]]:
+        if stage == "pt":
+            return [(ids, ids[:0]) for ids in template.documents(tokenizer, contents, threads)]
+        return template.dialogues(
+            tokenizer, contents, data_args.mask_history, data_args.train_on_prompt, threads=threads
+        )
+
+    with whole_directory(directory) as partial:
+        with (partial / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+
+            def reject(row: Row, reason: str) -> None:
+                counts["rejected"] += 1
+                entry = {"data_set": source.name, "file": source.places()[row.file], "line": row.line, "reason": reason}
+                rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+            limit = min(data_args.max_samples or sys.maxsize, source.num_samples or sys.maxsize)
+            rows = itertools.islice(_filtered(source, counts), limit)
+            usable = _usable(rows, source, stage, counts, reject)
+            with (
+                pyarrow.OSFile(str(partial / "examples.arrow"), "wb") as file,
+                pyarrow.ipc.new_file(file, SCHEMA) as writer,
+            ):
+                for batch in _batches(tqdm(usable, f"tokenize {source.name}", unit=" rows", mininterval=0.5)):
+                    record_batch = _record_batch(batch, encode([row.content for row in batch]))
+                    counts["kept"] += len(batch)
+                    counts["bytes"] += sum(row.size for row in batch)
+                    counts["tokens"] += len(record_batch["input_ids"].values)
+                    writer.write_batch(record_batch)
+        _check(source.name, partial, counts, data_args.max_rejected)
+        hashes = TokenTable(partial / "examples.arrow").column("hash")
+        counts["duplicates"] = len(hashes) - len(numpy.unique(hashes))
+        about = {"settings": settings, "places": source.places(), "counts": counts}
+        write_json(partial / "about.json", about)
+
+
+def _filtered(source: Source, counts: Counter[str]) -> Iterator[Row]:
+    for row in read_rows(source):
+        counts["read"] += 1
+        if row.problem or source.keeps(row.values):
+            yield row
+        else:
+            counts["filtered"] += 1
+
+
+def _usable(
+    rows: Iterable[Row], source: Source, stage: str, counts: Counter[str], reject: Callable[[Row, str], None]
+) -> Iterator[Usable]:
+    checked = False
+    for row in rows:
+        if row.problem:
+            reject(row, row.problem)
+            continue
+        if not checked:
+            check_columns(source, stage, row.values)
+            checked = True
+        try:
+            if stage == "pt":
+                text = to_document(source, row.values)
+                data = text.encode()
+                if not text.strip():
+                    counts["empty"] += 1
+                    continue
+                yield Usable(text, len(data), text_hash(data), row.file, row.line)
+            else:
+                messages = to_messages(source, row.values)
+                size = sum(len(message["content"].encode()) for message in messages)
+                data = json.dumps(messages, ensure_ascii=False).encode()
+                yield Usable(messages, size, text_hash(data), row.file, row.line)
+        except BadRow as error:
+            reject(row, str(error))
+
+
+def _batches(rows: Iterable[Usable]) -> Iterator[list[Usable]]:
+    batch: list[Usable] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += row.size
+        if size >= BATCH_BYTES or len(batch) == BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 
-def _encode_documents(
-    source: Source, tokenizer: Any, val_size: float, max_samples: int | None
-) -> Iterator[list[tuple[list[int], list[int], bool]]]:
-    template = Template.of(tokenizer)
-    texts = itertools.islice(read_texts(source), max_samples)
-    for batch in _batched(progress(texts, f"tokenize {source.name}", unit=" documents")):
-        encoded = template.documents(tokenizer, batch)
-        yield [(ids, [], is_held_out(text, val_size)) for text, ids in zip(batch, encoded, strict=True)]
+def _record_batch(rows: list[Usable], encoded: list[tuple[Ids, Ids]]) -> pyarrow.RecordBatch:
+    columns = [_lists([ids for ids, _ in encoded]), _lists([labels for _, labels in encoded])]
+    numbers = zip(*(row[1:] for row in rows), strict=True)
+    columns += [pyarrow.array(values, kind) for values, kind in zip(numbers, SCHEMA.types[2:], strict=True)]
+    return pyarrow.record_batch(columns, schema=SCHEMA)
 
 
-def _encode_dialogues(
-    source: Source, tokenizer: Any, val_size: float, max_samples: int | None
-) -> Iterator[list[tuple[list[int], list[int], bool]]]:
-    template = Template.of(tokenizer)
-    to_messages = message_reader(source)
-    rows = itertools.islice(read_rows(source), max_samples)
-    rejected = 0
-    for batch in _batched(progress(rows, f"tokenize {source.name}", unit=" dialogues")):
-        read = [to_messages(row) for row in batch]
-        dialogues = [messages for messages in read if messages]
-        rejected += len(read) - len(dialogues)
-        encoded = template.dialogues(tokenizer, dialogues)
-        yield [
-            (ids, labels, is_held_out(json.dumps(messages, ensure_ascii=False), val_size))
-            for messages, (ids, labels) in zip(dialogues, encoded, strict=True)
-        ]
-    if rejected:
-        say(f"{source.name}: {rejected:,} rows without a question or an answer left out")
-
-
-def message_reader(source: Source) -> Callable[[dict[str, Any]], list[Message]]:
-    """How rows of this data set become messages; an unusable row becomes an empty list."""
-    if source.formatting == "alpaca":
-        return lambda row: _alpaca_messages(source, row)
-    if source.formatting == "sharegpt":
-        return lambda row: _sharegpt_messages(source, row)
-    raise InputError(f"data set {source.name}: formatting {source.formatting!r} is unknown; use alpaca or sharegpt.")
-
-
-def _alpaca_messages(source: Source, row: dict[str, Any]) -> list[Message]:
-    prompt = row[source.column("prompt", row)]
-    response = row[source.column("response", row)]
-    query = row.get(source.columns.get("query", "")) or ""
-    if not (_is_text(prompt) and _is_text(response)):
-        return []
-    question = f"{prompt}\n{query}" if query else prompt
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-
-
-def _sharegpt_messages(source: Source, row: dict[str, Any]) -> list[Message]:
-    tags = {**SHAREGPT_TAGS, **source.tags}
-    roles = {tags["user_tag"]: "user", tags["assistant_tag"]: "assistant", tags["system_tag"]: "system"}
-    messages: list[Message] = []
-    for message in row[source.column("messages", row)] or []:
-        role, content = roles.get(message.get(tags["role_tag"])), message.get(tags["content_tag"])
-        if role is None or not _is_text(content):
-            return []
-        messages.append({"role": role, "content": content})
-    turns = [message["role"] for message in messages if message["role"] != "system"]
-    alternating = turns == ["user", "assistant"] * (len(turns) // 2)
-    return messages if turns and alternating else []
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _lists(rows: list[Ids]) -> pyarrow.ListArray:
+    offsets = numpy.cumsum([0, *map(len, rows)], dtype=numpy.int32)
+    return pyarrow.ListArray.from_arrays(offsets, numpy.concatenate(rows))

@@ -9,178 +9,228 @@ Six tokens per sequence, documents A (4 tokens) and B (5 tokens); `.` is not tra
 Transformers reads the blocks off `position_ids` when no attention mask is given, so attention is block-diagonal.
 """
 
-import bisect
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
-from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Dataset as TorchDataset
 
+from llmtuner.data.examples import Examples
 from llmtuner.data.template import IGNORE
 
-Sequence = dict[str, numpy.ndarray]  # input_ids, labels, position_ids: int64, one dimension, at most cutoff_len
+Sequence = dict[str, numpy.ndarray]  # input_ids, labels, position_ids: int64 [tokens]; rows: int64 [documents in it]
 
 
-def example_lengths(examples: Dataset) -> numpy.ndarray:
-    """Tokens of each example, read from the Arrow offsets without touching the tokens."""
-    import pyarrow.compute
+class Pool:
+    """The rows of several tokenized data sets under one numbering: those of the first, then those of the second, ..."""
 
-    if not len(examples):
-        return numpy.zeros(0, dtype=numpy.int64)
-    return (
-        pyarrow.compute.list_value_length(examples.with_format("arrow")["input_ids"][:]).to_numpy().astype(numpy.int64)
+    def __init__(self, sets: list[Examples]) -> None:
+        self.sets = sets
+        self.starts = numpy.cumsum([0, *(len(one.table) for one in sets)])
+        self.lengths = numpy.concatenate([one.table.lengths for one in sets])
+
+    def find(self, row: int) -> tuple[Examples, int]:
+        """The data set that a row of the pool belongs to, and its number there."""
+        which = int(numpy.searchsorted(self.starts, row, side="right")) - 1
+        return self.sets[which], row - int(self.starts[which])
+
+    def origin(self, row: int) -> str:
+        """File and line that a row of the pool comes from."""
+        examples, number = self.find(row)
+        return f"{examples.name}: {examples.origin(number)}"
+
+
+def mix(
+    rows: list[numpy.ndarray], weights: numpy.ndarray, shares: list[float], strategy: str, seed: int
+) -> numpy.ndarray:
+    """The order in which rows of several data sets are taken.
+
+    `concat` takes all, shuffled. The others keep the shares exact to within one row at every moment: the next row always
+    comes from the data set that is furthest below its share. `interleave_under` stops when one set is used up,
+    `interleave_over` repeats those that are until every one has been seen.
+
+    Args:
+        rows: of each data set, the rows to draw from.
+        weights: what each row of the pool counts for: its tokens, its bytes, or 1.
+    """
+    rng = numpy.random.default_rng(seed)
+    if strategy == "concat":
+        return rng.permutation(numpy.concatenate(rows))
+    used = [(own, share) for own, share in zip(rows, shares, strict=True) if len(own) and share > 0]
+    totals = [weights[own].sum() / share for own, share in used]  # how far a set reaches, in weight of the whole mix
+    reach = min(totals) if strategy == "interleave_under" else max(totals)
+    drawn, keys = [], []
+    for (own, share), total in zip(used, totals, strict=True):
+        order = numpy.concatenate([rng.permutation(own) for _ in range(int(-(-reach // total)))])
+        before = (numpy.cumsum(weights[order]) - weights[order]) / share  # what lies below its share, when it is drawn
+        keep = before < reach
+        drawn.append(order[keep])
+        keys.append(before[keep])
+    return numpy.concatenate(drawn)[numpy.argsort(numpy.concatenate(keys), kind="stable")]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which part of which row stands where: segment i is tokens `starts[i]:stops[i]` of `rows[i]`, in sequence
+    `sequence[i]`; segments of a sequence follow one another."""
+
+    rows: numpy.ndarray
+    starts: numpy.ndarray
+    stops: numpy.ndarray
+    sequence: numpy.ndarray
+    cut: int = 0
+    """Dialogues longer than a sequence, of which the beginning is kept."""
+    dropped: int = 0
+    """Dialogues whose beginning holds no trained token."""
+
+
+def block_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> Segments:
+    """Documents one after another, cut into sequences of `cutoff_len` tokens; only the last may be shorter.
+
+    A document that does not fit goes on in the next sequence as if it began there. No token is left out.
+    """
+    ends = numpy.cumsum(lengths[order])
+    total = int(ends[-1]) if len(ends) else 0
+    edges = numpy.union1d(ends, numpy.arange(0, total, cutoff_len))
+    begins = edges[:-1] if len(edges) else edges
+    which = numpy.searchsorted(ends, begins, side="right")
+    offset = begins - (ends[which] - lengths[order[which]])
+    return Segments(order[which], offset, offset + numpy.diff(edges), begins // cutoff_len)
+
+
+def single_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> Segments:
+    """Each document in sequences of its own: as many as its length needs."""
+    counts = -(-lengths[order] // cutoff_len)
+    rows = numpy.repeat(order, counts)
+    part = numpy.arange(len(rows)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    starts = part * cutoff_len
+    return Segments(rows, starts, numpy.minimum(starts + cutoff_len, lengths[rows]), numpy.arange(len(rows)))
+
+
+def bin_segments(order: numpy.ndarray, pool: Pool, cutoff_len: int, packed: bool = True) -> Segments:
+    """Whole dialogues, packed by best-fit decreasing into sequences of at most `cutoff_len` tokens.
+
+    A dialogue longer than that keeps its beginning; if no trained token is in it, it is dropped. Both are counted.
+    """
+    lengths = numpy.minimum(pool.lengths[order], cutoff_len)
+    long = numpy.flatnonzero(pool.lengths[order] > cutoff_len)
+    dropped = [place for place in long if (_row(pool, int(order[place]))[1][1:cutoff_len] == IGNORE).all()]
+    order, lengths = numpy.delete(order, dropped), numpy.delete(lengths, dropped)
+    bins = best_fit_decreasing(lengths, cutoff_len) if packed else numpy.arange(len(order))
+    sorting = numpy.argsort(bins, kind="stable")
+    return Segments(
+        order[sorting], numpy.zeros_like(order), lengths[sorting], bins[sorting], cut=len(long), dropped=len(dropped)
     )
 
 
-def mix(lengths: list[numpy.ndarray], shares: list[float], strategy: str, seed: int) -> list[tuple[int, int]]:
-    """The order in which examples of several data sets are taken, as (data set, example).
+def best_fit_decreasing(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
+    """The bin of each item: items are taken from the largest down, each into the fullest bin that has room for it.
 
-    `concat` takes all, shuffled. The others keep the shares of tokens exact to within one example at every moment: the
-    next example comes from the data set that is furthest below its share. `interleave_under` stops when one is used up,
-    `interleave_over` repeats those that are until every one has been seen.
+    Bins wait in one stack per free space; a bit set of the stacks that are not empty finds the best fit at once.
     """
-    rng = numpy.random.default_rng(seed)
-    orders = [rng.permutation(len(own)) for own in lengths]
-    if strategy == "concat":
-        pairs = [(which, int(index)) for which, order in enumerate(orders) for index in order]
-        return [pairs[index] for index in rng.permutation(len(pairs))]
-    taken = [0] * len(lengths)  # tokens
-    position = [0] * len(lengths)  # examples
-    rounds = [0] * len(lengths)
-    drawn: list[tuple[int, int]] = []
-    active = [which for which, share in enumerate(shares) if share > 0 and len(lengths[which])]
-    while active:
-        which = min(active, key=lambda one: taken[one] / shares[one])
-        index = int(orders[which][position[which]])
-        drawn.append((which, index))
-        taken[which] += int(lengths[which][index])
-        position[which] += 1
-        if position[which] == len(lengths[which]):
-            rounds[which] += 1
-            if strategy == "interleave_under" or all(rounds[one] for one in active):
-                break
-            position[which] = 0
-            orders[which] = rng.permutation(len(lengths[which]))
-    return drawn
-
-
-class DocumentBlocks(TorchDataset):
-    """Documents one after another in a given order, cut into sequences of `cutoff_len` tokens.
-
-    A document that does not fit goes on in the next sequence as if it began there. The last sequence may be shorter.
-    """
-
-    def __init__(
-        self, sets: list[Dataset], order: list[tuple[int, int]], cutoff_len: int, untrained: list[int]
-    ) -> None:
-        starts = numpy.cumsum([0] + [len(one) for one in sets])
-        self.examples = concatenate_datasets(sets).with_format("numpy", columns=["input_ids"])
-        self.order = numpy.array([starts[which] + index for which, index in order], dtype=numpy.int64)
-        lengths = numpy.concatenate([example_lengths(one) for one in sets])
-        self.ends = numpy.cumsum(lengths[self.order])
-        self.cutoff_len = cutoff_len
-        self.untrained = untrained  # ids that are never a target: the prefix
-        self.tokens = int(self.ends[-1]) if len(self.ends) else 0
-
-    def __len__(self) -> int:
-        return -(-self.tokens // self.cutoff_len)
-
-    def __getitem__(self, number: int) -> Sequence:
-        begin, end = number * self.cutoff_len, min((number + 1) * self.cutoff_len, self.tokens)
-        parts = []
-        which = int(numpy.searchsorted(self.ends, begin, side="right"))
-        while begin < end:
-            ids = self.examples[int(self.order[which])]["input_ids"].astype(numpy.int64)
-            skip = begin - (int(self.ends[which]) - len(ids))
-            ids = ids[skip : skip + end - begin]
-            parts.append((ids, numpy.where(numpy.isin(ids, self.untrained), IGNORE, ids)))
-            begin += len(ids)
-            which += 1
-        return join(parts)
-
-
-class DialogueBins(TorchDataset):
-    """Whole dialogues, packed by best-fit decreasing into sequences of at most `cutoff_len` tokens.
-
-    A dialogue longer than that is cut at its end; one that has no trained token left is dropped. Both are counted.
-    """
-
-    def __init__(self, sets: list[Dataset], order: list[tuple[int, int]], cutoff_len: int) -> None:
-        starts = numpy.cumsum([0] + [len(one) for one in sets])
-        self.examples = concatenate_datasets(sets).with_format("numpy", columns=["input_ids", "labels"])
-        self.cutoff_len = cutoff_len
-        lengths = numpy.concatenate([example_lengths(one) for one in sets])
-        chosen, self.cut, self.dropped = [], 0, 0
-        for which, index in order:
-            row = int(starts[which] + index)
-            if lengths[row] > cutoff_len:
-                self.cut += 1
-                if (self.examples[row]["labels"][:cutoff_len] == IGNORE).all():
-                    self.dropped += 1
-                    continue
-            chosen.append(row)
-        cut_lengths = numpy.minimum(lengths, cutoff_len)
-        self.bins = best_fit_decreasing([(int(cut_lengths[row]), row) for row in chosen], cutoff_len)
-        self.tokens = int(cut_lengths[chosen].sum())
-
-    def __len__(self) -> int:
-        return len(self.bins)
-
-    def __getitem__(self, number: int) -> Sequence:
-        rows = [self.examples[row] for row in self.bins[number]]
-        cut = slice(self.cutoff_len)
-        return join(
-            [(row["input_ids"][cut].astype(numpy.int64), row["labels"][cut].astype(numpy.int64)) for row in rows]
-        )
-
-
-def join(parts: list[tuple[numpy.ndarray, numpy.ndarray]]) -> Sequence:
-    """Puts (ids, labels) behind one another; the first token of each part has no context, so it is not trained."""
-    labels = [numpy.concatenate([[IGNORE], own[1:]]) for _, own in parts]
-    return {
-        "input_ids": numpy.concatenate([ids for ids, _ in parts]),
-        "labels": numpy.concatenate(labels),
-        "position_ids": numpy.concatenate([numpy.arange(len(ids)) for ids, _ in parts]),
-    }
-
-
-def best_fit_decreasing(items: list[tuple[int, int]], capacity: int) -> list[list[int]]:
-    """Packs (size, item) pairs into bins, each item, largest first, into the fullest bin that still has room for it."""
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free space, bin), sorted
-    for size, item in sorted(items, key=lambda pair: -pair[0]):
-        place = bisect.bisect_left(room, (size, -1))
-        if place == len(room):
-            free, target = capacity, len(bins)
-            bins.append([])
+    bins = numpy.empty(len(sizes), dtype=numpy.int64)
+    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]
+    some = opened = 0
+    for item in numpy.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[item])
+        fitting = some >> size
+        if fitting:
+            free = size + (fitting & -fitting).bit_length() - 1
+            chosen = waiting[free].pop()
+            if not waiting[free]:
+                some ^= 1 << free
         else:
-            free, target = room.pop(place)
-        bins[target].append(item)
-        bisect.insort(room, (free - size, target))
+            free, chosen, opened = capacity, opened, opened + 1
+        bins[item] = chosen
+        waiting[free - size].append(chosen)
+        some |= 1 << (free - size)
     return bins
 
 
+class PackedSequences(TorchDataset):
+    """The sequences that segments make up.
+
+    Args:
+        prefix: tokens at the start of a document that are never a target.
+        isolated: false lets attention and positions run across the documents of a sequence.
+    """
+
+    def __init__(self, pool: Pool, segments: Segments, prefix: int = 0, isolated: bool = True) -> None:
+        self.pool, self.segments, self.prefix, self.isolated = pool, segments, prefix, isolated
+        count = int(segments.sequence[-1]) + 1 if len(segments.sequence) else 0
+        self.first = numpy.searchsorted(segments.sequence, numpy.arange(count + 1))
+        self.tokens = int((segments.stops - segments.starts).sum())
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def __getitem__(self, number: int) -> Sequence:
+        places = slice(int(self.first[number]), int(self.first[number + 1]))
+        own = self.segments
+        rows, spans = own.rows[places], list(zip(own.starts[places].tolist(), own.stops[places].tolist(), strict=True))
+        parts = []
+        for row, (start, stop) in zip(rows.tolist(), spans, strict=True):
+            ids, labels = _row(self.pool, row)
+            labels = (labels if len(labels) else ids)[start:stop].astype(numpy.int64)
+            labels[: max(1, self.prefix - start)] = IGNORE  # the first token of a part has no context
+            parts.append((ids[start:stop], labels))
+        lengths = [len(ids) for ids, _ in parts]
+        return {
+            "input_ids": numpy.concatenate([ids for ids, _ in parts]).astype(numpy.int64),
+            "labels": numpy.concatenate([labels for _, labels in parts]),
+            "position_ids": numpy.concatenate([numpy.arange(size) for size in lengths])
+            if self.isolated
+            else numpy.arange(sum(lengths)),
+            "rows": rows,
+        }
+
+
+def _row(pool: Pool, row: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    examples, number = pool.find(row)
+    return examples.table.ids(number), examples.table.labels(number)
+
+
+class FilledUp(TorchDataset):
+    """A data set with empty sequences behind it, up to a multiple of the batch of all processes.
+
+    Without them the last batch of an epoch would be filled with sequences that were trained already.
+    """
+
+    def __init__(self, dataset: Any, multiple: int) -> None:
+        self.dataset = dataset
+        self.size = -(-len(dataset) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: int) -> Sequence:
+        if number < len(self.dataset):
+            return self.dataset[number]
+        nothing = numpy.zeros(0, dtype=numpy.int64)
+        return {"input_ids": nothing, "labels": nothing, "position_ids": nothing, "rows": nothing}
+
+
 class PackedCollator:
-    """Stacks sequences into `(batch, longest)` tensors; what little padding there is forms blocks of its own, untrained."""
+    """Stacks sequences into a batch; what little padding there is forms blocks of its own and is not trained.
+
+    A batch holds `input_ids`, `labels`, `position_ids`, each int64 (sequences, longest); `padding`, a number of tokens;
+    and `rows`, the documents of each sequence by their number in the pool.
+    """
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
-        self.tokens = 0
-        self.padding = 0
 
     def __call__(self, sequences: list[Sequence]) -> dict[str, Any]:
-        longest = max(len(one["input_ids"]) for one in sequences)
-        batch: dict[str, list[numpy.ndarray]] = {"input_ids": [], "labels": [], "position_ids": []}
-        for one in sequences:
-            missing = longest - len(one["input_ids"])
-            self.tokens += longest
-            self.padding += missing
-            fillers = {
-                "input_ids": numpy.full(missing, self.pad_id),
-                "labels": numpy.full(missing, IGNORE),
-                "position_ids": numpy.arange(missing),
-            }
-            for key, filler in fillers.items():
-                batch[key].append(numpy.concatenate([one[key], filler]))
-        return {key: torch.from_numpy(numpy.stack(rows)) for key, rows in batch.items()}
+        longest = max(2, *(len(one["input_ids"]) for one in sequences))
+        fillers = {"input_ids": self.pad_id, "labels": IGNORE, "position_ids": 0}
+        batch: dict[str, Any] = {key: torch.full((len(sequences), longest), filler) for key, filler in fillers.items()}
+        batch["position_ids"] += torch.arange(longest)
+        for place, one in enumerate(sequences):
+            size = len(one["input_ids"])
+            for key in fillers:
+                batch[key][place, :size] = torch.from_numpy(one[key])
+            batch["position_ids"][place, size:] -= size
+        batch["padding"] = sum(longest - len(one["input_ids"]) for one in sequences)
+        batch["rows"] = [one["rows"] for one in sequences]
+        return batch

@@ -1,12 +1,16 @@
 """ChatGLM3's chat format, built from ids so that no text can ever become a role or an end mark."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmtuner.tokenizer.fast import encode_batch
+import numpy
+
+from llmtuner.tokenizer.fast import encode_batch, encode_by_backend
 
 IGNORE = -100  # label of a token that is read but not trained
 Message = dict[str, str]  # {"role": system | user | assistant | observation, "content": text}
+Ids = numpy.ndarray  # int32, one dimension
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,10 @@ class Template:
         """What ends an assistant's turn."""
         return [self.eos, self.roles["user"], self.roles["observation"]]
 
-    def documents(self, tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    def documents(self, tokenizer: Any, texts: list[str], threads: int = 1) -> list[Ids]:
         """Ids of whole documents, end mark included."""
-        return [[*self.prefix, *ids, self.eos] for ids in encode_batch(tokenizer, texts)]
+        prefix, end = _ids(self.prefix), _ids([self.eos])
+        return [numpy.concatenate([prefix, ids, end]) for ids in _encode(tokenizer, texts, threads)]
 
     def prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
         """Ids of a dialogue so far, ready for the assistant to speak."""
@@ -50,23 +55,50 @@ class Template:
             ids += [self.roles[message["role"]], *metadata, *content]
         return [*ids, self.roles["assistant"]]
 
-    def dialogues(self, tokenizer: Any, dialogues: list[list[Message]]) -> list[tuple[list[int], list[int]]]:
-        """Ids and labels of whole dialogues; trained are the assistant's words and what ends each of its turns."""
+    def dialogues(
+        self,
+        tokenizer: Any,
+        dialogues: list[list[Message]],
+        mask_history: bool = False,
+        train_on_prompt: bool = False,
+        threads: int = 1,
+    ) -> list[tuple[Ids, Ids]]:
+        """Ids and labels of whole dialogues; trained are the assistant's words and what ends each of its turns.
+
+        Args:
+            mask_history: only the last turn is trained.
+            train_on_prompt: the other side's words and all roles are trained too; the prefix never is.
+        """
         texts = [message["content"] for messages in dialogues for message in messages]
-        metadata, *contents = encode_batch(tokenizer, ["\n", *texts])
+        metadata, *contents = _encode(tokenizer, ["\n", *texts], threads)
         remaining = iter(contents)
+        prefix, eos = _ids(self.prefix), _ids([self.eos])
+        roles = {role: _ids([one]) for role, one in self.roles.items()}
         encoded = []
         for messages in dialogues:
-            ids, labels = list(self.prefix), [IGNORE] * len(self.prefix)
-            after_assistant = False
-            for message in messages:
-                spoken = [*metadata, *next(remaining)]
-                trained = message["role"] == "assistant"
-                role = self.roles[message["role"]]
-                ids += [role, *spoken]
-                labels += [role if after_assistant else IGNORE, *(spoken if trained else [IGNORE] * len(spoken))]
-                after_assistant = trained
-            ids.append(self.eos)
-            labels.append(self.eos if after_assistant else IGNORE)
-            encoded.append((ids, labels))
+            first = len(messages) - (2 if train_on_prompt else 1) if mask_history else 0  # message that is trained
+            parts, trained_parts = [prefix], [False]
+            ends_trained = False  # an id that ends a trained answer is trained
+            for number, message in enumerate(messages):
+                trained = number >= first and (train_on_prompt or message["role"] == "assistant")
+                parts += [roles[message["role"]], metadata, next(remaining)]
+                trained_parts += [ends_trained or (trained and train_on_prompt), trained, trained]
+                ends_trained = trained
+            parts.append(eos)
+            trained_parts.append(ends_trained)
+            ids = numpy.concatenate(parts)
+            mask = numpy.repeat(trained_parts, [len(part) for part in parts])
+            encoded.append((ids, numpy.where(mask, ids, numpy.int32(IGNORE))))
         return encoded
+
+
+def _ids(ids: Sequence[int]) -> Ids:
+    return numpy.array(ids, dtype=numpy.int32)
+
+
+def _encode(tokenizer: Any, texts: list[str], threads: int) -> list[Ids]:
+    """As `encode_batch`, but in arrays, which sentencepiece fills without making a Python number of every id."""
+    processor = getattr(tokenizer, "sentencepiece", None)
+    if processor:
+        return processor.encode(texts, num_threads=threads, out_type="numpy")
+    return [_ids(ids) for ids in encode_by_backend(tokenizer, texts)]

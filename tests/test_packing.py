@@ -1,0 +1,246 @@
+"""Packing: every token once, nothing leaks, labels and positions as drawn, shares of the mix kept."""
+
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from llmtuner.data.packing import (
+    FilledUp,
+    PackedCollator,
+    PackedSequences,
+    Pool,
+    best_fit_decreasing,
+    bin_segments,
+    block_segments,
+    mix,
+    single_segments,
+)
+from llmtuner.data.template import IGNORE
+from llmtuner.model.loading import load_model
+from llmtuner.train.loss import summed_cross_entropy
+
+
+class Rows:
+    """A token table in memory."""
+
+    def __init__(self, rows):
+        self.rows = [(numpy.array(ids, numpy.int32), numpy.array(labels, numpy.int32)) for ids, labels in rows]
+        self.lengths = numpy.array([len(ids) for ids, _ in self.rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def ids(self, row):
+        return self.rows[row][0]
+
+    def labels(self, row):
+        return self.rows[row][1]
+
+
+def pool(*sets):
+    return Pool([SimpleNamespace(name=str(place), table=Rows(rows)) for place, rows in enumerate(sets)])
+
+
+def everything(one):
+    return numpy.arange(len(one.lengths))
+
+
+def test_blocks_hold_every_token_once_and_restart_positions():
+    own = pool([([7, 8, 10, 11], [])], [([7, 8, 12, 13, 14], [])])
+    blocks = PackedSequences(own, block_segments(everything(own), own.lengths, 6), prefix=2)
+    first, second = blocks[0], blocks[1]
+    assert first["input_ids"].tolist() == [7, 8, 10, 11, 7, 8]
+    assert first["labels"].tolist() == [IGNORE, IGNORE, 10, 11, IGNORE, IGNORE]
+    assert first["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert first["rows"].tolist() == [0, 1]
+    assert second["input_ids"].tolist() == [12, 13, 14]
+    assert second["labels"].tolist() == [IGNORE, 13, 14]  # the first has lost its context
+    assert second["position_ids"].tolist() == [0, 1, 2]
+    assert (len(blocks), blocks.tokens) == (2, 9)
+    across = PackedSequences(own, block_segments(everything(own), own.lengths, 6), prefix=2, isolated=False)
+    assert across[0]["position_ids"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_prefix_cut_by_a_sequence_is_not_trained():
+    own = pool([([7, 8, 10, 11, 2], []), ([7, 8, 12, 2], [])])
+    blocks = PackedSequences(own, block_segments(everything(own), own.lengths, 6), prefix=2)
+    assert blocks[1]["input_ids"].tolist() == [8, 12, 2]
+    assert blocks[1]["labels"].tolist() == [IGNORE, 12, 2]
+
+
+@pytest.mark.parametrize("cutoff", [5, 64, 1000])
+def test_blocks_and_singles_cover_random_documents(cutoff):
+    rng = numpy.random.default_rng(0)
+    own = pool([(rng.integers(0, 99, size), []) for size in rng.integers(3, 90, 70)])
+    order = rng.permutation(70)
+    wanted = numpy.concatenate([own.sets[0].table.ids(row) for row in order])
+    for make in (block_segments, single_segments):
+        sequences = PackedSequences(own, make(order, own.lengths, cutoff))
+        got = [sequences[number]["input_ids"] for number in range(len(sequences))]
+        assert numpy.array_equal(numpy.concatenate(got), wanted)
+        assert max(map(len, got)) <= cutoff
+        if make is block_segments:
+            assert {len(one) for one in got[:-1]} <= {cutoff}
+
+
+def test_bins_hold_every_dialogue_and_count_what_is_cut():
+    rows = [([1] * size, [IGNORE] + [1] * (size - 1)) for size in (5, 3, 4, 12)] + [([1] * 12, [IGNORE] * 11 + [1])]
+    own = pool(rows)
+    segments = bin_segments(everything(own), own, 8)
+    assert sorted(segments.rows.tolist()) == [0, 1, 2, 3]
+    assert (segments.cut, segments.dropped) == (2, 1)
+    bins = PackedSequences(own, segments)
+    sizes = [len(bins[number]["input_ids"]) for number in range(len(bins))]
+    assert sorted(sizes) == [4, 8, 8]
+    assert bins.tokens == 20
+    single = PackedSequences(own, bin_segments(everything(own), own, 8, packed=False))
+    assert [len(single[number]["input_ids"]) for number in range(len(single))] == [5, 3, 4, 8]
+
+
+def test_best_fit_decreasing_chooses_the_fullest_bin_with_room():
+    assert best_fit_decreasing(numpy.array([6, 5, 4, 3, 2]), 10).tolist() == [0, 1, 0, 1, 1]
+    rng = numpy.random.default_rng(0)
+    sizes = rng.integers(10, 200, size=2_000)
+    bins = best_fit_decreasing(sizes, 256)
+    filled = numpy.bincount(bins, weights=sizes)
+    assert filled.max() <= 256
+    assert filled.mean() / 256 > 0.98
+
+
+def test_mix_keeps_shares():
+    rng = numpy.random.default_rng(0)
+    lengths = numpy.concatenate([rng.integers(5, 50, 4_000), rng.integers(200, 400, 300), rng.integers(20, 90, 900)])
+    rows = [numpy.arange(4_000), numpy.arange(4_000, 4_300), numpy.arange(4_300, 5_200)]
+    shares = [0.76, 0.12, 0.12]
+
+    def tokens(order):
+        return numpy.array([lengths[order[numpy.isin(order, own)]].sum() for own in rows])
+
+    under = mix(rows, lengths, shares, "interleave_under", seed=1)
+    assert len(set(under.tolist())) == len(under)
+    assert any(numpy.isin(own, under).all() for own in rows)  # it ends when one is used up
+    for upto in (500, 2_000, len(under)):  # at every moment, to within one document
+        taken = tokens(under[:upto])
+        assert (abs(taken - taken.sum() * numpy.array(shares)) <= 2 * lengths.max()).all()
+    assert (abs(tokens(under) / tokens(under).sum() - shares) < 0.01).all()
+    over = mix(rows, lengths, shares, "interleave_over", seed=1)
+    assert len(set(over.tolist())) == 5_200
+    assert (abs(tokens(over) / tokens(over).sum() - shares) < 0.01).all()
+    assert sorted(mix(rows, lengths, [], "concat", seed=1).tolist()) == list(range(5_200))
+    assert not numpy.array_equal(under, mix(rows, lengths, shares, "interleave_under", seed=2))
+
+
+def test_collator_pads_without_training_the_padding():
+    one = {"input_ids": numpy.array([5, 6, 7]), "labels": numpy.array([IGNORE, 6, 7]), "position_ids": numpy.arange(3)}
+    one["rows"] = numpy.array([4])
+    other = {key: value[:2] for key, value in one.items()}
+    filled = FilledUp([one, other, one], 4)
+    assert len(filled) == 4
+    batch = PackedCollator(pad_id=0)([one, other, filled[3]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 0], [0, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE, 6, IGNORE], [IGNORE] * 3]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0], [0, 1, 2]]
+    assert batch["padding"] == 4
+    assert [rows.tolist() for rows in batch["rows"]] == [[4], [4], []]
+
+
+# ------------------------------------------------------------------------------------------------------ nothing leaks
+def packed_and_alone(stage, model, isolated=True):
+    """A packed batch of five examples of random ids, and each example's place in it."""
+    rng = numpy.random.default_rng(3)
+    rows = []
+    for size in (9, 30, 14, 22, 17):
+        ids = rng.integers(10, 300, size)
+        rows.append((ids, [] if stage == "pt" else numpy.where(numpy.arange(size) > size // 2, ids, IGNORE)))
+    own = pool(rows)
+    if stage == "pt":
+        packed = PackedSequences(own, block_segments(everything(own), own.lengths, 128), 2, isolated)
+        single = PackedSequences(own, single_segments(everything(own), own.lengths, 128), 2)
+    else:
+        packed = PackedSequences(own, bin_segments(everything(own), own, 128), isolated=isolated)
+        single = PackedSequences(own, bin_segments(everything(own), own, 128, packed=False))
+    assert len(packed) == 1
+    return packed[0], [single[number] for number in range(5)], own
+
+
+def logits_of(model, sequence):
+    batch = PackedCollator(0)([sequence])
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+def test_changing_one_document_leaves_all_others_bit_identical(tiny_model_dir, stage, attention):
+    model = load_model(tiny_model_dir, torch.float32, attention)
+    for isolated in (True, False):
+        sequence, _, own = packed_and_alone(stage, model, isolated)
+        before = logits_of(model, sequence)
+        ends = numpy.cumsum(own.lengths[sequence["rows"]])
+        leaked = []
+        for place, end in enumerate(ends):
+            start = end - own.lengths[sequence["rows"][place]]
+            changed = {**sequence, "input_ids": sequence["input_ids"].copy()}
+            changed["input_ids"][start:end] = numpy.random.default_rng(place).integers(10, 300, end - start)
+            after = logits_of(model, changed)
+            outside = torch.ones(len(before), dtype=torch.bool)
+            outside[start:end] = False
+            assert not torch.equal(before[~outside], after[~outside])
+            leaked.append(not torch.equal(before[outside], after[outside]))
+        assert any(leaked) != isolated  # across documents, the comparison does see a change
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+def test_packed_loss_is_that_of_each_alone(tiny_model_dir, stage):
+    model = load_model(tiny_model_dir, torch.float32, "eager")
+
+    def summed(sequence):
+        targets = torch.from_numpy(sequence["labels"][1:])
+        return torch.nn.functional.cross_entropy(logits_of(model, sequence)[:-1], targets, reduction="sum")
+
+    for isolated in (True, False):
+        packed, alone, _ = packed_and_alone(stage, model, isolated)
+        count = (packed["labels"] != IGNORE).sum()
+        assert count == sum((one["labels"] != IGNORE).sum() for one in alone)
+        difference = abs(float(summed(packed)) - sum(float(summed(one)) for one in alone)) / count
+        assert (difference < 1e-5) == isolated
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+@pytest.mark.parametrize("at_once", [2**25, 700])
+@pytest.mark.parametrize("trained", ["both", "hidden", "weight"])
+def test_chunked_loss_has_the_value_and_gradients_of_the_whole(monkeypatch, at_once, trained):
+    monkeypatch.setattr("llmtuner.train.loss.LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    hidden = torch.randn(37, 16, dtype=torch.float32, requires_grad=trained != "weight")
+    weight = torch.randn(100, 16, requires_grad=trained != "hidden")
+    targets = torch.randint(0, 100, (37,))
+    whole = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    leaves = [one for one in (hidden, weight) if one.requires_grad]
+    wanted = torch.autograd.grad(whole / 7, leaves)
+    loss = summed_cross_entropy(hidden, weight, targets)
+    assert float(loss) == pytest.approx(float(whole), rel=1e-6)
+    for own, other in zip(torch.autograd.grad(loss / 7, leaves), wanted, strict=True):
+        assert torch.allclose(own, other, atol=1e-5)
+
+
+def test_chunked_loss_holds_few_logits_and_takes_autocast(monkeypatch):
+    monkeypatch.setattr("llmtuner.train.loss.LOGITS_AT_ONCE", 1_000)
+    largest = []
+    original = torch.Tensor.logsumexp
+
+    def spy(self, *args, **kwargs):
+        largest.append(self.numel())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", spy)
+    hidden, weight = torch.randn(50, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = summed_cross_entropy(hidden, weight, torch.arange(50))
+    assert max(largest) == 1_000
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    assert summed_cross_entropy(hidden[:0], weight, torch.arange(0)) == 0
