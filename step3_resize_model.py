@@ -49,9 +49,9 @@ def main() -> None:
     watch = Stopwatch()
 
     from llmtuner.model import initialising
-    from llmtuner.model.adapters import copy_tokenizer
     from llmtuner.model.chatglm import is_published
     from llmtuner.model.growing import grow_checkpoint, same_rows
+    from llmtuner.model.merging import copy_tokenizer
     from llmtuner.model.shards import read_json
     from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
 

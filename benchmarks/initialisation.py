@@ -25,11 +25,11 @@ from llmtuner.data.sources import find_source
 from llmtuner.data.template import Template
 from llmtuner.eval.answers import answer_all
 from llmtuner.eval.bits_per_byte import bits_per_byte
-from llmtuner.model.adapters import copy_tokenizer, merge_adapter
 from llmtuner.model.chatglm import convert
 from llmtuner.model.growing import grow_checkpoint
 from llmtuner.model.initialising import METHODS, NewPieces, find_new_pieces, focus_weights, new_rows, static_vectors
 from llmtuner.model.loading import load_for_evaluation, load_model
+from llmtuner.model.merging import copy_tokenizer, merge_adapter
 from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
 
 TINY = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "tiny_chatglm3"

@@ -28,10 +28,10 @@ def main() -> None:
     constants.require(constants.JA_TOKENIZER)
     base_dir = constants.require_base_model()
     corpus = constants.require_corpus()
-    from llmtuner.model.adapters import merge_adapter
     from llmtuner.model.growing import grow_checkpoint
     from llmtuner.model.initialising import find_new_pieces
     from llmtuner.model.loading import load_model
+    from llmtuner.model.merging import merge_adapter
     from llmtuner.tokenizer.fast import SPECIAL_TOKENS, read_model, save_tokenizer
     from llmtuner.tokenizer.merging import merge
     from llmtuner.train.tuner import run_exp

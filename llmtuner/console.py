@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 Item = TypeVar("Item")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+LITTLE_ROOM = 2**24  # bytes on a disk that count as none
 
 
 class InputError(Exception):
@@ -21,6 +22,14 @@ class InputError(Exception):
 
     The message says what is wrong, where, and what to do next; `run_script` prints it alone and exits with code 2.
     """
+
+
+class Stopped(Exception):
+    """A person or the system asked a run to end, and it ended in good order; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + (signal_number or 0)  # as shells report a signal
 
 
 def stop(message: str) -> NoReturn:
@@ -35,6 +44,9 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         stop(str(error))
+    except Stopped as stopped:
+        say(f"\n{stopped}")
+        raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
@@ -91,6 +103,40 @@ def check_writable(directory: Path) -> None:
 
 
 @contextmanager
+def disk_errors(destination: Path) -> Iterator[None]:
+    """Names `destination` and what to do when the disk fills up, or may not be written to, while it is written.
+
+    Raises:
+        InputError: for these; everything else passes through.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if _is_full_disk(error, destination):
+            raise InputError(
+                f"the disk filled up while writing {destination} ({reason}). Nothing of it is kept: make room "
+                "or write to another disk, and start again."
+            ) from error
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            raise InputError(f"cannot write {destination} ({reason}). Write to another place.") from error
+        raise
+
+
+def _is_full_disk(error: Exception, destination: Path) -> bool:
+    """Whether a write failed for want of room, also where a library hides the number of the error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in DISK_FULL
+    if any(os.strerror(number) in str(error) for number in DISK_FULL):  # safetensors quotes the system
+        return True
+    room = next(place for place in (destination, *destination.absolute().parents) if place.exists())
+    # torch.save says only that it failed.
+    return isinstance(error, RuntimeError) and "writ" in str(error) and shutil.disk_usage(room).free < LITTLE_ROOM
+
+
+@contextmanager
 def whole_directory(destination: Path) -> Iterator[Path]:
     """Yields a directory to write into that becomes `destination` only when everything has been written.
 
@@ -101,20 +147,14 @@ def whole_directory(destination: Path) -> Iterator[Path]:
     """
     partial = destination.with_name(f"{destination.name}.partial")
     try:
+        with disk_errors(destination):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            shutil.rmtree(destination, ignore_errors=True)
+            partial.rename(destination)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(destination, ignore_errors=True)
-        partial.rename(destination)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise InputError(
-                f"the disk filled up while writing {destination} ({error.strerror}). Nothing of it is kept: make room "
-                "or write to another disk, and start again."
-            ) from error
-        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            raise InputError(f"cannot write {destination} ({error.strerror}). Write to another place.") from error
         raise
 
 

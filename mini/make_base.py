@@ -143,8 +143,8 @@ def make_base(destination: Path) -> None:
     import torch
 
     from llmtuner.eval.answers import Question, answer_all, is_right
-    from llmtuner.model.adapters import copy_tokenizer
     from llmtuner.model.loading import load_model
+    from llmtuner.model.merging import copy_tokenizer
     from llmtuner.tokenizer.fast import load_tokenizer
     from llmtuner.train.tuner import run_exp
 

@@ -38,7 +38,7 @@ def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from llmtuner.model.adapters import copy_tokenizer
+    from llmtuner.model.merging import copy_tokenizer
     from llmtuner.tokenizer.fast import load_tokenizer
 
     directory = tmp_path_factory.mktemp("tiny-model")

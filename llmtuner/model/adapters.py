@@ -1,24 +1,69 @@
-"""LoRA: which modules get an adapter, what is trained in full beside it, and the merge back into plain weights."""
+"""What is trained: LoRA with embeddings beside it, some modules alone or everything; and how it is saved."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from llmtuner.console import InputError, whole_directory
+from llmtuner.console import InputError, disk_errors, say
 from llmtuner.hparams import FinetuningArguments
-from llmtuner.model.loading import load_model
+from llmtuner.model.growing import APPENDED_ROWS
+from llmtuner.model.merging import copy_tokenizer
+from llmtuner.model.shards import read_json
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-)
+EMBEDDINGS = ("embed_tokens", "lm_head")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Whichever of them is there marks a whole adapter and says of which kind it is.
+MARKS = (ADAPTER_CONFIG, "config.json")
+WEIGHTS = (ADAPTER_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+
+
+# ------------------------------------------------------------------------------------------------------ what is trained
+def prepare_for_training(
+    model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path | None = None
+) -> torch.nn.Module:
+    """Freezes what is not trained; what is trained is held in fp32, so that small updates are not rounded away.
+
+    Frozen parameters keep the dtype in which they were loaded.
+
+    Args:
+        adapter: directory of a trained LoRA adapter to go on from; its own settings of LoRA apply.
+
+    Raises:
+        InputError: if a target names no module of this model, or the adapter does not fit it.
+    """
+    prepared: Any = model
+    if adapter is not None:
+        prepared = _go_on_from(model, finetuning, adapter)
+    elif finetuning.finetuning_type == "lora":
+        prepared = get_peft_model(model, _lora_config(model, finetuning))
+    elif finetuning.finetuning_type == "freeze":
+        _check_names(finetuning.additional_target, _modules_with_parameters(model), "additional_target")
+        model.requires_grad_(False)
+        for name, module in model.named_modules():
+            if name.rsplit(".", 1)[-1] in finetuning.additional_target:
+                module.requires_grad_(True)
+    _train_in_fp32(prepared)
+    return prepared
+
+
+def _train_in_fp32(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
@@ -33,75 +78,120 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
     )
 
 
-def prepare_for_training(model: PreTrainedModel, finetuning: FinetuningArguments) -> torch.nn.Module:
-    """Freezes what is not trained; what is trained is held in fp32, so that small updates are not rounded away.
+def _modules_with_parameters(model: PreTrainedModel) -> list[str]:
+    return sorted({name.split(".")[-2] for name, _ in model.named_parameters()})
 
-    Raises:
-        InputError: if a target names no module of this model.
-    """
-    if finetuning.finetuning_type == "full":
-        return model.float()
-    known = linear_modules(model)
-    target = known if finetuning.lora_target == ["all"] else finetuning.lora_target
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    for name in [*target, *finetuning.additional_target]:
-        if name not in names:
-            raise InputError(
-                f"lora_target or additional_target {name!r} matches no module; this model has: {', '.join(known)}."
-            )
-    config = LoraConfig(
+
+def _check_names(names: list[str], known: list[str], setting: str) -> None:
+    for name in names:
+        if name not in known:
+            raise InputError(f"{setting} {name!r} matches no module; this model has: {', '.join(known)}.")
+
+
+def _lora_config(model: PreTrainedModel, finetuning: FinetuningArguments) -> LoraConfig:
+    in_full, known = finetuning.additional_target, linear_modules(model)
+    _check_names(in_full, _modules_with_parameters(model), "additional_target")
+    if finetuning.lora_target == ["all"]:
+        target = [name for name in known if name not in in_full]
+    else:
+        target = finetuning.lora_target
+        _check_names(target, [*known, "lm_head"], "lora_target")
+    if both := sorted({*target} & {*in_full}):
+        raise InputError(f"{', '.join(both)}: named in lora_target and in additional_target. Train it in one way.")
+    by_row = [name for name in in_full if name in EMBEDDINGS and finetuning.embedding_rows == "new"]
+    return LoraConfig(
         r=finetuning.lora_rank,
-        lora_alpha=finetuning.lora_alpha or 2 * finetuning.lora_rank,
+        lora_alpha=finetuning.lora_alpha or 2 * finetuning.lora_rank,  # type: ignore[arg-type]  # a fraction works too
         lora_dropout=finetuning.lora_dropout,
         use_rslora=finetuning.use_rslora,
+        use_dora=finetuning.use_dora,
         target_modules=target,
-        modules_to_save=finetuning.additional_target or None,
+        modules_to_save=[name for name in in_full if name not in by_row] or None,
+        trainable_token_indices={name: _appended_rows(model) for name in by_row} or None,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+
+
+def _appended_rows(model: PreTrainedModel) -> list[int]:
+    """The embedding rows that step 3 appended for new pieces."""
+    first_and_end = getattr(model.config, APPENDED_ROWS, None)
+    if not first_and_end:
+        raise InputError(
+            f"{model.config.name_or_path} was not grown by step 3: its config.json has no {APPENDED_ROWS}, which "
+            "embedding_rows: new needs. Grow it again (step3_resize_model.py), or set embedding_rows: all."
+        )
+    return list(range(*first_and_end))
+
+
+def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
+    """A LoRA adapter around its base, to be trained further."""
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (adapter / name).is_file()]
+    if missing or finetuning.finetuning_type != "lora":
+        why = f"{adapter} has no {missing[0]}" if missing else f"finetuning_type is {finetuning.finetuning_type}"
+        raise InputError(
+            f"training goes on only from a LoRA adapter: {why}. Merge what was trained and start from that."
+        )
+    rank = read_json(adapter / ADAPTER_CONFIG).get("r")
+    if rank != finetuning.lora_rank:
+        raise InputError(
+            f"the adapter {adapter} has rank {rank}, but lora_rank is {finetuning.lora_rank}. Set lora_rank: {rank}; "
+            "an adapter keeps its rank and its targets."
+        )
+    try:
+        config: Any = PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = False
+        adapted: Any = get_peft_model(model, config)
+        _train_in_fp32(adapted)  # before its weights come, or the model's precision would round them
+        weights = load_file(adapter / ADAPTER_WEIGHTS)
+        if differing := weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
+            raise ValueError(f"only one of them has {min(differing)}")
+        set_peft_model_state_dict(adapted, weights)
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"the adapter {adapter} does not fit the model {model.config.name_or_path}: {error}. Name the model it was "
+            "trained on."
+        ) from error
+    beside = [*(config.modules_to_save or []), *(f"rows of {name}" for name in config.trainable_token_indices or [])]
+    say(
+        f"going on from {adapter}: rank {rank} on {', '.join(sorted(config.target_modules))}; "
+        f"beside it {', '.join(beside) or 'nothing'}"
+    )
     return adapted
 
 
-def save_adapter(model: torch.nn.Module, directory: Path) -> None:
-    """Writes the trained weights; the directory appears whole or not at all."""
-    with whole_directory(directory) as partial:
-        if isinstance(model, PeftModel):
-            # Embeddings that are trained are saved as modules_to_save; frozen ones need not be.
-            model.save_pretrained(str(partial), save_embedding_layers=False)
-        elif isinstance(model, PreTrainedModel):
-            model.save_pretrained(str(partial))
+# --------------------------------------------------------------------------------------------------------------- saving
+def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) -> None:
+    """Writes what was trained, and the base's tokenizer, into a run's directory among its logs and checkpoints.
 
-
-def merge_adapter(base: Path, adapter: Path, destination: Path, max_shard_gb: int = 2) -> None:
-    """Adds an adapter to its base and saves a plain model with tokenizer, loadable without peft.
-
-    The sum is formed in fp32 and stored in the base's dtype.
+    All files are complete before the first one takes its place, and the one that marks a whole adapter comes last.
+    An older adapter is replaced, whatever its kind.
 
     Raises:
-        InputError: if the adapter does not belong to this base.
+        InputError: if it cannot be written; then an older adapter stays as it was.
     """
-    model: Any = load_model(base)
-    dtype = model.dtype
-    if (adapter / "adapter_config.json").is_file():
-        try:
-            adapted = PeftModel.from_pretrained(model.float(), str(adapter))
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"the adapter {adapter} does not fit the model {base}: {error}") from error
-        model = adapted.merge_and_unload()
+    if directory.resolve() == tokenizer_from.resolve():
+        raise InputError(f"{directory} holds the model that was trained from. Set another output_dir.")
+    partial = directory / ".partial"
+    try:
+        with disk_errors(directory):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_adapter(model, partial)
+            copy_tokenizer(tokenizer_from, partial)
+            for pattern in (*MARKS, *WEIGHTS):
+                for old in directory.glob(pattern):
+                    old.unlink()
+            for file in sorted(partial.iterdir(), key=lambda file: file.name in MARKS):
+                os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_adapter(model: Any, directory: Path) -> None:
+    if isinstance(model, PeftModel):
+        # Embeddings that are trained are saved as modules_to_save; frozen ones need not be.
+        model.save_pretrained(str(directory), save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # an empty form
     else:
-        model = load_model(adapter)
-    model = model.to(dtype)
-    model.config.tie_word_embeddings = False
-    with whole_directory(destination) as partial:
-        model.save_pretrained(str(partial), max_shard_size=f"{max_shard_gb}GB")
-        copy_tokenizer(base, partial)
-
-
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copies the tokenizer's files from one model directory to another."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.save_pretrained(str(directory), state_dict=trained)

@@ -29,6 +29,8 @@ from llmtuner.model.shards import (
 )
 
 MATRICES: dict[str, Literal["input", "output"]] = {"model.embed_tokens.weight": "input", "lm_head.weight": "output"}
+APPENDED_ROWS = "appended_rows"
+"""Key of config.json: [first, end), the rows that were appended for new pieces, padding not counted."""
 NewRows = Callable[[torch.Tensor, Literal["input", "output"]], torch.Tensor]
 """(matrix [old rows, width] in the checkpoint's dtype, which of the two it is) -> new rows [new, width] in fp32"""
 
@@ -69,7 +71,7 @@ def open_base(directory: Path) -> Checkpoint:
     if config.tie_word_embeddings or not MATRICES.keys() <= tensors.keys():
         raise InputError(
             f"{directory} has no {' and '.join(MATRICES)} of their own (tied embeddings). "
-            "Growing needs both matrices, as in ChatGLM3 and Glm."
+            "Growing and merging need both matrices, as in ChatGLM3 and Glm."
         )
     check_tensors(directory, tensors, {name: tuple(value.shape) for name, value in model.state_dict().items()})
     return Checkpoint(config, generation, list(tensors.values()))
@@ -81,7 +83,7 @@ def grow_checkpoint(
     """Writes the model of `source` into `destination`, a directory that exists, with rows for the new pieces.
 
     Rows below `new.first_id` and all other tensors keep every bit. Then come the new rows and, up to a multiple of
-    `multiple`, copies of the row of `<unk>`.
+    `multiple`, copies of the row of `<unk>`. The grown config.json says where the new rows lie (`APPENDED_ROWS`).
 
     Args:
         source: a Glm checkpoint, or ChatGLM3 as published.
@@ -102,6 +104,7 @@ def grow_checkpoint(
     make = make_rows or (lambda matrix, _: new_rows(matrix, new, "mean"))
     tensors = [_grow(one, new, rows, make) if one.name in MATRICES else one for one in base.tensors]
     base.config.vocab_size = rows
+    setattr(base.config, APPENDED_ROWS, [new.first_id, new.end])
     return Grown(old_rows, rows, replace(base, tensors=tensors).write(destination))
 
 

@@ -99,6 +99,24 @@ def load_for_evaluation(directory: Path | str) -> tuple[PreTrainedModel, Any]:
     return model.to(plan.device), tokenizer  # type: ignore[arg-type]
 
 
+def check_model_fits(directory: Path | str, tokenizer: Any, length: int) -> None:
+    """Makes sure, before weights are loaded, that a model has a row for every id and room for `length` tokens.
+
+    Raises:
+        InputError: if it has not, or is no model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory} is not a model directory that can be trained: {error}") from error
+    _check_rows(config.vocab_size, tokenizer, directory)
+    if length > config.max_position_embeddings:
+        raise InputError(
+            f"cutoff_len is {length:,}, but {directory} reads at most {config.max_position_embeddings:,} tokens. Make it "
+            "smaller."
+        )
+
+
 def check_rows(model: PreTrainedModel, tokenizer: Any, directory: Path | str) -> None:
     """Makes sure that every id of the tokenizer has an embedding row.
 
@@ -107,6 +125,10 @@ def check_rows(model: PreTrainedModel, tokenizer: Any, directory: Path | str) ->
     """
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
+    _check_rows(rows, tokenizer, directory)
+
+
+def _check_rows(rows: int, tokenizer: Any, directory: Path | str) -> None:
     if len(tokenizer) > rows:
         raise InputError(
             f"{directory}: the tokenizer has {len(tokenizer):,} ids, the embeddings only {rows:,} rows. "

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
 
 CHUNK_BYTES = 2**23
+MAX_SHARD_BYTES = 2_000_000_000
 # Weights are floating-point numbers; integers would be those of a quantized checkpoint.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -109,7 +110,7 @@ def open_checkpoint(directory: Path) -> dict[str, LazyTensor]:
     """
     pickles: dict[Path, dict[str, torch.Tensor]] = {}
     for file_name, open_file in (
-        ("model.safetensors", _open_safetensors),
+        ("model.safetensors", open_safetensors),
         ("pytorch_model.bin", partial(_open_pickle, loaded=pickles)),
     ):
         if (directory / file_name).is_file():
@@ -153,10 +154,13 @@ def _open_shards(index: Path, open_file: Callable[[Path], dict[str, LazyTensor]]
     return tensors
 
 
-def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
+def open_safetensors(file: Path) -> dict[str, LazyTensor]:
     """The tensors of one safetensors file.
 
     Rows are read from the file, not mapped into memory: mapped pages would count as memory of this process.
+
+    Raises:
+        InputError: if it is missing or damaged, or holds anything but floating-point numbers.
     """
     try:
         with safe_open(file, framework="pt"):  # the library judges header, offsets and length
@@ -288,7 +292,7 @@ class Checkpoint:
     generation: "GenerationConfig"
     tensors: list[LazyTensor]
 
-    def write(self, directory: Path) -> Written:
+    def write(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> Written:
         """Writes the model into a directory that exists.
 
         Raises:
@@ -296,10 +300,10 @@ class Checkpoint:
         """
         self.config.save_pretrained(directory)
         self.generation.save_pretrained(directory)
-        return write_checkpoint(self.tensors, directory)
+        return write_checkpoint(self.tensors, directory, max_shard_bytes)
 
 
-def write_checkpoint(tensors: Sequence[LazyTensor], directory: Path, max_shard_bytes: int = 2_000_000_000) -> Written:
+def write_checkpoint(tensors: Sequence[LazyTensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> Written:
     """Writes safetensors files under transformers' names: model.safetensors, or numbered shards with an index.
 
     The safetensors library wants all tensors of a file in memory at once; this writer holds a few megabytes.
