@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtuner.console import InputError, check_writable, say, stop, write_json
+from llmtuner.console import InputError, check_writable, is_first_process, say, stop, write_json
+from llmtuner.train.checkpoints import forget
 
 ROOT = Path(__file__).resolve().parent
 
@@ -155,6 +156,18 @@ def start_step(step: str, *needs: Path) -> None:
             f"{step} has finished already: its results are in {WORK_DIR}. Set OVERWRITE=1 to replace them, "
             "or WORK_DIR to keep them and work elsewhere."
         )
+
+
+def start_training(step: str, output_dir: Path, *needs: Path) -> None:
+    """As `start_step`, for a step that goes on from its newest checkpoint: with OVERWRITE=1 a finished one starts anew.
+
+    The mark that it has finished goes too, so that a run that is interrupted then goes on as any other.
+    """
+    start_step(step, *needs)
+    finished = METRICS_DIR / f"{step}.json"
+    if finished.exists() and is_first_process():  # OVERWRITE=1
+        forget(output_dir)
+        finished.unlink()
 
 
 def require_base_model(weights: bool = True, published: bool = False) -> Path:

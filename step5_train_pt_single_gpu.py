@@ -3,16 +3,20 @@
     python step5_train_pt_single_gpu.py                         one GPU, or the CPU
     bash step5_train_pt_multi_gpu.sh                            several GPUs: this file under torchrun with ZeRO-2
     python step5_train_pt_single_gpu.py --learning_rate 5e-5    any setting can be given another value
+    python step5_train_pt_single_gpu.py --staged                embeddings alone, then LoRA alone, to compare
+
+Started again after an interruption, it goes on from its newest checkpoint.
 
 LoRA on all linear layers and full training of both embedding matrices at once; then the adapter is merged. To look at
 one step, set a breakpoint in `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
 import sys
+from pathlib import Path
 
 import constants
 from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
-from llmtuner.console import Stopwatch, heading, is_first_process, run_script, say
+from llmtuner.console import InputError, Stopwatch, heading, is_first_process, run_script, say
 
 SETTINGS = dict(
     **constants.DATA_SETTINGS,
@@ -35,7 +39,8 @@ SETTINGS = dict(
     eval_on_start=True,
     logging_first_step=True,
     logging_steps=10,
-    save_strategy="no",
+    save_strategy="steps",
+    save_total_limit=2,
     plot_loss=True,
     report_to="none",
     seed=42,
@@ -48,6 +53,7 @@ BY_PROFILE = {
         warmup_ratio=0.05,
         per_device_train_batch_size=max(1, 8 // constants.WORLD_SIZE),  # 2,048 tokens a step, however many processes
         eval_steps=150,
+        save_steps=150,
         max_eval_sequences=48,
     ),
     # Ranks and rates for a new language: docs/decisions.md. The batch grows with the number of GPUs.
@@ -60,27 +66,33 @@ BY_PROFILE = {
         gradient_accumulation_steps=4,
         gradient_checkpointing=True,
         eval_steps=1000,
+        save_steps=1000,
         max_eval_sequences=256,
     ),
 }
 
 
 def main() -> None:
-    constants.start_step("step5", ZERO_DIR)
+    constants.start_training("step5", PT_ADAPTER_DIR, ZERO_DIR)
     constants.require_corpus()
     watch = Stopwatch()
 
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
     from llmtuner.hparams import override
-    from llmtuner.model.adapters import merge_adapter
     from llmtuner.model.loading import load_for_evaluation
+    from llmtuner.model.merging import merge_adapter
     from llmtuner.train.tuner import run_exp
 
+    words = [word for word in sys.argv[1:] if word != "--staged"]
+    settings = override({**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}, words)
+    base = ZERO_DIR
+    if "--staged" in sys.argv:
+        settings, base = train_embeddings_alone(settings)
     heading("continued pretraining")
-    metrics = run_exp(override({**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}, sys.argv[1:]))
+    metrics = run_exp(settings)
     if not is_first_process():
         return
-    merge_adapter(ZERO_DIR, PT_ADAPTER_DIR, PT_MERGED_DIR)
+    merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR)
 
     heading("held-out text, before and after (lower is better)")
     texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
@@ -95,6 +107,31 @@ def main() -> None:
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {PT_ADAPTER_DIR}, merged model in {PT_MERGED_DIR}. "
         "Next: python step6_train_sft_single_gpu.py"
     )
+
+
+def train_embeddings_alone(settings: dict) -> tuple[dict, Path]:
+    """The first half of the original's first attempt; returns the settings of the second, LoRA alone, and its base.
+
+    Each half makes half of the steps, so that tokens are those of the joint recipe.
+    """
+    from llmtuner.model.merging import merge_adapter
+    from llmtuner.train.tuner import run_exp
+
+    if constants.WORLD_SIZE > 1:
+        raise InputError("--staged is for one process: start step5_train_pt_single_gpu.py.")
+    heading("continued pretraining, embeddings alone")
+    settings["num_train_epochs"] /= 2
+    if "max_steps" in settings:
+        settings["max_steps"] //= 2
+    output_dir, merged = (PT_ADAPTER_DIR.with_name(f"step5_embeddings_{kind}") for kind in ("adapter", "merged"))
+    lora = {name: settings.pop(name) for name in ("lora_target", "lora_rank")}
+    rate = settings.pop("embedding_learning_rate")
+    alone = dict(finetuning_type="freeze", output_dir=str(output_dir), learning_rate=rate)
+    run_exp({**settings, **alone, "overwrite_output_dir": True})
+    merge_adapter(ZERO_DIR, output_dir, merged)
+    # Other documents come first in the second half than in the first.
+    second = dict(model_name_or_path=str(merged), additional_target=[], seed=settings["seed"] + 1)
+    return {**settings, **lora, **second}, merged
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     bash step6_train_sft_multi_gpu.sh                   several GPUs: this file under torchrun with ZeRO-2
     python step6_train_sft_single_gpu.py --learning_rate 5e-5    any setting can be given another value
 
-Trained are the assistant's words and end marks only. To look at one step, set a breakpoint in
+Started again after an interruption, it goes on from its newest checkpoint. Trained are the assistant's words and end marks only. To look at one step, set a breakpoint in
 `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
@@ -47,7 +47,8 @@ SETTINGS = dict(
     eval_on_start=True,
     logging_first_step=True,
     logging_steps=10,
-    save_strategy="no",
+    save_strategy="steps",
+    save_total_limit=2,
     plot_loss=True,
     report_to="none",
     seed=42,
@@ -61,6 +62,7 @@ BY_PROFILE = {
         num_train_epochs=1,
         per_device_train_batch_size=max(1, 8 // constants.WORLD_SIZE),  # 2,048 tokens a step, however many processes
         eval_steps=150,
+        save_steps=150,
         max_eval_sequences=48,
     ),
     "chatglm3-6b": dict(
@@ -73,20 +75,21 @@ BY_PROFILE = {
         gradient_accumulation_steps=4,
         gradient_checkpointing=True,
         eval_steps=200,
+        save_steps=200,
         max_eval_sequences=256,
     ),
 }
 
 
 def main() -> None:
-    constants.start_step("step6", PT_MERGED_DIR)
+    constants.start_training("step6", SFT_ADAPTER_DIR, PT_MERGED_DIR)
     constants.require_corpus()
     watch = Stopwatch()
 
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
     from llmtuner.hparams import override
-    from llmtuner.model.adapters import merge_adapter
     from llmtuner.model.loading import load_for_evaluation
+    from llmtuner.model.merging import merge_adapter
     from llmtuner.train.tuner import run_exp
 
     heading("instruction tuning" + (" (LoRA only)" if LORA_ONLY else ""))

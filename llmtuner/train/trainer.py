@@ -1,68 +1,78 @@
-"""One training step: the loss, the parameter groups, an eval loss that is exact however batches are cut, and a bar."""
+"""One training step: the loss, the parameter groups, what is logged, an eval loss that is exact, whole checkpoints."""
 
+import json
+import shutil
 import time
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy
 import torch
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from accelerate.utils import gather_object
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
-from llmtuner.data.packing import PackedCollator
+from llmtuner.console import InputError, write_json
+from llmtuner.data.packing import FilledUp, PackedCollator
 from llmtuner.data.template import IGNORE
 from llmtuner.hparams import FinetuningArguments
+from llmtuner.train.checkpoints import STAGING, kept_older, publish
+from llmtuner.train.loss import summed_cross_entropy
+from llmtuner.train.watching import LogLines, Meter, ProgressBar, StopSignal, memory_gb
+
+DOCUMENTS_NAMED = 8  # in an error about a batch
 
 
-class ProgressBar(TrainerCallback):
-    """One bar for the whole run with loss, learning rate and time left; an eval loss gets a line of its own."""
+class MicroBatch(NamedTuple):
+    """What is remembered of a micro-batch until its step is made: loss, trained tokens, documents of each sequence."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step", disable=not state.is_world_process_zero)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, lr {float(logs['learning_rate']):.1e}")
-        if "eval_loss" in logs and state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step:>6,}: eval loss {logs['eval_loss']:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
-
-
-class InitialLoss(TrainerCallback):
-    """The loss of each data set before the first step, once the model has been prepared for its devices."""
-
-    def __init__(self, trainer: "PackedTrainer", samples: dict[str, Any]) -> None:
-        self.trainer, self.samples = trainer, samples
-        self.losses: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.losses = {name: round(self.trainer.loss_on(sample), 4) for name, sample in self.samples.items()}
+    loss: torch.Tensor
+    trained: torch.Tensor
+    rows: list[numpy.ndarray]
 
 
 class PackedTrainer(Trainer):
     """transformers' Trainer over packed sequences.
 
-    A batch holds `input_ids`, `labels`, `position_ids`, each (sequences, tokens). Labels are aligned with the ids and
-    are shifted in `compute_loss`. There is no attention mask: positions that restart at 0 separate the documents.
+    A batch is what `PackedCollator` makes. Labels are aligned with the ids and are shifted in `compute_loss`. There is no
+    attention mask: positions that restart at 0 separate the documents.
+
+    Args:
+        settings: the settings of the run; they are kept beside each checkpoint.
+        origin: file and line of a document, by its number in a batch's `rows`.
+        stop: asks for an early end.
     """
 
     model: Any  # a Glm, or peft's wrapper around one
 
-    def __init__(self, finetuning: FinetuningArguments, collator: PackedCollator, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        finetuning: FinetuningArguments,
+        collator: PackedCollator,
+        settings: dict[str, Any],
+        origin: Callable[[int], str],
+        stop: StopSignal,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(data_collator=collator, **kwargs)
+        self.output_dir = Path(self.args.output_dir or ".")
+        self.finetuning, self.settings, self.origin, self.stop = finetuning, settings, origin, stop
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(ProgressBar())
-        self.finetuning = finetuning
-        self.collator = collator
+        for watcher in (ProgressBar(), LogLines(self.output_dir / "log.jsonl"), RunControl(self)):
+            self.add_callback(watcher)
         # Trainer shall count the trained tokens of the whole accumulated batch on all ranks, and divide by nothing else.
         self.model_accepts_loss_kwargs = True
-        self.seconds_in_evaluation = 0.0
+        self.meter = Meter()
+        self.micro_batches: list[MicroBatch] = []  # of the step at hand
+        self.ending = False
+        causal_lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.hidden: torch.Tensor
+        causal_lm.base_model.register_forward_hook(self._keep_hidden)
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,24 +81,64 @@ class PackedTrainer(Trainer):
 
         Set a breakpoint here: everything that a step learns from passes through.
         """
-        summed, trained, outputs = self._summed_loss(model, inputs)
+        summed, trained = self._summed_loss(model, inputs)
         if num_items_in_batch is None:
             loss = summed / trained.clamp(min=1)
         else:
             # Gradients are averaged over ranks afterwards, so each rank's share counts once per rank.
             loss = summed / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        self._watch(loss, inputs, trained)
+        return (loss, None) if return_outputs else loss
 
-    @staticmethod
-    def _summed_loss(model: Any, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-        targets = inputs["labels"][:, 1:].flatten()
-        logits = outputs.logits[:, :-1].flatten(0, 1)
-        return (
-            cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum"),
-            (targets != IGNORE).sum(),
-            outputs,
-        )
+    def _summed_loss(self, model: Any, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy summed over the trained tokens of a micro-batch, and how many they are."""
+        ids, labels, positions = inputs["input_ids"], inputs["labels"], inputs["position_ids"]
+        if getattr(self.model.config, "_attn_implementation", "").startswith("flash"):
+            # Flash attention reads packed documents off the positions of one row only.
+            ids, labels, positions = (one.reshape(1, -1) for one in (ids, labels, positions))
+        # The decoder's output is caught by `_keep_hidden`; logits are formed below, where they are trained.
+        none = torch.zeros(0, dtype=torch.long, device=ids.device)
+        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=none)
+        targets = labels[:, 1:]
+        wanted = targets != IGNORE
+        hidden, self.hidden = self.hidden[:, :-1][wanted], none
+        return summed_cross_entropy(hidden, output_weight(self.model), targets[wanted]), wanted.sum()
+
+    def _keep_hidden(self, _: Any, __: Any, outputs: Any) -> None:
+        self.hidden = outputs.last_hidden_state
+
+    def _watch(self, loss: torch.Tensor, inputs: dict, trained: torch.Tensor) -> None:
+        """Counts a micro-batch; before the last one of a step is learned from, asks all ranks whether to go on.
+
+        Raises:
+            InputError: if a loss is not finite, except under fp16, whose loss scaling copes with that.
+        """
+        self.meter.tokens += inputs["input_ids"].numel()
+        self.meter.padding += inputs["padding"]
+        self.micro_batches.append(MicroBatch(loss.detach(), trained, inputs["rows"]))
+        if not self.accelerator.sync_gradients:
+            return
+        losses = torch.stack([batch.loss for batch in self.micro_batches])
+        counts = torch.stack([batch.trained for batch in self.micro_batches])
+        bad = torch.zeros_like(losses) if self.args.fp16 else (~losses.isfinite()).float()
+        stop = torch.full_like(losses[0], self.stop.received is not None)
+        sums = torch.stack([losses.sum(), counts.sum(), bad.sum(), stop])
+        step_loss, step_trained, any_bad, any_stop = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if any_bad:
+            batches = [batch for batch, is_bad in zip(self.micro_batches, bad, strict=True) if is_bad]
+            rows = [int(row) for batch in batches for documents in batch.rows for row in documents]
+            named = gather_object([self.origin(row) for row in rows])
+            raise InputError(
+                f"the loss of step {self.state.global_step + 1} is not finite; the step was not made. In its batch were: "
+                + "; ".join(named[:DOCUMENTS_NAMED])
+                + (f" and {len(named) - DOCUMENTS_NAMED} more" if len(named) > DOCUMENTS_NAMED else "")
+                + ". Look at these, or lower learning_rate; the same command goes on from the newest checkpoint."
+            )
+        self.ending = any_stop > 0
+        self.meter.loss += step_loss / self.accelerator.num_processes
+        self.meter.trained += int(step_trained)
+        self.meter.steps += 1
+        self.micro_batches = []
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, with the embedding matrices in a group of their own if they have a learning rate of their own."""
@@ -108,27 +158,47 @@ class PackedTrainer(Trainer):
                         "weight_decay": self.args.weight_decay if decay else 0.0,
                         "lr": rate if embedding else self.args.learning_rate,
                     }
-                    for (embedding, decay), parameters in groups.items()
+                    # The first group's rate is the one that Trainer logs.
+                    for (embedding, decay), parameters in sorted(groups.items(), key=lambda group: group[0][0])
                 ],
                 **options,
             )
         return super().create_optimizer(*args, **kwargs)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the meter counted since the last line to a line with a loss."""
+        if "loss" in logs:
+            meter = self.meter
+            meter.stop_the_clock()
+            counts = torch.tensor([meter.tokens, meter.padding], dtype=torch.float64, device=self.args.device)
+            tokens, padding = self.accelerator.reduce(counts, reduction="sum").tolist()
+            meter.all_tokens += int(tokens)
+            meter.all_padding += int(padding)
+            # Trainer's own mean would begin anew after a restart.
+            logs["loss"] = meter.loss / max(meter.steps, 1)
+            rate = self.finetuning.embedding_learning_rate
+            if rate is not None and self.args.learning_rate:
+                logs["embedding_learning_rate"] = logs["learning_rate"] * rate / self.args.learning_rate
+            logs["tokens_per_second"] = round(tokens / max(meter.seconds, 1e-9), 1)
+            logs["trained_tokens_per_second"] = round(meter.trained / max(meter.seconds, 1e-9), 1)
+            logs["padding_share"] = round(padding / max(tokens, 1), 5)
+            logs["memory_gb"] = memory_gb()
+            steps_left = self.state.max_steps - self.state.global_step
+            logs["seconds_left"] = round(steps_left * meter.seconds / max(meter.steps, 1))
+            meter.next_line()
+        super().log(logs, start_time)
+
     def loss_on(self, dataset: Any) -> float:
         """Mean loss per trained token over a data set, in nats; the same on every rank."""
-        began = time.perf_counter()
-        counted = self.collator.tokens, self.collator.padding
-        model = self._wrap_model(self.model, training=False)
-        model.eval()
-        totals = torch.zeros(2, dtype=torch.float64)
-        loader = self.get_eval_dataloader(dataset)
-        for batch in loader:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                summed, trained, _ = self._summed_loss(model, self._prepare_inputs(batch))
-            totals += torch.stack([summed.double().cpu(), trained.double().cpu()])
-        self.collator.tokens, self.collator.padding = counted  # padding is reported for training alone
-        self.seconds_in_evaluation += time.perf_counter() - began
-        totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").cpu()
+        with self.meter.paused():
+            model = self._wrap_model(self.model, training=False)
+            model.eval()
+            totals = torch.zeros(2, dtype=torch.float64)
+            for batch in self.get_eval_dataloader(FilledUp(dataset, self.args.eval_batch_size * self.args.world_size)):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    summed, trained = self._summed_loss(model, self._prepare_inputs(batch))
+                totals += torch.stack([summed.double().cpu(), trained.double().cpu()])
+            totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").cpu()
         return float(totals[0] / totals[1].clamp(min=1))
 
     def evaluate(
@@ -139,3 +209,71 @@ class PackedTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Trains on from a whole checkpoint as if it had never stopped."""
+        self.meter = Meter(**json.loads((checkpoint / "meter.json").read_text(encoding="utf-8")))
+        self.args.eval_on_start = False  # it was done
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:  # Trainer would make one step more
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.output_dir / STAGING)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's, but the checkpoint appears under its name only when all of it is there."""
+        output_dir, step = self.output_dir, self.state.global_step
+        self.meter.stop_the_clock()
+        with self.meter.paused(), kept_older(output_dir, step):
+            if self.is_world_process_zero():
+                shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                staged = output_dir / STAGING / f"checkpoint-{step}"
+                write_json(staged / "settings.json", self.settings)
+                write_json(staged / "meter.json", {k: v for k, v in asdict(self.meter).items() if k != "began"})
+                publish(output_dir, step, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+
+
+class RunControl(TrainerCallback):
+    """Starts the clock, and ends training after a step, with a checkpoint, once a stop was asked for."""
+
+    def __init__(self, trainer: PackedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.meter.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.ending:
+            control.should_save = control.should_training_stop = True
+
+
+class InitialLoss(TrainerCallback):
+    """Logs the loss of each data set before the first step, once the model has been prepared for its devices."""
+
+    def __init__(self, trainer: PackedTrainer, samples: dict[str, Any]) -> None:
+        self.trainer, self.samples = trainer, samples
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0 and self.samples:
+            self.trainer.log(
+                {f"initial_loss/{name}": round(self.trainer.loss_on(one), 4) for name, one in self.samples.items()}
+            )
+
+
+def output_weight(model: Any) -> torch.Tensor:
+    """The matrix [vocabulary, width] that makes logits, as it is trained: whole, in some rows, or not at all."""
+    layer: Any = model.get_output_embeddings()
+    if isinstance(layer, TrainableTokensWrapper):
+        return layer.token_adapter.get_merged_weights(layer.token_adapter.active_adapters)
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    return layer.weight

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import InputError
 from llmtuner.hparams import get_train_args
-from llmtuner.model.adapters import merge_adapter
+from llmtuner.model.merging import merge_adapter
 
 
 def run_exp(args: dict[str, Any] | str | Path | None = None) -> dict[str, Any]:
@@ -34,11 +33,7 @@ def export_model(args: dict[str, Any] | str | Path | None = None) -> Path:
     Raises:
         InputError: if adapter_name_or_path or export_dir is missing, or they do not fit the model.
     """
-    model_args, *_ = get_train_args(args)
-    if not model_args.adapter_name_or_path or not model_args.export_dir:
-        raise InputError("an export needs model_name_or_path, adapter_name_or_path and export_dir.")
-    destination = Path(model_args.export_dir)
-    merge_adapter(
-        Path(model_args.model_name_or_path), Path(model_args.adapter_name_or_path), destination, model_args.export_size
-    )
+    model_args, *_ = get_train_args(args, for_export=True)
+    adapter, destination = Path(str(model_args.adapter_name_or_path)), Path(str(model_args.export_dir))
+    merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size)
     return destination

@@ -1,25 +1,37 @@
 """The two stages, each read from top to bottom: data, model, training, adapter, figures."""
 
-import json
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 from transformers import TrainingArguments, set_seed
 
-from llmtuner.console import InputError, Stopwatch, is_first_process, say, write_json
-from llmtuner.data.examples import load_examples
-from llmtuner.data.packing import DialogueBins, DocumentBlocks, PackedCollator, example_lengths, mix
-from llmtuner.data.sources import find_source
+from llmtuner.console import InputError, Stopped, check_writable, is_first_process, say, table, write_json
+from llmtuner.data.examples import Examples, load_examples
+from llmtuner.data.packing import (
+    FilledUp,
+    PackedCollator,
+    PackedSequences,
+    Pool,
+    bin_segments,
+    block_segments,
+    mix,
+    single_segments,
+)
 from llmtuner.data.template import Template
-from llmtuner.hparams import ATTENTION, Arguments, DataArguments
+from llmtuner.hparams import ATTENTION, Arguments, DataArguments, settings_to_save
 from llmtuner.model.adapters import prepare_for_training, save_adapter
-from llmtuner.model.loading import check_rows, load_model
+from llmtuner.model.loading import check_model_fits, load_model
 from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.train.checkpoints import forget, newest_whole, same_run
 from llmtuner.train.trainer import InitialLoss, PackedTrainer
+from llmtuner.train.watching import StopSignal
 
 SEQUENCES_FOR_INITIAL_LOSS = 8  # per data set; more would cost time and change little
 
@@ -28,130 +40,230 @@ def run_pt(arguments: Arguments) -> dict[str, Any]:
     """Continued pretraining on packed documents; returns what was measured."""
     model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    template = Template.of(tokenizer)
-    train_sets, held_out_sets = _load_sets(data_args, training_args, "pt", tokenizer)
+    check_model_fits(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
+    prefix = len(Template.of(tokenizer).prefix)
 
-    def pack(sets: list[Any]) -> DocumentBlocks:
-        return DocumentBlocks(sets, _order(sets, data_args, training_args.seed), data_args.cutoff_len, template.prefix)
+    def pack(pool: Pool, order: numpy.ndarray) -> PackedSequences:
+        segments = (block_segments if data_args.packing else single_segments)(order, pool.lengths, data_args.cutoff_len)
+        return PackedSequences(pool, segments, prefix, data_args.neat_packing)
 
-    train, held_out = pack(train_sets), pack(held_out_sets)
-    _say_mix(data_args.dataset, train_sets, train.order, train.tokens)
-    return _train(arguments, tokenizer, train, held_out)
+    pool, trained, held_out = load_pool(data_args, "pt", tokenizer)
+    train = pack(pool, _order(pool, trained, data_args, training_args.seed))
+    met = _say_mix(pool, train, data_args)
+    say(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no token is left out")
+    metrics = _train(arguments, tokenizer, train, pack(pool, numpy.concatenate(held_out)))
+    return {**metrics, "data": met}
 
 
 def run_sft(arguments: Arguments) -> dict[str, Any]:
     """Instruction tuning on packed dialogues; returns what was measured, each data set's initial loss included."""
     model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    train_sets, held_out_sets = _load_sets(data_args, training_args, "sft", tokenizer)
+    check_model_fits(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
 
-    def pack(sets: list[Any]) -> DialogueBins:
-        return DialogueBins(sets, _order(sets, data_args, training_args.seed), data_args.cutoff_len)
+    def pack(pool: Pool, order: numpy.ndarray) -> PackedSequences:
+        segments = bin_segments(order, pool, data_args.cutoff_len, data_args.packing)
+        return PackedSequences(pool, segments, isolated=data_args.neat_packing)
 
-    train, held_out = pack(train_sets), pack(held_out_sets)
-    if train.cut:
-        say(
-            f"{train.cut:,} dialogues longer than {data_args.cutoff_len} tokens were cut, {train.dropped:,} of them dropped"
+    pool, trained, held_out = load_pool(data_args, "sft", tokenizer)
+    train = pack(pool, _order(pool, trained, data_args, training_args.seed))
+    met = _say_mix(pool, train, data_args)
+    cut, dropped = train.segments.cut, train.segments.dropped
+    say(
+        f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} dialogues longer than that keep their "
+        f"beginning, {dropped:,} of them without a trained token in it are dropped"
+    )
+    samples = {one.name: pack(pool, rows) for one, rows in zip(pool.sets, trained, strict=False)}
+    metrics = _train(arguments, tokenizer, train, pack(pool, numpy.concatenate(held_out)), samples)
+    return {**metrics, "data": met, "cut": cut, "dropped": dropped}
+
+
+def load_pool(
+    data_args: DataArguments, stage: str, tokenizer: Any
+) -> tuple[Pool, list[numpy.ndarray], list[numpy.ndarray]]:
+    """All data sets of a run, tokenized, and of each the rows to train on and those held out.
+
+    Raises:
+        InputError: if nothing is left to train on, or nothing to evaluate with.
+    """
+    sets: list[Examples] = [
+        load_examples(name, stage, tokenizer, data_args) for name in [*data_args.dataset, *data_args.eval_dataset]
+    ]
+    pool = Pool(sets)
+    trained, held_out = [], []
+    for place, (start, one) in enumerate(zip(pool.starts, sets, strict=False)):
+        if place < len(data_args.dataset):
+            train, held = one.split(data_args.val_size)
+            if not len(train):
+                raise InputError(
+                    f"data set {one.name}: val_size {data_args.val_size} leaves none of its {len(one):,} rows to "
+                    "train on. Make it smaller."
+                )
+            trained.append(train + start)
+            held_out.append(held + start)
+        else:
+            held_out.append(numpy.arange(len(one)) + start)
+    if (data_args.val_size or data_args.eval_dataset) and not sum(map(len, held_out)):
+        raise InputError(
+            f"val_size {data_args.val_size} holds out none of {sum(map(len, trained)):,} rows. Make it larger."
         )
-    samples = {name: pack([one]) for name, one in zip(data_args.dataset, train_sets, strict=True)}
-    return _train(arguments, tokenizer, train, held_out, samples)
+    return pool, trained, held_out
 
 
-def _load_sets(
-    data_args: DataArguments, training_args: TrainingArguments, stage: str, tokenizer: Any
-) -> tuple[list[Any], list[Any]]:
-    """Tokenized data sets, split into trained and held-out examples. One process tokenizes, the others wait."""
-    dataset_info = Path(data_args.dataset_dir) / "dataset_info.json"
-    sources = [find_source(name, dataset_info, Path(data_args.corpus_dir)) for name in data_args.dataset]
-    train_sets, held_out_sets = [], []
-    for source in sources:
-        with training_args.main_process_first(desc=f"tokenizing {source.name}"):
-            examples = load_examples(
-                source, stage, tokenizer, Path(data_args.cache_dir), data_args.val_size, data_args.max_samples
-            )
-        held_out = numpy.asarray(examples["held_out"], dtype=bool)
-        if held_out.all():
-            raise InputError(
-                f"data set {source.name}: val_size {data_args.val_size} leaves none of its {len(examples)} rows to train on."
-            )
-        train_sets.append(examples.select(numpy.flatnonzero(~held_out)))
-        held_out_sets.append(examples.select(numpy.flatnonzero(held_out)))
-    return train_sets, held_out_sets
+def _order(pool: Pool, trained: list[numpy.ndarray], data_args: DataArguments, seed: int) -> numpy.ndarray:
+    if data_args.interleave_by == "tokens":
+        weights = pool.lengths
+    elif data_args.interleave_by == "bytes":
+        weights = numpy.concatenate([one.table.column("bytes") for one in pool.sets]).astype(numpy.int64)
+    else:
+        weights = numpy.ones(len(pool.lengths), dtype=numpy.int64)
+    return mix(trained, weights, data_args.interleave_probs or [], data_args.mix_strategy, seed)
 
 
-def _order(sets: list[Any], data_args: DataArguments, seed: int) -> list[tuple[int, int]]:
-    shares = data_args.interleave_probs
-    strategy = data_args.mix_strategy
-    if shares is None or len(shares) != len(sets):
-        shares, strategy = [1.0] * len(sets), "concat"
-    return mix([example_lengths(one) for one in sets], shares, strategy, seed)
-
-
-def _say_mix(names: list[str], sets: list[Any], order: numpy.ndarray, total: int) -> None:
-    ends = numpy.cumsum([len(one) for one in sets])
-    lengths = numpy.concatenate([example_lengths(one) for one in sets])
-    which = numpy.searchsorted(ends, order, side="right")
-    shares = [lengths[order[which == index]].sum() / total for index in range(len(names))]
-    parts = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
-    say(f"mix of {total:,} tokens: {parts}")
+def _say_mix(pool: Pool, train: PackedSequences, data_args: DataArguments) -> dict[str, Any]:
+    """Prints and returns what each data set gives to the run."""
+    own = train.segments
+    which = numpy.searchsorted(pool.starts, own.rows, side="right") - 1
+    tokens = numpy.bincount(which, weights=own.stops - own.starts, minlength=len(pool.sets)).astype(int).tolist()
+    met, lines = {}, []
+    for place, name in enumerate(data_args.dataset):
+        share, counts = tokens[place] / max(train.tokens, 1), pool.sets[place].counts
+        planned = data_args.interleave_probs[place] if data_args.interleave_probs else None
+        met[name] = {**counts, "planned_share": planned, "trained_tokens": tokens[place], "share": round(share, 4)}
+        names = ("kept", "rejected", "duplicates", "tokens")
+        lines.append(
+            [name, *(f"{counts[one]:,}" for one in names), f"{tokens[place]:,}", f"{share:.1%}"]
+            + ([f"{planned:.1%}"] if planned is not None else [])
+        )
+    header = ["data set", "rows", "rejected", "duplicates", "tokens", "in this run", "share"]
+    say(table([*header, f"planned, by {data_args.interleave_by}"] if data_args.interleave_probs else header, lines))
+    return met
 
 
 def _train(
     arguments: Arguments,
     tokenizer: Any,
-    train: TorchDataset,
-    held_out: TorchDataset,
+    train: PackedSequences,
+    held_out: PackedSequences,
     samples: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     model_args, data_args, training_args, finetuning_args = arguments
+    output_dir = Path(training_args.output_dir or ".")
+    settings = _settings(arguments, train)
+    checkpoint = _checkpoint_to_go_on_from(output_dir, training_args, finetuning_args.overwrite_output_dir, settings)
+    _collect_rejected(train.pool, output_dir)
+
     set_seed(training_args.seed)  # before the adapter draws its first weights
-    dtype = torch.float32 if finetuning_args.finetuning_type == "full" or not training_args.bf16 else torch.bfloat16
+    whole = finetuning_args.finetuning_type == "full"
+    dtype = torch.float32 if whole else _frozen_dtype(training_args)
     attention = ATTENTION[model_args.flash_attn] or ("sdpa" if torch.cuda.is_available() else "eager")
     model = load_model(model_args.model_name_or_path, dtype, attention)
-    check_rows(model, tokenizer, model_args.model_name_or_path)
     model.config.use_cache = False
-    trained = prepare_for_training(model, finetuning_args)
+    adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
+    trained = prepare_for_training(model, finetuning_args, adapter)
     trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     say(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
 
-    collator = PackedCollator(tokenizer.pad_token_id)
-    trainer = PackedTrainer(
-        model=trained,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=_first(held_out, data_args.max_eval_sequences),
-        finetuning=finetuning_args,
-        collator=collator,
-    )
-    small_samples = {name: _first(one, SEQUENCES_FOR_INITIAL_LOSS) for name, one in (samples or {}).items()}
-    initial = InitialLoss(trainer, small_samples)
-    trainer.add_callback(initial)
-
-    watch = Stopwatch()
-    trainer.train()
-    seconds = watch.seconds()
-    output_dir = Path(training_args.output_dir or ".")
+    with StopSignal() as stop:
+        trainer = PackedTrainer(
+            finetuning_args,
+            PackedCollator(tokenizer.pad_token_id),
+            settings,
+            train.pool.origin,
+            stop,
+            model=trained,
+            args=training_args,
+            train_dataset=FilledUp(train, _total_batch(training_args)),
+            eval_dataset=_first(held_out, data_args.max_eval_sequences) if len(held_out) else None,
+        )
+        if not training_args.do_train:
+            return {"eval_loss": trainer.evaluate()["eval_loss"]}
+        small = {name: _first(one, SEQUENCES_FOR_INITIAL_LOSS) for name, one in (samples or {}).items()}
+        trainer.add_callback(InitialLoss(trainer, small))
+        if checkpoint:
+            trainer.go_on_from(checkpoint)
+        else:
+            trainer.train()
+        step = trainer.state.global_step
+        if trainer.ending and step < trainer.state.max_steps:
+            raise Stopped(
+                f"stopped after step {step:,} of {trainer.state.max_steps:,}, with {output_dir}/checkpoint-{step}. "
+                "The same command goes on from there.",
+                stop.received,
+            )
     if is_first_process():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir)
-        write_json(output_dir / "settings.json", json.loads(training_args.to_json_string()))
-        write_json(output_dir / "log.json", trainer.state.log_history)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir, Path(model_args.model_name_or_path))
+        write_json(output_dir / "settings.json", settings)
         if finetuning_args.plot_loss:
             from llmtuner.eval.plots import plot_losses
 
             plot_losses(trainer.state.log_history, output_dir)
-    tokens = collator.tokens * training_args.world_size
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    eval_losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    return {
-        "steps": trainer.state.global_step,
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / max(seconds - trainer.seconds_in_evaluation, 1e-9), 1),
-        "padding_share": round(collator.padding / max(collator.tokens, 1), 5),
-        "trainable_parameters": trainable,
-        "train_loss": {"first": _rounded(losses[:1]), "last": _rounded(losses[-1:])},
-        "eval_loss": {"first": _rounded(eval_losses[:1]), "last": _rounded(eval_losses[-1:])},
-        **({"initial_loss": initial.losses} if samples else {}),
+    history, meter = trainer.state.log_history, trainer.meter
+    initial = {
+        name.removeprefix("initial_loss/"): loss
+        for entry in history
+        for name, loss in entry.items()
+        if name.startswith("initial_loss/")
     }
+    return {
+        "steps": step,
+        "tokens": meter.all_tokens,
+        "tokens_per_second": round(meter.all_tokens / max(meter.all_seconds, 1e-9), 1),
+        "padding_share": round(meter.all_padding / max(meter.all_tokens, 1), 5),
+        "trainable_parameters": trainable,
+        "train_loss": _first_and_last(history, "loss"),
+        "eval_loss": _first_and_last(history, "eval_loss"),
+        **({"initial_loss": initial} if samples else {}),
+    }
+
+
+def _settings(arguments: Arguments, train: PackedSequences) -> dict[str, Any]:
+    """What shapes a run: its settings, how many processes share it, and its data."""
+    data = {
+        f"data set {one.name}": f"{len(one):,} rows, checksum {zlib.crc32(one.table.column('hash').tobytes()):08x}"
+        for one in train.pool.sets
+    }
+    return {**settings_to_save(arguments), "processes": arguments[2].world_size, **data}
+
+
+def _checkpoint_to_go_on_from(
+    output_dir: Path, training_args: TrainingArguments, overwrite: bool, settings: dict[str, Any]
+) -> Path | None:
+    """The newest whole checkpoint of this very run; the first process looks for all."""
+    found: list[Path | None] = [None]
+    if is_first_process():
+        check_writable(output_dir)
+        if overwrite:
+            forget(output_dir)
+        elif isinstance(training_args.resume_from_checkpoint, str):
+            found = [Path(training_args.resume_from_checkpoint)]
+        else:
+            found = [newest_whole(output_dir)]
+        if found[0] is not None:
+            same_run(found[0], settings)
+            say(f"going on from {found[0]}")
+    if training_args.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _collect_rejected(pool: Pool, output_dir: Path) -> None:
+    """Puts the unusable rows of all data sets, by file and line, into output_dir/rejected.jsonl."""
+    if is_first_process():
+        with (output_dir / "rejected.jsonl").open("wb") as collected:
+            for one in pool.sets:
+                with (one.directory / "rejected.jsonl").open("rb") as rejected:
+                    shutil.copyfileobj(rejected, collected)
+
+
+def _frozen_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """Frozen weights are held in the precision in which they are multiplied."""
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+
+
+def _total_batch(training_args: TrainingArguments) -> int:
+    """Sequences of one step, over accumulation and all processes."""
+    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 
 
 def _first(dataset: Any, count: int) -> TorchDataset:
@@ -160,5 +272,6 @@ def _first(dataset: Any, count: int) -> TorchDataset:
     return Subset(dataset, [index * size // count for index in range(count)]) if size > count else dataset
 
 
-def _rounded(losses: list[float]) -> float | None:
-    return round(losses[0], 4) if losses else None
+def _first_and_last(history: list[dict[str, Any]], name: str) -> dict[str, float | None]:
+    values = [round(entry[name], 4) for entry in history if name in entry]
+    return {"first": values[0] if values else None, "last": values[-1] if values else None}

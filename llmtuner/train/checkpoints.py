@@ -1,0 +1,121 @@
+"""Checkpoints that are whole or not there: sealed with the size and checksum of every file, checked before they are used."""
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmtuner.console import InputError, disk_errors, say, write_json
+
+SEAL = "whole.json"  # written last: file -> [bytes, CRC-32]
+STAGING = ".saving"  # in output_dir; becomes checkpoint-N once sealed
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first; whether they are whole is another question."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole; says which newer ones are damaged."""
+    for checkpoint in checkpoints(output_dir):
+        damage = find_damage(checkpoint)
+        if not damage:
+            return checkpoint
+        say(f"{checkpoint} is damaged ({damage}): it is not used")
+    return None
+
+
+def find_damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint; empty if every file is as it was sealed."""
+    try:
+        files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        for name, (size, checksum) in files.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
+            if _checksum(file) != checksum:
+                return f"{name} has other bytes than were written"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{SEAL} cannot be read: {error}"
+    return ""
+
+
+def seal(directory: Path) -> None:
+    """Marks a checkpoint as whole."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(
+        directory / SEAL, {str(file.relative_to(directory)): [file.stat().st_size, _checksum(file)] for file in files}
+    )
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+@contextmanager
+def kept_older(output_dir: Path, step: int) -> Iterator[None]:
+    """While a checkpoint is saved: an error on the way removes what there is of it and says what is left to go on from.
+
+    Raises:
+        InputError: if the disk fills up, or may not be written to.
+    """
+    try:
+        with disk_errors(output_dir / f"checkpoint-{step}"):
+            yield
+    except BaseException as error:
+        shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+        if isinstance(error, InputError):
+            older = checkpoints(output_dir)
+            rest = f"{older[0].name} is untouched" if older else "there is no older checkpoint"
+            raise InputError(f"{error} ({rest}; the same command goes on from the newest one.)") from error
+        raise
+
+
+def publish(output_dir: Path, step: int, limit: int | None) -> Path:
+    """Seals what lies in the staging directory, gives it its name, and deletes the oldest beyond `limit`."""
+    staged, destination = output_dir / STAGING / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    seal(staged)
+    shutil.rmtree(destination, ignore_errors=True)  # a damaged one of the same step
+    staged.rename(destination)
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    for old in checkpoints(output_dir)[limit:] if limit else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return destination
+
+
+def forget(output_dir: Path) -> None:
+    """Deletes all checkpoints of a run, so that the next one starts anew."""
+    for checkpoint in checkpoints(output_dir):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Makes sure that a checkpoint comes from a run with these settings.
+
+    Raises:
+        InputError: names what differs.
+    """
+    from llmtuner.hparams import changed_settings
+
+    before = json.loads((checkpoint / "settings.json").read_text(encoding="utf-8"))
+    if changes := changed_settings(before, settings):
+        raise InputError(
+            f"{checkpoint} was made with other settings:\n  - " + "\n  - ".join(changes) + "\nGo on with those, choose "
+            "another output_dir, or set overwrite_output_dir: true (steps: OVERWRITE=1) to start anew."
+        )
