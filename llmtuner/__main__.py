@@ -1,9 +1,4 @@
-"""The trainer and the converter on the command line.
-
-python -m llmtuner train FILE.yaml                  a training run
-python -m llmtuner export FILE.yaml                 merges an adapter
-python -m llmtuner convert CHATGLM3_DIR OUT_DIR     ChatGLM3 as published -> a directory that transformers loads
-"""
+"""The trainer and the converter on the command line; `USAGE` lists the commands."""
 
 import os
 import sys
@@ -11,26 +6,34 @@ from pathlib import Path
 
 from llmtuner.console import InputError, run_script
 
+USAGE = """usage: python -m llmtuner COMMAND, which is one of
+  train [FILE.yaml] [--name value ...]               a training run
+  show [FILE.yaml] [--batch N] [--name value ...]    batch N of its training set, what is trained in it and what is not
+  export [FILE.yaml] [--name value ...]              merges an adapter
+  convert CHATGLM3_DIR OUT_DIR                       ChatGLM3 as published -> a directory that transformers loads"""
+
 
 def main() -> None:
     """Runs the command that the first argument names."""
     match sys.argv[1:]:
-        case ["train", settings]:
+        case ["train", *words]:
             from llmtuner.train.tuner import run_exp
 
-            print(run_exp(settings))
-        case ["export", settings]:
+            print(run_exp(words))
+        case ["show", *words]:
+            from llmtuner.data.viewer import show
+
+            print(show(words))
+        case ["export", *words]:
             from llmtuner.train.tuner import export_model
 
-            print(export_model(settings))
+            print(export_model(words))
         case ["convert", source, destination]:
             from llmtuner.model.chatglm import convert
 
             convert(Path(source), Path(destination), overwrite=os.environ.get("OVERWRITE") == "1")
         case _:
-            raise InputError(
-                "usage: python -m llmtuner train FILE.yaml | export FILE.yaml | convert CHATGLM3_DIR OUT_DIR"
-            )
+            raise InputError(USAGE)
 
 
 if __name__ == "__main__":

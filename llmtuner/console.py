@@ -42,14 +42,23 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
     try:
         main()
+        _part_from_other_processes()
     except InputError as error:
         stop(str(error))
     except Stopped as stopped:
         say(f"\n{stopped}")
+        _part_from_other_processes()
         raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _part_from_other_processes() -> None:
+    """Closes their connections in order: a process that ends with them open can be taken down by another's end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_first_process() -> bool:

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,15 +231,26 @@ def test_loss_that_is_not_finite_stops_before_the_step_and_names_documents(tiny_
 
 
 # ------------------------------------------------------------------------------------------------------- one step, exact
-def in_two_processes(settings, directory, *words):
-    """Runs the trainer under torchrun with ZeRO-2 in two processes on the CPU."""
+def start_two_processes(settings, directory):
+    """Starts the trainer under torchrun with ZeRO-2 in two processes on the CPU."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = {**settings, "deepspeed": str(ROOT / "ds_config_zero2.json"), "output_dir": str(directory)}
     (directory / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
-    command += ["-m", "llmtuner", "train", str(directory / "settings.yaml"), *words]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command += ["-m", "llmtuner", "train", str(directory / "settings.yaml")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=directory, **output)
+
+
+def in_two_processes(settings, directory):
+    started = start_two_processes(settings, directory)
+    output, _ = started.communicate(timeout=300)
+    assert started.returncode == 0, output[-12000:]
+    return output
 
 
 def test_batch_accumulated_or_shared_by_processes_learns_the_same(tiny_run, tmp_path):
@@ -250,8 +263,7 @@ def test_batch_accumulated_or_shared_by_processes_learns_the_same(tiny_run, tmp_
 
     run_exp({**cut(4, 1), "output_dir": str(tmp_path / "once")})
     run_exp({**cut(1, 4), "output_dir": str(tmp_path / "accumulated")})
-    result = in_two_processes(cut(1, 2), tmp_path / "shared")
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    in_two_processes(cut(1, 2), tmp_path / "shared")
     wanted = log_of(tmp_path / "once")
     assert len([line for line in wanted if "loss" in line]) == 24
     for other in ("accumulated", "shared"):
@@ -361,6 +373,34 @@ def test_stopped_run_goes_on_as_if_it_never_had(saving_run, tmp_path, monkeypatc
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
+    """SIGTERM to torchrun under ZeRO-2: both processes save at the same step, and the next start goes on from there."""
+    settings = {
+        **saving_run,
+        "max_steps": 300,
+        "per_device_train_batch_size": 2,
+        "save_steps": 1_000,
+        "plot_loss": False,
+    }
+    settings |= {"eval_steps": 1_000, "eval_on_start": False}
+    in_two_processes(settings, tmp_path / "whole")
+    started = start_two_processes(settings, tmp_path / "stopped")
+    log = tmp_path / "stopped" / "log.jsonl"
+    while started.poll() is None and not (log.exists() and log.read_text().count("loss") > 5):
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    output, _ = started.communicate(timeout=300)
+    [saved] = checkpoints.checkpoints(tmp_path / "stopped")
+    assert started.returncode != 0
+    assert 5 < checkpoints.step_of(saved) < 120
+    assert f"{saved}. The same command goes on" in output
+    assert f"going on from {saved}" in in_two_processes(settings, tmp_path / "stopped")
+    one, other = (log_of(tmp_path / name) for name in ("whole", "stopped"))
+    assert len([line for line in one if "loss" in line]) == 120
+    for own, line in zip(other, one, strict=True):
+        assert own == pytest.approx(line, abs=1e-6)
+
+
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(saving_run, tmp_path, capsys):
     out = tmp_path / "adapter"
     metrics = run_exp(saving_run)
@@ -432,3 +472,86 @@ def test_output_that_cannot_be_written_is_refused(tiny_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
         run_exp({**tiny_run, "output_dir": str(tmp_path / "file" / "adapter")})
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+def test_files_written_for_the_original_project_run_as_they_are(tiny_run, tmp_path, stage):
+    """The settings of its steps 5 and 6, with other paths; DeepSpeed in one process, fp16 on a machine without a GPU."""
+    names = ["documents"] if stage == "pt" else ["dialogues"]
+    (tmp_path / "settings.yaml").write_text(
+        f"""### model
+model_name_or_path: {ROOT}/mini/base
+
+### method
+stage: {stage}
+do_train: true
+finetuning_type: lora
+lora_target: query_key_value,dense_h_to_4h,dense_4h_to_h,dense
+{"additional_target: word_embeddings,output_layer" if stage == "pt" else ""}
+
+### ddp
+ddp_timeout: 180000000
+deepspeed: {ROOT}/ds_config_zero2.json
+
+### dataset
+dataset: {",".join(names)}
+{"template: chatglm3" if stage == "sft" else ""}
+cutoff_len: 1024
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataset_dir: {tmp_path}
+
+### output
+output_dir: {tmp_path}/lora
+logging_steps: 100
+save_steps: 10000
+plot_loss: true
+overwrite_output_dir: false
+
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 4
+learning_rate: 1.0e-4
+num_train_epochs: 1.0
+lr_scheduler_type: cosine
+warmup_steps: 0.1
+fp16: true
+
+### eval
+val_size: 0.05
+per_device_eval_batch_size: 1
+evaluation_strategy: steps
+eval_steps: 10000
+""",
+        encoding="utf-8",
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "llmtuner", "train", str(tmp_path / "settings.yaml")],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "did you mean warmup_ratio: 0.1?" in result.stdout
+    assert "computing in bf16" in result.stdout
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+
+
+def test_bad_input_on_the_command_line_is_one_message(tiny_run, tmp_path):
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**tiny_run, "cutoff_len": 100_000}), encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-m", "llmtuner", "train", str(tmp_path / "settings.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert "cutoff_len is 100,000" in result.stderr
+    assert not (tmp_path / "adapter").exists()

@@ -1,1 +1,1 @@
-"""From files and hub data sets to packed batches: sources -> examples -> packing."""
+"""From files and hub data sets to packed batches: sources -> messages -> examples -> tokens -> packing."""

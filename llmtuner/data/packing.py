@@ -16,8 +16,8 @@ import numpy
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from llmtuner.data.examples import Examples
 from llmtuner.data.template import IGNORE
+from llmtuner.data.tokens import Examples
 
 Sequence = dict[str, numpy.ndarray]  # input_ids, labels, position_ids: int64 [tokens]; rows: int64 [documents in it]
 

@@ -7,11 +7,11 @@ from llmtuner.hparams import get_train_args
 from llmtuner.model.merging import merge_adapter
 
 
-def run_exp(args: dict[str, Any] | str | Path | None = None) -> dict[str, Any]:
+def run_exp(args: dict[str, Any] | str | Path | list[str] | None = None) -> dict[str, Any]:
     """Runs one stage of training.
 
     Args:
-        args: settings as a dict, the path of a YAML file, or None for the command line.
+        args: settings as a dict, the path of a YAML file, words of a command line, or None for this process's own.
 
     Returns:
         what was measured: tokens, tokens_per_second, padding_share, trainable_parameters, train_loss, eval_loss and,
@@ -27,7 +27,7 @@ def run_exp(args: dict[str, Any] | str | Path | None = None) -> dict[str, Any]:
     return (run_pt if stage == "pt" else run_sft)(arguments)
 
 
-def export_model(args: dict[str, Any] | str | Path | None = None) -> Path:
+def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) -> Path:
     """Merges an adapter into its base and saves a plain model directory.
 
     Raises:

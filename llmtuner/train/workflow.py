@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from transformers import TrainingArguments, set_seed
 
 from llmtuner.console import InputError, Stopped, check_writable, is_first_process, say, table, write_json
-from llmtuner.data.examples import Examples, load_examples
+from llmtuner.data.examples import load_examples
 from llmtuner.data.packing import (
     FilledUp,
     PackedCollator,
@@ -25,6 +25,7 @@ from llmtuner.data.packing import (
     single_segments,
 )
 from llmtuner.data.template import Template
+from llmtuner.data.tokens import Examples
 from llmtuner.hparams import ATTENTION, Arguments, DataArguments, settings_to_save
 from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.loading import check_model_fits, load_model
@@ -41,6 +42,19 @@ def run_pt(arguments: Arguments) -> dict[str, Any]:
     model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_model_fits(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
+    train, held_out = pack_pt(data_args, training_args.seed, tokenizer)
+    met = _say_mix(train, data_args)
+    say(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no token is left out")
+    metrics = _train(arguments, tokenizer, train, held_out)
+    return {**metrics, "data": met}
+
+
+def pack_pt(data_args: DataArguments, seed: int, tokenizer: Any) -> tuple[PackedSequences, PackedSequences]:
+    """The sequences of documents to train on, and those held out; no model is loaded for them.
+
+    Raises:
+        InputError: as `load_pool`.
+    """
     prefix = len(Template.of(tokenizer).prefix)
 
     def pack(pool: Pool, order: numpy.ndarray) -> PackedSequences:
@@ -48,11 +62,7 @@ def run_pt(arguments: Arguments) -> dict[str, Any]:
         return PackedSequences(pool, segments, prefix, data_args.neat_packing)
 
     pool, trained, held_out = load_pool(data_args, "pt", tokenizer)
-    train = pack(pool, _order(pool, trained, data_args, training_args.seed))
-    met = _say_mix(pool, train, data_args)
-    say(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no token is left out")
-    metrics = _train(arguments, tokenizer, train, pack(pool, numpy.concatenate(held_out)))
-    return {**metrics, "data": met}
+    return pack(pool, _order(pool, trained, data_args, seed)), pack(pool, numpy.concatenate(held_out))
 
 
 def run_sft(arguments: Arguments) -> dict[str, Any]:
@@ -60,22 +70,33 @@ def run_sft(arguments: Arguments) -> dict[str, Any]:
     model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_model_fits(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
+    train, held_out, samples = pack_sft(data_args, training_args.seed, tokenizer)
+    met = _say_mix(train, data_args)
+    cut, dropped = train.segments.cut, train.segments.dropped
+    say(
+        f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} dialogues longer than that keep their "
+        f"beginning, {dropped:,} of them without a trained token in it are dropped"
+    )
+    metrics = _train(arguments, tokenizer, train, held_out, samples)
+    return {**metrics, "data": met, "cut": cut, "dropped": dropped}
+
+
+def pack_sft(
+    data_args: DataArguments, seed: int, tokenizer: Any
+) -> tuple[PackedSequences, PackedSequences, dict[str, PackedSequences]]:
+    """The sequences of dialogues to train on, those held out, and those of each data set; no model is loaded for them.
+
+    Raises:
+        InputError: as `load_pool`.
+    """
 
     def pack(pool: Pool, order: numpy.ndarray) -> PackedSequences:
         segments = bin_segments(order, pool, data_args.cutoff_len, data_args.packing)
         return PackedSequences(pool, segments, isolated=data_args.neat_packing)
 
     pool, trained, held_out = load_pool(data_args, "sft", tokenizer)
-    train = pack(pool, _order(pool, trained, data_args, training_args.seed))
-    met = _say_mix(pool, train, data_args)
-    cut, dropped = train.segments.cut, train.segments.dropped
-    say(
-        f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} dialogues longer than that keep their "
-        f"beginning, {dropped:,} of them without a trained token in it are dropped"
-    )
     samples = {one.name: pack(pool, rows) for one, rows in zip(pool.sets, trained, strict=False)}
-    metrics = _train(arguments, tokenizer, train, pack(pool, numpy.concatenate(held_out)), samples)
-    return {**metrics, "data": met, "cut": cut, "dropped": dropped}
+    return pack(pool, _order(pool, trained, data_args, seed)), pack(pool, numpy.concatenate(held_out)), samples
 
 
 def load_pool(
@@ -120,9 +141,9 @@ def _order(pool: Pool, trained: list[numpy.ndarray], data_args: DataArguments, s
     return mix(trained, weights, data_args.interleave_probs or [], data_args.mix_strategy, seed)
 
 
-def _say_mix(pool: Pool, train: PackedSequences, data_args: DataArguments) -> dict[str, Any]:
+def _say_mix(train: PackedSequences, data_args: DataArguments) -> dict[str, Any]:
     """Prints and returns what each data set gives to the run."""
-    own = train.segments
+    pool, own = train.pool, train.segments
     which = numpy.searchsorted(pool.starts, own.rows, side="right") - 1
     tokens = numpy.bincount(which, weights=own.stops - own.starts, minlength=len(pool.sets)).astype(int).tolist()
     met, lines = {}, []
