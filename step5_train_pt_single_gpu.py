@@ -85,11 +85,11 @@ def main() -> None:
 
     words = [word for word in sys.argv[1:] if word != "--staged"]
     settings = override({**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}, words)
-    base = ZERO_DIR
+    base, first_half = ZERO_DIR, {}
     if "--staged" in sys.argv:
-        settings, base = train_embeddings_alone(settings)
+        settings, base, first_half = train_embeddings_alone(settings)
     heading("continued pretraining")
-    metrics = run_exp(settings)
+    metrics = {**run_exp(settings), **first_half}
     if not is_first_process():
         return
     merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR)
@@ -109,8 +109,8 @@ def main() -> None:
     )
 
 
-def train_embeddings_alone(settings: dict) -> tuple[dict, Path]:
-    """The first half of the original's first attempt; returns the settings of the second, LoRA alone, and its base.
+def train_embeddings_alone(settings: dict) -> tuple[dict, Path, dict]:
+    """The first half of the original's first attempt; returns settings and base of the second, LoRA alone, and metrics.
 
     Each half makes half of the steps, so that tokens are those of the joint recipe.
     """
@@ -127,11 +127,11 @@ def train_embeddings_alone(settings: dict) -> tuple[dict, Path]:
     lora = {name: settings.pop(name) for name in ("lora_target", "lora_rank")}
     rate = settings.pop("embedding_learning_rate")
     alone = dict(finetuning_type="freeze", output_dir=str(output_dir), learning_rate=rate)
-    run_exp({**settings, **alone, "overwrite_output_dir": True})
+    metrics = run_exp({**settings, **alone, "overwrite_output_dir": True})
     merge_adapter(ZERO_DIR, output_dir, merged)
     # Other documents come first in the second half than in the first.
     second = dict(model_name_or_path=str(merged), additional_target=[], seed=settings["seed"] + 1)
-    return {**settings, **lora, **second}, merged
+    return {**settings, **lora, **second}, merged, {"embeddings_alone": metrics}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -250,28 +251,79 @@ def test_chat_model_loads_without_this_project(run_of_all_steps, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
-def test_two_processes_train_merge_and_agree(run_of_all_steps, tmp_path):
-    """The wrapper starts torchrun with ZeRO-2 from another directory; its eval loss is that of one process."""
+def test_two_machines_train_merge_and_agree(run_of_all_steps, tmp_path):
+    """Two wrappers of one process each, as on two machines, meet over loopback; their eval loss is that of one process."""
     work = tmp_path / "work"
     shutil.copytree(run_of_all_steps, work, ignore=shutil.ignore_patterns("step5*", "step6*", "step7*", "chat_model"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     environment = {
         **os.environ,
         "WORK_DIR": str(work),
-        "NPROC_PER_NODE": "2",
+        "NNODES": "2",
+        "NPROC_PER_NODE": "1",
+        "MASTER_PORT": port,
         "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
         "PYTHON": sys.executable,
     }
-    environment |= {"MASTER_PORT": "29611", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        ["bash", str(ROOT / "step5_train_pt_multi_gpu.sh"), *FEW],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    command = ["bash", str(ROOT / "step5_train_pt_multi_gpu.sh"), *FEW]
+    machines = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**environment, "NODE_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for machine in machines:
+        output, _ = machine.communicate(timeout=300)
+        assert machine.returncode == 0, output[-4000:]
     assert (work / "step5_pt_merged" / "model.safetensors").is_file()
     one, two = (metrics_of(directory, "step5") for directory in (run_of_all_steps, work))
     assert two["steps"] == one["steps"]
     assert two["tokens"] == pytest.approx(one["tokens"], rel=0.01)
     assert two["eval_loss"]["last"] == pytest.approx(one["eval_loss"]["last"], rel=0.02)
+
+
+# --------------------------------------------------------------------------------------------- one part after the other
+def test_staged_recipe_trains_embeddings_then_lora(run_of_all_steps, tmp_path):
+    """Each half makes half of the steps: embeddings alone, merged; then LoRA alone on top of what came out."""
+    from safetensors import safe_open
+
+    work = tmp_path / "work"
+    shutil.copytree(run_of_all_steps, work, ignore=shutil.ignore_patterns("step5*", "step6*", "step7*", "chat_model"))
+    words = ["--staged", "--max_steps", "8", "--eval_steps", "4", "--save_steps", "4", "--max_eval_sequences", "4"]
+    result = start("step5", tmp_path, *words, CORPUS_DIR=run_of_all_steps / "corpus")  # tokenized there already
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    metrics = metrics_of(work, "step5")
+    assert metrics["steps"] == 4
+    first, second = (work / f"step5_{name}_adapter" for name in ("embeddings", "pt"))
+    log = [json.loads(line) for line in (first / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["eval_loss"] for line in log if "eval_loss" in line]
+    assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"] == pytest.approx(losses[-1], rel=0.01)
+    assert losses[-1] < 0.95 * losses[0]
+    for adapter in (first, second):
+        assert [path.name for path in adapter.glob("checkpoint-*")] == ["checkpoint-4"]
+
+    def tensors_of(file):
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+    matrices = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert tensors_of(first / "model.safetensors").keys() == matrices
+    lora = tensors_of(second / "adapter_model.safetensors")
+    assert lora
+    assert all(".lora_" in name and "embed_tokens" not in name and "lm_head" not in name for name in lora)
+    zero, taught, merged = (
+        tensors_of(work / name / "model.safetensors")
+        for name in ("step3_zero", "step5_embeddings_merged", "step5_pt_merged")
+    )
+    assert {name for name in zero if not taught[name].equal(zero[name])} == matrices
+    changed = {name for name in zero if not merged[name].equal(taught[name])}
+    assert changed
+    assert all("_proj" in name for name in changed)

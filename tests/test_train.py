@@ -296,6 +296,13 @@ def test_fp16_scales_the_loss_with_trained_embeddings(tiny_run, tmp_path, monkey
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in saved.values())
 
 
+def test_tokens_of_steps_without_a_line_count_too(tiny_run, tmp_path):
+    every = run_exp({**tiny_run, "output_dir": str(tmp_path / "every")})
+    few = run_exp({**tiny_run, "output_dir": str(tmp_path / "few"), "logging_steps": 4})
+    assert few["tokens"] == every["tokens"] > 5 * 4 * 40
+    assert few["padding_share"] == every["padding_share"]
+
+
 def test_log_has_what_people_watch(tiny_run, tmp_path):
     run_exp(
         {

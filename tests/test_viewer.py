@@ -14,7 +14,7 @@ from llmtuner.console import run_script
 from llmtuner.data.packing import FilledUp, PackedCollator
 from llmtuner.data.template import IGNORE
 from llmtuner.data.viewer import show_batch
-from llmtuner.hparams import get_train_args
+from llmtuner.hparams import get_train_args, read_args
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
@@ -281,7 +281,7 @@ def test_bad_words_are_one_message(call, words, part):
 
 @pytest.mark.parametrize(("command", "door"), [("train", "run_exp"), ("export", "export_model")])
 def test_words_of_the_command_line_are_settings(call, tmp_path, monkeypatch, command, door):
-    monkeypatch.setattr(f"llmtuner.train.tuner.{door}", lambda settings: sorted(settings.items()))
+    monkeypatch.setattr(f"llmtuner.train.tuner.{door}", lambda words: sorted(read_args(words).items()))
     (tmp_path / "run.yaml").write_text("stage: pt\nlora_rank: 4\n", encoding="utf-8")
     settings = [("lora_rank", 8), ("plot_loss", True), ("stage", "pt")]
     assert call(command, tmp_path / "run.yaml", "--lora_rank", "8", "--plot_loss") == (0, f"{settings}\n", "")

@@ -169,11 +169,7 @@ class PackedTrainer(Trainer):
         """Adds what the meter counted since the last line to a line with a loss."""
         if "loss" in logs:
             meter = self.meter
-            meter.stop_the_clock()
-            counts = torch.tensor([meter.tokens, meter.padding], dtype=torch.float64, device=self.args.device)
-            tokens, padding = self.accelerator.reduce(counts, reduction="sum").tolist()
-            meter.all_tokens += int(tokens)
-            meter.all_padding += int(padding)
+            tokens, padding = self.settle()
             # Trainer's own mean would begin anew after a restart.
             logs["loss"] = meter.loss / max(meter.steps, 1)
             rate = self.finetuning.embedding_learning_rate
@@ -187,6 +183,17 @@ class PackedTrainer(Trainer):
             logs["seconds_left"] = round(steps_left * meter.seconds / max(meter.steps, 1))
             meter.next_line()
         super().log(logs, start_time)
+
+    def settle(self) -> tuple[int, int]:
+        """Adds what was counted since the last line to the whole run; tokens and padding of all processes since then."""
+        meter = self.meter
+        meter.stop_the_clock()
+        counts = torch.tensor([meter.tokens, meter.padding], dtype=torch.float64, device=self.args.device)
+        tokens, padding = (int(count) for count in self.accelerator.reduce(counts, reduction="sum").tolist())
+        meter.all_tokens += tokens
+        meter.all_padding += padding
+        meter.tokens = meter.padding = 0
+        return tokens, padding
 
     def loss_on(self, dataset: Any) -> float:
         """Mean loss per trained token over a data set, in nats; the same on every rank."""

@@ -205,6 +205,7 @@ def _train(
             trainer.go_on_from(checkpoint)
         else:
             trainer.train()
+        trainer.settle()
         step = trainer.state.global_step
         if trainer.ending and step < trainer.state.max_steps:
             raise Stopped(
