@@ -2,8 +2,9 @@
 
     python -m benchmarks.zero2_traffic
 
-Per step a GPU sends (accumulation + 1) * (N - 1) / N * P * b bytes: gradients of the P trained parameters are averaged
-and scattered after each micro-batch, the updated parameters gathered once; b bytes each, N GPUs. The measurement runs the
+Per step each of N GPUs sends (2 A + 1) * (N - 1) / N * P * b bytes: after each of A micro-batches DeepSpeed averages the
+gradients of the P trained parameters by all-reduce (twice their size), and once it gathers the updated parameters; b bytes
+each. The measurement runs the
 trainer in two processes on the CPU (gloo), 10 and 30 steps, and takes the difference of the loopback's counters; so nothing
 else may use the loopback meanwhile.
 """
@@ -32,10 +33,12 @@ def main() -> None:
     trained = parameters_of_chatglm3()
     rows = []
     for name, count in trained.items():
-        sent = {gpus: 2 * (gpus - 1) / gpus * count * 2 / 1e9 for gpus in (2, 4, 8)}
+        sent = {gpus: 3 * (gpus - 1) / gpus * count * 2 / 1e9 for gpus in (2, 4, 8)}
         state = {gpus: 12 * count / gpus / 1e9 for gpus in (1, 4, 8)}
         rows.append([name, f"{count / 1e6:,.1f} M", *(f"{value:.2f}" for value in (*sent.values(), *state.values()))])
-    print("ChatGLM3-6B grown, LoRA of rank 64 on all linear layers; bf16; no accumulation (with it: (A + 1) / 2 times)")
+    print(
+        "ChatGLM3-6B grown, LoRA of rank 64 on all linear layers; bf16; no accumulation (with it: (2 A + 1) / 3 times)"
+    )
     header = ["trained", "parameters", "GB sent, 2 GPUs", "4", "8", "GB of optimizer, 1 GPU", "4", "8"]
     print(table(header, rows))
     measured = [measure(accumulation) for accumulation in (1, 4)]
@@ -89,10 +92,10 @@ def measure(accumulation: int) -> dict[str, float]:
             few, many = (run(directory, steps, accumulation, f"{repeat}-{steps}") for steps in STEPS)
             counted.append((many[0] - few[0]) / (STEPS[1] - STEPS[0]))
             trained = many[1]
-    # Two processes, each sending (A + 1) / 2 * P * 4 bytes.
+    # Two processes, each sending (2 A + 1) / 2 * P * 4 bytes.
     return {
         "accumulation": accumulation,
-        "formula": (accumulation + 1) * trained * 4,
+        "formula": (2 * accumulation + 1) * trained * 4,
         "counted": statistics.median(counted),
     }
 

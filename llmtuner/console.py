@@ -94,7 +94,7 @@ class Stopwatch:
         return round(time.perf_counter() - self.start, 2)
 
 
-def check_writable(directory: Path) -> None:
+def check_writable(directory: Path, setting: str = "WORK_DIR") -> None:
     """Makes sure that results can be written into `directory`, before any work is done for them.
 
     Raises:
@@ -107,7 +107,7 @@ def check_writable(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"cannot write to {directory} ({error.strerror or error}). Set WORK_DIR to a directory that you may write to."
+            f"cannot write to {directory} ({error.strerror or error}). Set {setting} to a directory that you may write to."
         ) from error
 
 

@@ -33,7 +33,6 @@ BOTH = ["embed_tokens", "lm_head"]
 KINDS = {
     "lora": dict(lora_rank=4),
     "one layer's kind": dict(lora_rank=4, lora_target=["q_proj"], lora_alpha=3),
-    "output layer": dict(lora_rank=4, lora_target=["lm_head", "down_proj"]),
     "rslora": dict(lora_rank=4, use_rslora=True),
     "dora": dict(lora_rank=4, use_dora=True),
     "embeddings": dict(lora_rank=4, additional_target=BOTH),
@@ -155,6 +154,7 @@ def test_new_rows_need_a_model_that_step_3_has_grown(tiny_model_dir):
         dict(additional_target=["w_pack"]),
         dict(lora_target=["input_layernorm"]),
         dict(lora_target=["embed_tokens"]),
+        dict(lora_target=["lm_head", "down_proj"]),
         dict(lora_target=["o_proj"], additional_target=["o_proj"]),
         dict(finetuning_type="freeze", additional_target=["w_pack"]),
         dict(finetuning_type="freeze", additional_target=["layers"]),
@@ -163,10 +163,23 @@ def test_new_rows_need_a_model_that_step_3_has_grown(tiny_model_dir):
 def test_names_that_match_nothing_change_nothing(tiny_model_dir, settings):
     model = load_model(tiny_model_dir, torch.bfloat16)
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(InputError, match=r"(matches no module; this model has: .*down_proj.*gate_up_proj|in one way)"):
+    with pytest.raises(
+        InputError,
+        match=r"(matches no module; this model has: .*down_proj.*gate_up_proj|in one way|in full or not at all)",
+    ):
         prepare_for_training(model, FinetuningArguments(**settings))
     assert [name for name, _ in model.named_modules()] == names
     assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_adapter_with_lora_of_the_output_layer_is_not_gone_on_from(tiny_model_dir, tmp_path):
+    """The loss reads the output matrix itself, so such an adapter would be left as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_model(tiny_model_dir), LoraConfig(r=4, target_modules=["lm_head"]))
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(InputError, match="holds LoRA of lm_head"):
+        prepare(tiny_model_dir, tmp_path, lora_rank=4)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -439,6 +439,17 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(saving_ru
     assert not checkpoints.find_damage(out / "checkpoint-14")
 
 
+def test_named_checkpoint_is_gone_on_from_or_refused(saving_run, tmp_path, capsys):
+    first = tmp_path / "adapter"
+    run_exp(saving_run)
+    second = {**saving_run, "output_dir": str(tmp_path / "second")}
+    run_exp({**second, "resume_from_checkpoint": str(first / "checkpoint-8")})
+    assert f"going on from {first}/checkpoint-8" in capsys.readouterr().out
+    assert log_of(tmp_path / "second") == log_of(first)
+    with pytest.raises(InputError, match="nowhere cannot be gone on from"):
+        run_exp({**second, "overwrite_output_dir": False, "resume_from_checkpoint": str(tmp_path / "nowhere")})
+
+
 def test_limit_of_checkpoints_and_starting_anew(saving_run, tmp_path):
     out = tmp_path / "adapter"
     run_exp({**saving_run, "save_total_limit": 2})
@@ -477,7 +488,7 @@ def test_full_disk_while_saving_keeps_what_is_older(saving_run, tmp_path, monkey
 
 def test_output_that_cannot_be_written_is_refused(tiny_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write to"):
+    with pytest.raises(InputError, match=r"cannot write to.*Set output_dir"):
         run_exp({**tiny_run, "output_dir": str(tmp_path / "file" / "adapter")})
 
 

@@ -24,6 +24,7 @@ from llmtuner.model.growing import APPENDED_ROWS
 from llmtuner.model.merging import copy_tokenizer
 from llmtuner.model.shards import read_json
 
+NO_LORA_ON_OUTPUT = "the output layer is trained in full or not at all. Put it into additional_target."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Whichever of them is there marks a whole adapter and says of which kind it is.
@@ -95,7 +96,9 @@ def _lora_config(model: PreTrainedModel, finetuning: FinetuningArguments) -> Lor
         target = [name for name in known if name not in in_full]
     else:
         target = finetuning.lora_target
-        _check_names(target, [*known, "lm_head"], "lora_target")
+        if "lm_head" in target:
+            raise InputError(f"lora_target lm_head: {NO_LORA_ON_OUTPUT}")
+        _check_names(target, known, "lora_target")
     if both := sorted({*target} & {*in_full}):
         raise InputError(f"{', '.join(both)}: named in lora_target and in additional_target. Train it in one way.")
     by_row = [name for name in in_full if name in EMBEDDINGS and finetuning.embedding_rows == "new"]
@@ -151,6 +154,8 @@ def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter
             f"the adapter {adapter} does not fit the model {model.config.name_or_path}: {error}. Name the model it was "
             "trained on."
         ) from error
+    if "lm_head" in config.target_modules:  # the loss reads the matrix, not the layer
+        raise InputError(f"the adapter {adapter} holds LoRA of lm_head: {NO_LORA_ON_OUTPUT}")
     beside = [*(config.modules_to_save or []), *(f"rows of {name}" for name in config.trainable_token_indices or [])]
     say(
         f"going on from {adapter}: rank {rank} on {', '.join(sorted(config.target_modules))}; "

@@ -227,6 +227,7 @@ class PackedTrainer(Trainer):
         else:  # Trainer would make one step more
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
+            self.meter.began = time.perf_counter()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.output_dir / STAGING)

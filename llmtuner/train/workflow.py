@@ -30,7 +30,7 @@ from llmtuner.hparams import ATTENTION, Arguments, DataArguments, settings_to_sa
 from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.loading import check_model_fits, load_model
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train.checkpoints import forget, newest_whole, same_run
+from llmtuner.train.checkpoints import find_damage, forget, newest_whole, same_run
 from llmtuner.train.trainer import InitialLoss, PackedTrainer
 from llmtuner.train.watching import StopSignal
 
@@ -253,14 +253,19 @@ def _checkpoint_to_go_on_from(
 ) -> Path | None:
     """The newest whole checkpoint of this very run; the first process looks for all."""
     found: list[Path | None] = [None]
+    named = training_args.resume_from_checkpoint
     if is_first_process():
-        check_writable(output_dir)
+        check_writable(output_dir, "output_dir")
         if overwrite:
             forget(output_dir)
-        elif isinstance(training_args.resume_from_checkpoint, str):
-            found = [Path(training_args.resume_from_checkpoint)]
-        else:
+        elif not isinstance(named, str):
             found = [newest_whole(output_dir)]
+        elif damage := find_damage(Path(named)):
+            raise InputError(
+                f"resume_from_checkpoint {named} cannot be gone on from: {damage}. Name another one, or none."
+            )
+        else:
+            found = [Path(named)]
         if found[0] is not None:
             same_run(found[0], settings)
             say(f"going on from {found[0]}")
