@@ -286,12 +286,19 @@ def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, 
     if not (problems and joins_processes):
         usable = _as_transformers_takes_them(usable, for_export)
         try:
-            training = _build(TrainingArguments, usable)
+            training = _on_one_gpu(_build(TrainingArguments, usable))
         except (TypeError, ValueError, ImportError, OSError) as error:
             problems.append(((), str(error)))
     if problems:
         raise InputError("settings:\n  - " + "\n  - ".join(text for _, text in problems))
     return _build(ModelArguments, usable), _build(DataArguments, usable), training, _build(FinetuningArguments, usable)
+
+
+def _on_one_gpu(training: TrainingArguments) -> TrainingArguments:
+    """A process trains on one GPU, however many it sees; Trainer would split each batch among them (DataParallel)."""
+    if training.n_gpu > 1:
+        training._n_gpu = 1
+    return training
 
 
 def _without(settings: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from llmtuner.console import InputError
 from llmtuner.hparams import (
@@ -605,3 +606,10 @@ def test_a_harmless_change_is_none(good, name, value):
 def test_where_and_whether_to_train_is_harmless():
     names = ("use_cpu", "do_train", "do_eval", "logging_dir", "export_dir", "export_device")
     assert changed_settings(dict.fromkeys(names, 1), {}) == []
+
+
+def test_one_process_trains_on_one_gpu(monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
+    _, _, training, _ = get_train_args({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
+    assert training.n_gpu == 1

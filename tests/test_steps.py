@@ -115,6 +115,19 @@ def test_finished_step_is_not_overwritten(tmp_path):
     assert start("step1", tmp_path, SKIP_FINISHED=1).returncode == 0
 
 
+def test_finished_training_starts_anew_only_when_asked_to(tmp_path):
+    work = tmp_path / "work"
+    checkpoint, finished = work / "step5_pt_adapter" / "checkpoint-5", work / "metrics" / "step5.json"
+    for directory in (checkpoint, finished.parent, work / "step3_zero"):
+        directory.mkdir(parents=True)
+    finished.write_text("{}")
+    refused(start("step5", tmp_path), "finished already", "OVERWRITE=1")
+    assert checkpoint.exists()
+    refused(start("step5", tmp_path, OVERWRITE=1), "step3_zero")  # which holds no model
+    assert not checkpoint.exists()
+    assert not finished.exists()
+
+
 # ---------------------------------------------------------------------------------------------------- all seven in a row
 @pytest.fixture(scope="module")
 def run_of_all_steps(tmp_path_factory):

@@ -20,6 +20,7 @@ from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import checkpoints
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import export_model, run_exp
+from llmtuner.train.watching import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -406,6 +407,16 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
     assert len([line for line in one if "loss" in line]) == 120
     for own, line in zip(other, one, strict=True):
         assert own == pytest.approx(line, abs=1e-6)
+
+
+def test_second_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(saving_run, tmp_path, capsys):
