@@ -30,8 +30,6 @@ def test_killed_run_ends_as_if_it_had_not_been(tiny_model_dir, tmp_path, monkeyp
     assert "met: 2 kills" in capsys.readouterr().out
     assert json.loads(file.read_text())["2 processes"] == "of an earlier call"
     assert len(result["kills"]) == 2
-    assert [kill["training"] for kill in result["kills"]] == [True, False]
-    assert result["kills"][1]["gone_on_from"] is not None
     assert result["problems"] == []
     assert result["largest_difference"] == {"log": 0, "weights": 0}
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,15 @@ def test_tokens_of_steps_without_a_line_count_too(tiny_run, tmp_path):
     few = run_exp({**tiny_run, "output_dir": str(tmp_path / "few"), "logging_steps": 4})
     assert few["tokens"] == every["tokens"] > 5 * 4 * 40
     assert few["padding_share"] == every["padding_share"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_frozen_weights_are_held_as_they_are_multiplied(precision, dtype):
+    from llmtuner.train.workflow import _frozen_dtype
+
+    assert _frozen_dtype(SimpleNamespace(bf16=precision == "bf16", fp16=precision == "fp16")) == dtype
 
 
 def test_log_has_what_people_watch(tiny_run, tmp_path):
