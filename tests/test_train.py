@@ -395,7 +395,7 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
     """SIGTERM to torchrun under ZeRO-2: both processes save at the same step, and the next start goes on from there."""
     settings = {
         **saving_run,
-        "max_steps": 300,
+        "max_steps": 120,
         "per_device_train_batch_size": 2,
         "save_steps": 1_000,
         "plot_loss": False,
