@@ -1,4 +1,4 @@
-"""Time and memory of converting and growing a checkpoint as large as ChatGLM3-6B, beside a plain copy of its files.
+"""Time and memory of converting, growing and merging a checkpoint as large as ChatGLM3-6B, beside a copy of its files.
 
     python benchmarks/full_size_checkpoint.py --directory /somewhere/with/40/GB --output full_size.json
 
@@ -44,6 +44,7 @@ CONFIG = {  # of THUDM/chatglm3-6b
     "torch_dtype": "float16",
 }
 FIRST_NEW_ID, NEW_PIECES, MULTIPLE = 64_798, 13_756, 64  # as in the original project: 78,592 rows
+RANK = 64  # of step 5's adapter
 
 
 # --------------------------------------------------------------------------------------------------------------- the jobs
@@ -100,7 +101,45 @@ def compare(source: Path, grown: Path) -> None:
         stop(f"the old rows of {grown} are not those of {source}.")
 
 
-JOBS = {"convert": convert, "grow": grow, "compare": compare}
+def make_adapter(grown: Path, destination: Path) -> None:
+    """Writes a random adapter as step 5 leaves it: LoRA on all linear layers, both embedding matrices in fp32."""
+    import torch
+
+    from llmtuner.model.merging import LORA_A, LORA_B, PREFIX
+    from llmtuner.model.shards import LazyTensor, open_checkpoint, write_checkpoint
+
+    def random(name: str, shape: tuple[int, int]) -> LazyTensor:
+        return LazyTensor(
+            name, shape, torch.float32, lambda start, stop: torch.randn(stop - start, shape[1]) * 0.02, name
+        )
+
+    tensors = []
+    for name, tensor in open_checkpoint(grown).items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors.append(random(PREFIX + name, tensor.shape))
+        elif name.endswith("_proj.weight"):
+            layer = PREFIX + name.removesuffix(".weight")
+            tensors += [
+                random(layer + LORA_A, (RANK, tensor.shape[1])),
+                random(layer + LORA_B, (tensor.shape[0], RANK)),
+            ]
+    destination.mkdir()
+    write_checkpoint(tensors, destination, max_shard_bytes=10**12)
+    (destination / "model.safetensors").rename(destination / "adapter_model.safetensors")
+    modules = ["embed_tokens", "lm_head"]
+    config = dict(peft_type="LORA", r=RANK, lora_alpha=2 * RANK, modules_to_save=modules, target_modules=[])
+    write_json(destination / "adapter_config.json", config)
+
+
+def merge(grown: Path, destination: Path) -> None:
+    """Adapter and base to a plain model; the miniature's tokenizer stands in for ChatGLM3's."""
+    from llmtuner.model.merging import copy_tokenizer, merge_adapter
+
+    copy_tokenizer(ROOT / "mini" / "base", grown)
+    merge_adapter(grown, grown.with_name("adapter"), destination)
+
+
+JOBS = {"convert": convert, "grow": grow, "compare": compare, "make_adapter": make_adapter, "merge": merge}
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring them
@@ -149,6 +188,10 @@ def measure_all(directory: Path, layers: int) -> list[dict]:
     results.append(measure("compare old rows", job("compare", glm, zero), zero, zero))
     shutil.rmtree(zero)
     results.append(measure("grow, as published", job("grow", published, zero), published, zero))
+    shutil.rmtree(glm)
+    adapter, merged = directory / "adapter", directory / "merged"
+    results.append(measure("make an adapter", job("make_adapter", zero, adapter), zero, adapter))
+    results.append(measure("merge", job("merge", zero, merged), zero, merged))
     return results
 
 
