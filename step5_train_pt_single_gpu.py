@@ -127,7 +127,7 @@ def train_embeddings_alone(settings: dict) -> tuple[dict, Path, dict]:
     lora = {name: settings.pop(name) for name in ("lora_target", "lora_rank")}
     rate = settings.pop("embedding_learning_rate")
     alone = dict(finetuning_type="freeze", output_dir=str(output_dir), learning_rate=rate)
-    metrics = run_exp({**settings, **alone, "overwrite_output_dir": True})
+    metrics = run_exp({**settings, **alone, "overwrite_output_dir": constants.OVERWRITE})
     merge_adapter(ZERO_DIR, output_dir, merged)
     # Other documents come first in the second half than in the first.
     second = dict(model_name_or_path=str(merged), additional_target=[], seed=settings["seed"] + 1)

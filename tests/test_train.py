@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_hparams import PT_FILE, SFT_FILE
 
 from llmtuner.console import InputError, Stopped
 from llmtuner.model.loading import load_model
@@ -514,57 +516,17 @@ def test_output_that_cannot_be_written_is_refused(tiny_run, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-@pytest.mark.parametrize("stage", ["pt", "sft"])
-def test_files_written_for_the_original_project_run_as_they_are(tiny_run, tmp_path, stage):
+@pytest.mark.parametrize(("content", "file"), [(PT_FILE, "documents"), (SFT_FILE, "dialogues")])
+def test_files_written_for_the_original_project_run_as_they_are(tiny_run, tmp_path, content, file):
     """The settings of its steps 5 and 6, with other paths; DeepSpeed in one process, fp16 on a machine without a GPU."""
-    names = ["documents"] if stage == "pt" else ["dialogues"]
-    (tmp_path / "settings.yaml").write_text(
-        f"""### model
-model_name_or_path: {ROOT}/mini/base
-
-### method
-stage: {stage}
-do_train: true
-finetuning_type: lora
-lora_target: query_key_value,dense_h_to_4h,dense_4h_to_h,dense
-{"additional_target: word_embeddings,output_layer" if stage == "pt" else ""}
-
-### ddp
-ddp_timeout: 180000000
-deepspeed: {ROOT}/ds_config_zero2.json
-
-### dataset
-dataset: {",".join(names)}
-{"template: chatglm3" if stage == "sft" else ""}
-cutoff_len: 1024
-overwrite_cache: true
-preprocessing_num_workers: 16
-dataset_dir: {tmp_path}
-
-### output
-output_dir: {tmp_path}/lora
-logging_steps: 100
-save_steps: 10000
-plot_loss: true
-overwrite_output_dir: false
-
-### train
-per_device_train_batch_size: 1
-gradient_accumulation_steps: 4
-learning_rate: 1.0e-4
-num_train_epochs: 1.0
-lr_scheduler_type: cosine
-warmup_steps: 0.1
-fp16: true
-
-### eval
-val_size: 0.05
-per_device_eval_batch_size: 1
-evaluation_strategy: steps
-eval_steps: 10000
-""",
-        encoding="utf-8",
-    )
+    paths = {"model_name_or_path": ROOT / "mini" / "base", "deepspeed": ROOT / "ds_config_zero2.json"}
+    paths |= {"dataset_dir": tmp_path, "output_dir": tmp_path / "lora"}
+    for name, path in paths.items():
+        content = re.sub(rf"^{name}: .*$", f"{name}: {path}", content, flags=re.MULTILINE)
+    (tmp_path / "settings.yaml").write_text(content, encoding="utf-8")
+    entry = json.loads((tmp_path / "dataset_info.json").read_text())[file]
+    names = yaml.safe_load(content)["dataset"].split(",")
+    (tmp_path / "dataset_info.json").write_text(json.dumps(dict.fromkeys(names, entry)))
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
