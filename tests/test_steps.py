@@ -314,7 +314,13 @@ def test_staged_recipe_trains_embeddings_then_lora(run_of_all_steps, tmp_path):
     result = start("step5", tmp_path, *words, CORPUS_DIR=run_of_all_steps / "corpus")  # tokenized there already
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     metrics = metrics_of(work, "step5")
-    assert metrics["steps"] == 4
+    assert metrics["steps"] == metrics["embeddings_alone"]["steps"] == 4
+    (work / "metrics" / "step5.json").unlink()  # as if it had been interrupted at the very end
+    again = start("step5", tmp_path, *words, CORPUS_DIR=run_of_all_steps / "corpus")
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-4000:]
+    for name in ("embeddings", "pt"):
+        assert f"going on from {work}/step5_{name}_adapter/checkpoint-4" in again.stdout
+    assert metrics_of(work, "step5")["bits_per_byte"] == metrics["bits_per_byte"]
     first, second = (work / f"step5_{name}_adapter" for name in ("embeddings", "pt"))
     log = [json.loads(line) for line in (first / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["eval_loss"] for line in log if "eval_loss" in line]
