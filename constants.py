@@ -28,6 +28,8 @@ class Profile:
 
     base_model_dir: Path
     """The model to extend: config, safetensors and `tokenizer.model`."""
+    base_id: str
+    """Its name on the hub, for the model card; one without a slash is not there."""
     new_pieces: int
     """Pieces that step 1 learns on top of the base tokenizer."""
     ja_vocab_size: int
@@ -40,26 +42,32 @@ class Profile:
     """UTF-8 bytes per language on which bits per byte and segmentations are measured."""
     window: int
     """Tokens in one training sequence, and in one window of a measurement."""
+    free_tokens: int
+    """Room for a reply of several sentences, in tokens."""
 
 
 PROFILES = {
     "mini": Profile(
         base_model_dir=ROOT / "mini" / "base",
+        base_id="the miniature of this repository",
         new_pieces=900,
         ja_vocab_size=1_500,
         tokenizer_sample_bytes=20_000_000,
         reference_bytes=40_000_000,
         held_out_bytes=60_000,
         window=256,
+        free_tokens=160,
     ),
     "chatglm3-6b": Profile(
         base_model_dir=ROOT / "models" / "chatglm3-6b",
+        base_id="THUDM/chatglm3-6b",
         new_pieces=13_756,  # as many as the original added, so that the embeddings have its 78,592 rows
         ja_vocab_size=20_000,
         tokenizer_sample_bytes=100_000_000,
         reference_bytes=200_000_000,
         held_out_bytes=500_000,
         window=1024,
+        free_tokens=512,
     ),
 }
 
@@ -113,8 +121,38 @@ HELD_OUT = {
 # How a training stage finds its data, beside its own settings.
 DATA_SETTINGS = {"dataset_dir": str(DATASET_INFO.parent), "corpus_dir": str(CORPUS_DIR), "cache_dir": str(CACHE_DIR)}
 EMBEDDING_ROWS_MULTIPLE = 64  # ChatGLM3 pads its embeddings so; matrix units like it
-QUESTIONS = (MINI_CORPUS_DIR if PROFILE_NAME == "mini" else ROOT / "data") / "questions.jsonl"
+# What steps 4 and 7 ask; the real model's questions are a text file to be edited.
+QUESTIONS = MINI_CORPUS_DIR / "questions.jsonl" if PROFILE_NAME == "mini" else ROOT / "data" / "questions.txt"
 
+# What each step does, takes and gives, for the report's drawing: what one step takes has the name under which another
+# gives it.
+STEPS = (
+    ("step1", "step1_train_tokenizer.py", "learns Japanese pieces", ("corpora",), "ja_bpe.model"),
+    (
+        "step2",
+        "step2_merge_tokenizer.py",
+        "merges them into the tokenizer",
+        ("base tokenizer", "ja_bpe.model"),
+        "merged tokenizer",
+    ),
+    ("step3", "step3_resize_model.py", "grows the model", ("base model", "merged tokenizer"), "Zero model"),
+    ("step4", "step4_test_zero.py", "tests that nothing was lost", ("Zero model",), "zero test"),
+    (
+        "step5",
+        "step5_train_pt_single_gpu.py",
+        "goes on pretraining",
+        ("Zero model", "pretraining mix"),
+        "pretrained model",
+    ),
+    (
+        "step6",
+        "step6_train_sft_single_gpu.py",
+        "tunes on instructions",
+        ("pretrained model", "instruction mix"),
+        "chat model",
+    ),
+    ("step7", "step7_eval_chat.py", "compares all models", ("chat model",), "report"),
+)
 # step -> what it makes, for error messages that name the step to run first
 MADE_BY = {
     JA_TOKENIZER: "step1_train_tokenizer.py",
@@ -266,9 +304,35 @@ def reference_texts() -> Iterator[str]:
     return held_out.reference_documents(names, DATASET_INFO, CORPUS_DIR, VALIDATION_SHARE, PROFILE.reference_bytes)
 
 
-def save_metrics(step: str, metrics: dict) -> None:
-    """Writes `WORK_DIR/metrics/<step>.json`: the mark that the step has finished."""
+def finish_step(step: str, metrics: dict) -> None:
+    """Writes `WORK_DIR/metrics/<step>.json`, the mark that the step has finished, and the report of all steps anew."""
     write_json(METRICS_DIR / f"{step}.json", metrics)
+    make_report()
+
+
+def make_report() -> None:
+    """Makes WORK_DIR/report.html from what the steps have left there.
+
+    Raises:
+        InputError: if no step has finished yet.
+    """
+    from llmtuner.report.page import Step, environment, write_report
+
+    profile = {"PROFILE": PROFILE_NAME, "WORK_DIR": str(WORK_DIR), "CORPUS_DIR": str(CORPUS_DIR)}
+    facts = {"profile": profile | {name: str(value) for name, value in vars(PROFILE).items()}, **environment()}
+    say(f"report: {write_report(WORK_DIR, [Step(*step) for step in STEPS], facts)}")
+
+
+def write_card(model_dir: Path, metrics: dict) -> None:
+    """Writes README.md of the chat model: what it is, how it was made, what step 7 has measured of it."""
+    from llmtuner.data.sources import find_source
+    from llmtuner.report.model_card import write_model_card
+
+    everything = {f"step{number}": load_metrics(f"step{number}") for number in range(1, 7)} | {"step7": metrics}
+    used = [name for step in ("step5", "step6") for name in everything[step].get("data", {})]
+    sources = {name: find_source(name, DATASET_INFO, CORPUS_DIR) for name in used}
+    data = {name: {} if source.files else {"hf_hub_url": source.hf_hub_url} for name, source in sources.items()}
+    write_model_card(model_dir, everything, PROFILE.base_id, data)
 
 
 def load_metrics(step: str) -> dict:

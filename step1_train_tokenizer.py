@@ -110,7 +110,7 @@ def main() -> None:
     say(f"\n{len(pieces):,} new pieces from {total / 1e6:.1f} MB of text in {seconds:.0f} s; no text was skipped")
     if options.method == "continued" and len(pieces) < wanted:
         say(f"({wanted:,} were asked for, which is more than this text holds)")
-    constants.save_metrics(
+    constants.finish_step(
         "step1",
         {
             "method": options.method,

@@ -34,6 +34,7 @@ def main() -> None:
     constants.require_corpus()
     from llmtuner.tokenizer.fast import (
         SPECIAL_TOKENS,
+        as_seen,
         check_rules,
         load_tokenizer,
         read_model,
@@ -112,11 +113,13 @@ def main() -> None:
         for change in results[language].changes[:EXAMPLES]:
             say(f"\na {LANGUAGES[language]} text that changed, from the first difference on:")
             say(f"  before  {' | '.join(change.before)}\n  after   {' | '.join(change.after)}")
+    segmentations = {}
     for language, name in LANGUAGES.items():
         say(f"\n{name}")
         for sentence in short_sentences(held_out[language], count=1):
-            say(f"  before  {' | '.join(before.encode(sentence, out_type=str))}")
-            say(f"  after   {' | '.join(after.encode(sentence, out_type=str))}")
+            was, now = (as_seen(split.encode(sentence, out_type=str)) for split in (before, after))
+            say(f"  before  {' | '.join(was)}\n  after   {' | '.join(now)}")
+            segmentations[language] = {"text": sentence, "before": was, "after": now}
     say(f"\n{len(base.pieces):,} native pieces, {len(SPECIAL_TOKENS)} special tokens, {len(added):,} new pieces;")
     named = f" ({' '.join(dead[:8])})" if dead else ""
     say(f"{len(dead)} dead{named}, special ids {'kept' if special_ids_kept else 'MOVED'}")
@@ -131,12 +134,13 @@ def main() -> None:
         "token_ratio": {language: round(result.token_ratio, 4) for language, result in results.items()},
         "changed_texts": {language: len(results[language].changes) for language in ("zh", "en")},
         "texts": {language: result.texts for language, result in results.items()},
+        "segmentations": segmentations,
         "examples_of_changes": {
             language: [vars(change) for change in results[language].changes[:EXAMPLES]] for language in ("zh", "en")
         },
     }
     if exact:
-        constants.save_metrics("step2", evidence)
+        constants.finish_step("step2", evidence)
         say(f"\nsaved {MERGED_TOKENIZER_DIR}\nnext: python step3_resize_model.py")
     else:
         write_json(ORIGINAL_MERGE_DIR / "evidence.json", evidence)

@@ -90,7 +90,7 @@ def main() -> None:
         difference = largest_difference(encode_batch(base_tokenizer, PROBES), new.first_id)
         say(f"largest difference between the base's and the Zero model's logits of old ids: {difference}")
 
-    constants.save_metrics(
+    constants.finish_step(
         "step3",
         {
             "old_rows": grown.old_rows,

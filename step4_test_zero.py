@@ -20,8 +20,9 @@ def main() -> None:
     constants.require_base_model()
     constants.require_corpus()
 
-    from llmtuner.eval.answers import answer_all, is_right, read_questions
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
+    from llmtuner.eval.generation import answer_all
+    from llmtuner.eval.questions import is_right, read_questions
     from llmtuner.model.loading import load_for_evaluation, plan_evaluation
     from llmtuner.tokenizer.fast import encode_batch
 
@@ -36,7 +37,7 @@ def main() -> None:
             language: round(sum(map(len, encode_batch(tokenizer, own))) / sum(map(len, own)), 4)
             for language, own in texts.items()
         }
-        answers[name] = answer_all(model, tokenizer, [one.question for one in questions], name=name)
+        answers[name] = answer_all(model, tokenizer, [one.question for one in questions], name=name).texts
         bits[name] = bits_per_language(model, tokenizer, texts, PROFILE.window, name)
         del model  # before the other is loaded
 
@@ -56,7 +57,7 @@ def main() -> None:
     rows = [[name, *(f"{own[one]:.3f}" for one in LANGUAGES)] for name, own in tokens_per_character.items()]
     say("\n" + table(["tokens per character", *LANGUAGES], rows))
 
-    constants.save_metrics("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
+    constants.finish_step("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
     say("\nstep 4 done. Next: python step5_train_pt_single_gpu.py")
 
 

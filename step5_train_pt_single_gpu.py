@@ -89,19 +89,19 @@ def main() -> None:
     if "--staged" in sys.argv:
         settings, base, first_half = train_embeddings_alone(settings)
     heading("continued pretraining")
-    metrics = {**run_exp(settings), **first_half}
+    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
+    metrics = {**run_exp(settings, texts), **first_half}
     if not is_first_process():
         return
     merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR)
 
     heading("held-out text, before and after (lower is better)")
-    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
     bits = {
         when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
         for when, directory in (("before", ZERO_DIR), ("after", PT_MERGED_DIR))
     }
     say(bits_table(bits))
-    constants.save_metrics("step5", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
+    constants.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
     say(
         f"\nstep 5 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {PT_ADAPTER_DIR}, merged model in {PT_MERGED_DIR}. "

@@ -108,7 +108,7 @@ def main() -> None:
         for when, directory in (("before", PT_MERGED_DIR), ("after", CHAT_MODEL_DIR))
     }
     say(bits_table(bits))
-    constants.save_metrics("step6", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
+    constants.finish_step("step6", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
     say(
         f"\nstep 6 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {SFT_ADAPTER_DIR}, chat model in {CHAT_MODEL_DIR}. "

@@ -1,135 +1,203 @@
 """Step 7: what was gained and what was kept, over base, Zero, pretrained and chat model; then a chat.
 
-    python step7_eval_chat.py           the before/after table; on a terminal, a chat with the chat model
-    python step7_eval_chat.py --chat    the chat alone
+    python step7_eval_chat.py                the before/after table; on a terminal, a chat with the chat model
+    python step7_eval_chat.py --chat         the chat alone
+    python step7_eval_chat.py --web          the chat in a browser, base and chat model side by side (needs gradio)
+    python step7_eval_chat.py --suite ja     standard suites: ja, zh or en (needs lm_eval)
+    python step7_eval_chat.py --report       makes WORK_DIR/report.html anew, as every step does
 
-Counts right answers in Chinese, English and Japanese, in Japanese also about what was never described in Japanese, and
-measures bits per byte and repetition. All answers go to WORK_DIR/answers.jsonl.
+Counts right answers in Chinese, English and Japanese, in Japanese also about what was never described in Japanese;
+measures bits per byte, agreement with the base model, and repetition; chooses by these the chat model's own generation
+settings and writes them, and a model card, into its directory. All answers go to WORK_DIR/answers.jsonl.
 """
 
+import argparse
 import json
+import os
 import sys
+from getpass import getpass
+from pathlib import Path
 from typing import Any
 
 import constants
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
-from llmtuner.console import heading, run_script, say, table
+from llmtuner.console import Stopwatch, heading, run_script, say, table
 
 MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR, "chat": CHAT_MODEL_DIR}
-GROUPS = ("zh", "en", "ja", "ja_unseen")
+LANGUAGES = ("ja", "zh", "en")
 QUESTIONS_PER_GROUP = 200
 SHOWN = 2
-ANSWER_TOKENS = 64  # room for a sentence, also for one whose Japanese is spelled in bytes
-FREE_TOKENS = 160  # room for a reply of several sentences
+LOOPBACK = "127.0.0.1"
 
 
 def main() -> None:
-    if "--chat" not in sys.argv:
+    options = read_options()
+    if options.report:
+        constants.make_report()
+    elif options.suite:
+        run_suite(options)
+    elif options.web:
+        chat_in_browser(options)
+    elif options.chat:
+        chat()
+    else:
         if not constants.load_metrics("step7") or constants.OVERWRITE:
             constants.start_step("step7", ZERO_DIR, PT_MERGED_DIR, CHAT_MODEL_DIR)
             constants.require_base_model()
             constants.require_corpus()
             evaluate()
         show(constants.load_metrics("step7"))
-    if "--chat" in sys.argv or sys.stdin.isatty():
-        chat()
+        if sys.stdin.isatty():
+            chat()
+
+
+def read_options() -> argparse.Namespace:
+    """What this command was asked for."""
+    parser = argparse.ArgumentParser(description="Evaluates and chats.", allow_abbrev=False)
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--chat", action="store_true", help="a chat on the terminal")
+    task.add_argument("--web", action="store_true", help="a chat in the browser, on this machine only")
+    task.add_argument("--suite", metavar="LANGUAGE", help="standard suites: ja, zh or en")
+    task.add_argument("--report", action="store_true", help="makes report.html anew")
+    parser.add_argument("--model", choices=MODELS, default="chat", help="with --suite: which model (default: chat)")
+    parser.add_argument("--tasks", help="with --suite: these tasks of the harness instead, with commas between")
+    parser.add_argument("--task_dir", type=Path, help="with --suite: a directory with task files of your own")
+    parser.add_argument("--limit", type=int, help="with --suite: so many questions of each task")
+    parser.add_argument("--batch_size", type=int, default=16, help="with --suite: requests read at once")
+    parser.add_argument("--port", type=int, default=7860, help="with --web: the port")
+    parser.add_argument("--host", default=LOOPBACK, help="with --web: an address of this machine, to let others in; "
+                        "asks for a password, or takes it from CHAT_PASSWORD")  # fmt: skip
+    return parser.parse_args()
 
 
 def evaluate() -> None:
-    """Examines the four models and saves metrics and answers."""
-    from llmtuner.eval.answers import answer_all, is_right, read_questions, repetition
-    from llmtuner.eval.bits_per_byte import bits_per_language
+    """Examines the four models, gives the chat model its settings and its card, and saves metrics and answers."""
+    from llmtuner.eval.examination import agreement_with, choose_settings, examine, save_settings
+    from llmtuner.eval.questions import read_questions
     from llmtuner.model.loading import load_for_evaluation
 
+    watch = Stopwatch()
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
-    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
-    exact: dict[str, dict[str, float | None]] = {}
-    bits, repeated, answers = {}, {}, {}
+    texts = {language: constants.held_out_texts(language) for language in LANGUAGES}
+    answers: dict[str, list[str]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, directory in MODELS.items():
         model, tokenizer = load_for_evaluation(directory)
-        given = answers[name] = [""] * len(questions)
-        for free, room in ((False, ANSWER_TOKENS), (True, FREE_TOKENS)):
-            chosen = [index for index, one in enumerate(questions) if (one.value is None) == free]
-            told = answer_all(model, tokenizer, [questions[index].question for index in chosen], room, name=name)
-            for index, answer in zip(chosen, told, strict=True):
-                given[index] = answer
-        exact[name] = {}
-        for group in GROUPS:
-            asked = [index for index, one in enumerate(questions) if one.group == group and one.value is not None]
-            right = [is_right(questions[index], given[index]) for index in asked]
-            exact[name][group] = round(sum(right) / len(right), 4) if right else None
-        free = [answer for one, answer in zip(questions, given, strict=True) if one.group == "ja_free"]
-        repeated[name] = {"ja": round(repetition(free), 4)}
-        bits[name] = bits_per_language(model, tokenizer, texts, PROFILE.window, name)
+        found[name], answers[name] = examine(
+            model, tokenizer, questions, texts, PROFILE.window, PROFILE.free_tokens, name
+        )
+        found[name]["agreement"] = agreement_with(questions, answers[name], answers["base"])
+        if name == "chat":
+            generation = choose_settings(model, tokenizer, questions, PROFILE.free_tokens)
         del model  # before the next is loaded
+    save_settings(CHAT_MODEL_DIR, generation["candidates"][generation["chosen"]]["settings"])
 
     with (WORK_DIR / "answers.jsonl").open("w", encoding="utf-8") as lines:
         for index, one in enumerate(questions):
-            row = {"group": one.group, "question": one.question, "right": one.value}
-            lines.write(
-                json.dumps({**row, **{name: answers[name][index] for name in MODELS}}, ensure_ascii=False) + "\n"
-            )
+            row = {"group": one.group, "language": one.language, "question": one.question, "right": one.value}
+            row["wrong_values"] = list(one.wrong_values)
+            row |= {name: answers[name][index] for name in MODELS}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     heading("the same questions to all four")
-    for group in (*GROUPS, "ja_free"):
+    for group in dict.fromkeys(one.group for one in questions):
         for index in [index for index, one in enumerate(questions) if one.group == group][:SHOWN]:
             say(f"{group}  {questions[index].question}")
             for name in MODELS:
                 say(f"    {name:<11}{answers[name][index]}")
-    constants.save_metrics("step7", {"exact": exact, "bits_per_byte": bits, "repetition": repeated})
+    # model -> figure becomes figure -> model
+    metrics = {figure: {name: own[figure] for name, own in found.items()} for figure in found["base"]}
+    metrics |= {"generation": generation, "seconds": watch.seconds()}
+    constants.write_card(CHAT_MODEL_DIR, metrics)
+    constants.finish_step("step7", metrics)
 
 
 def show(metrics: dict[str, Any]) -> None:
-    """Prints the before/after table."""
+    """Prints the before/after table and the settings that were tried."""
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.0%}"
 
     heading("before and after")
+    groups = list(metrics["exact"]["base"])
     rows = [
         [
             name,
-            *(share(metrics["exact"][name][group]) for group in GROUPS),
-            *(f"{metrics['bits_per_byte'][name][language]:.3f}" for language in ("ja", "zh", "en")),
+            *(share(metrics["exact"][name][group]) for group in groups),
+            *(f"{metrics['bits_per_byte'][name][language]:.3f}" for language in LANGUAGES),
             share(metrics["repetition"][name]["ja"]),
         ]
         for name in MODELS
     ]
-    header = ["right answers in", "zh", "en", "ja", "ja unseen", "bits/byte ja", "zh", "en", "ja repeated"]
+    named = [group.replace("_", " ") for group in groups]
+    header = ["right answers in", *named, "bits/byte ja", "zh", "en", "ja repeated"]
     say(table(header, rows))
     say("ja unseen: asked in Japanese about what only Chinese and English texts describe. ja repeated: 4-grams of free")
     say("Japanese answers that occurred before in the same answer.")
+
+    heading("free Japanese answers of the chat model")
+    tried = metrics["generation"]["candidates"]
+    rows = [
+        [
+            name,
+            share(one["repeated"]),
+            f"{one['longest_loop']} characters",
+            share(one["ended"]),
+            share(one["right"]),
+            f"{one['tokens_per_second']:,.0f}",
+        ]
+        for name, one in tried.items()
+    ]
+    say(table(["settings", "repeated", "longest loop", "ended", "right", "tokens/s"], rows))
+    chosen = metrics["generation"]["chosen"]
+    say(f"The chat model's own settings are now: {chosen} (least repetition for at most 2 points of right answers).")
     say(
-        f"\nstep 7 done: everything is in {WORK_DIR} (metrics/, answers.jsonl, chat_model/). Chat: python step7_eval_chat.py --chat"
+        f"\nstep 7 done: everything is in {WORK_DIR} (report.html, metrics/, answers.jsonl, chat_model/). "
+        "Chat: python step7_eval_chat.py --chat, or --web"
     )
 
 
 def chat() -> None:
-    """A dialogue on the terminal; an empty line or Ctrl-D ends it."""
+    """A dialogue on the terminal with the chat model."""
     constants.require(CHAT_MODEL_DIR)
+    from llmtuner.chat.terminal import talk
 
-    from llmtuner.data.template import Message, Template
-    from llmtuner.eval.answers import reply
-    from llmtuner.model.loading import load_for_evaluation
+    talk(CHAT_MODEL_DIR, PROFILE.free_tokens)
 
-    model, tokenizer = load_for_evaluation(CHAT_MODEL_DIR)
-    template = Template.of(tokenizer)
-    messages: list[Message] = []
-    say("\nAsk in Japanese, Chinese or English. /clear forgets the dialogue; an empty line ends it.")
-    while True:
-        try:
-            question = input("you> ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        if question == "/clear":
-            messages = []
-            continue
-        messages.append({"role": "user", "content": question})
-        answer = reply(model, tokenizer, template.prompt(tokenizer, messages), FREE_TOKENS)
-        messages.append({"role": "assistant", "content": answer})
-        say(f"model> {answer}")
+
+def chat_in_browser(options: argparse.Namespace) -> None:
+    """A page with base and chat model side by side, for this machine unless --host says otherwise."""
+    constants.require(CHAT_MODEL_DIR)
+    constants.require_base_model()
+    from llmtuner.chat.web import serve
+
+    password = os.environ.get("CHAT_PASSWORD")
+    if options.host != LOOPBACK and not password and sys.stdin.isatty():
+        password = getpass("password for the page: ")
+    serve({"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, PROFILE.free_tokens, options.host, options.port, password)
+
+
+def run_suite(options: argparse.Namespace) -> None:
+    """Scores of one model in standard suites, to WORK_DIR/metrics and the report."""
+    directory = MODELS[options.model]
+    if options.model == "base":
+        constants.require_base_model()
+    else:
+        constants.require(directory)
+    from llmtuner.eval.suites import CHAT_FORMAT, run_suite
+
+    run_suite(
+        options.suite,
+        directory,
+        constants.METRICS_DIR / f"suite_{options.suite}_{options.model}.json",
+        tasks=options.tasks.split(",") if options.tasks else None,
+        include_path=options.task_dir,
+        limit=options.limit,
+        chat=CHAT_FORMAT[options.model],
+        batch_size=options.batch_size,
+    )
+    if constants.load_metrics("step1"):
+        constants.make_report()
 
 
 if __name__ == "__main__":

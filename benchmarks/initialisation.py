@@ -23,8 +23,8 @@ from llmtuner.console import InputError, Stopwatch, heading, progress, run_scrip
 from llmtuner.data.held_out import training_documents
 from llmtuner.data.sources import find_source
 from llmtuner.data.template import Template
-from llmtuner.eval.answers import answer_all
 from llmtuner.eval.bits_per_byte import bits_per_byte
+from llmtuner.eval.generation import answer_all
 from llmtuner.model.chatglm import convert
 from llmtuner.model.growing import grow_checkpoint
 from llmtuner.model.initialising import METHODS, NewPieces, find_new_pieces, focus_weights, new_rows, static_vectors
@@ -158,12 +158,12 @@ def measure_old_languages(
     asked = [one["question"] for one in questions(build_tellers(FRESH)) if one["group"] in OLD_LANGUAGES]
     windows = token_windows(tokenizer, fresh)
     hidden = torch.cat([hidden_states(grown.model, torch.tensor([ids])) for ids in windows])
-    before = answer_all(grown.model, base_tokenizer, asked, name="base")
+    before = answer_all(grown.model, base_tokenizer, asked, name="base").texts
     results = {"base": bits_of(grown.model, base_tokenizer, texts, OLD_LANGUAGES)}
     grown.grow("input", "mean")
     for choice in CHOICES:
         head = grown.grow("output", choice)
-        after = answer_all(grown.model, tokenizer, asked, name=choice)
+        after = answer_all(grown.model, tokenizer, asked, name=choice).texts
         results[choice] = {
             **bits_of(grown.model, tokenizer, texts, OLD_LANGUAGES),
             "answers_changed": sum(one != other for one, other in zip(before, after, strict=True)),

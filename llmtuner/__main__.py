@@ -10,7 +10,8 @@ USAGE = """usage: python -m llmtuner COMMAND, which is one of
   train [FILE.yaml] [--name value ...]               a training run
   show [FILE.yaml] [--batch N] [--name value ...]    batch N of its training set, what is trained in it and what is not
   export [FILE.yaml] [--name value ...]              merges an adapter
-  convert CHATGLM3_DIR OUT_DIR                       ChatGLM3 as published -> a directory that transformers loads"""
+  convert CHATGLM3_DIR OUT_DIR                       ChatGLM3 as published -> a directory that transformers loads
+  gguf MODEL_DIR OUT.gguf                            one file for llama.cpp (needs: pip install gguf)"""
 
 
 def main() -> None:
@@ -32,6 +33,10 @@ def main() -> None:
             from llmtuner.model.chatglm import convert
 
             convert(Path(source), Path(destination), overwrite=os.environ.get("OVERWRITE") == "1")
+        case ["gguf", source, destination]:
+            from llmtuner.model.gguf import write_gguf
+
+            write_gguf(Path(source), Path(destination))
         case _:
             raise InputError(USAGE)
 

@@ -142,7 +142,8 @@ def make_base(destination: Path) -> None:
     """Trains and examines the base, and writes it with its model card."""
     import torch
 
-    from llmtuner.eval.answers import Question, answer_all, is_right
+    from llmtuner.eval.generation import answer_all
+    from llmtuner.eval.questions import Question, is_right
     from llmtuner.model.loading import load_model
     from llmtuner.model.merging import copy_tokenizer
     from llmtuner.tokenizer.fast import load_tokenizer
@@ -198,7 +199,7 @@ def make_base(destination: Path) -> None:
         exam = {}
         for group in ("zh", "en", "ja"):
             asked = [question for question in questions if question.group == group][:EXAM_QUESTIONS]
-            answers = answer_all(model, tokenizer, [question.question for question in asked], name=group)
+            answers = answer_all(model, tokenizer, [question.question for question in asked], name=group).texts
             right = [is_right(question, answer) for question, answer in zip(asked, answers, strict=True)]
             exam[group] = sum(right) / len(right)
             for question, answer, good in list(zip(asked, answers, right, strict=True))[:6]:

@@ -1,6 +1,7 @@
-"""What the tests share: no network, two threads, and small models that are made on the spot."""
+"""What the tests share: no network, two threads, small models that are made on the spot, and a browser."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,3 +66,39 @@ def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
     model.save_pretrained(str(directory))
     copy_tokenizer(tiny_tokenizer_dir, directory)
     return directory
+
+
+CHROMIUM = shutil.which("chromium")
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, where there is one."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed: apt install chromium")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, address, width, scheme="light"):
+    """A page in a tab of its own, and two lists that grow: what it complains of, and what it asks for."""
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    problems, requests = [], []
+    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(address)
+    return tab, problems, requests

@@ -1,16 +1,22 @@
-"""Marking of answers, repetition, and bits per byte against sums done by hand."""
+"""Marking of answers, repetition, generation settings, and bits per byte against sums done by hand."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from llmtuner.console import InputError
 from llmtuner.data.template import Template
-from llmtuner.eval.answers import Question, answer_all, is_right, read_questions, repetition
-from llmtuner.eval.bits_per_byte import bits_per_byte
+from llmtuner.eval import examination
+from llmtuner.eval.bits_per_byte import Windows, bits_per_byte, document_bits, interval
+from llmtuner.eval.examination import choose_settings, save_settings
+from llmtuner.eval.generation import Answer, Answers, answer_all
+from llmtuner.eval.questions import Question, agreement, is_right, read_questions, share_right
+from llmtuner.eval.repetition import describe, loops, repeated_ngrams
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 
@@ -43,9 +49,49 @@ def test_wrong_value_in_the_question_does_not_count():
 
 
 def test_repetition():
-    assert repetition(["あいうえおかきくけこ"]) == 0
-    assert repetition(["あいうえあいうえ"]) == pytest.approx(1 / 5)
-    assert repetition(["", "あ"]) == 0
+    assert repeated_ngrams(["あいうえおかきくけこ"]) == 0
+    assert repeated_ngrams(["あいうえあいうえ"]) == pytest.approx(1 / 5)
+    assert repeated_ngrams(["", "あ"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("", []),
+        ("abcabcabcabc", [(3, 12)]),
+        ("xyabcdefghabcdefgh!", [(10, 18)]),
+        ("xyabcdefgabcdefg!", []),  # seven characters are a phrase
+        ("さまざまな色。", []),
+        ("あああああああああああ", [(1, 11)]),
+        ("その歌は歌です。その歌は歌です。その歌は歌です。", [(8, 24)]),
+        ("abcdefghabcdefgh, 123456789123456789", [(8, 16), (27, 36)]),
+        ("abcdefgh--abcdefgh", []),  # not directly before
+    ],
+)
+def test_loops(text, spans):
+    assert loops(text) == spans
+
+
+def test_free_answers_are_described_by_repetition_loops_ends_and_speed():
+    said = [Answer("abcdefghabcdefgh", 6, True), Answer("12345", 4, False)]
+    assert describe(Answers(said, 2.0)) == {
+        "repeated": round(5 / 15, 4),
+        "longest_loop": 8,
+        "mean_loop": 4.0,
+        "ended": 0.5,
+        "tokens_per_second": 5.0,
+    }
+
+
+def test_agreement():
+    assert agreement(["ab", "cd"], ["ab", "xy"]) == {"identical": 0.5, "similar": 0.5}
+    assert agreement(["abcd"], ["abxx"]) == {"identical": 0.0, "similar": 0.5}
+
+
+def test_share_right_counts_only_questions_with_an_answer():
+    questions = [Question("en", "en", "?", "tea"), Question("en", "en", "?"), Question("en", "en", "?", "ice")]
+    assert share_right(questions, ["Tea.", "tea", "Tea."], "en") == 0.5
+    assert share_right(questions, ["", "", ""], "zh") is None
 
 
 def test_questions_file(tmp_path):
@@ -63,9 +109,23 @@ def test_questions_file(tmp_path):
         read_questions(tmp_path / "none.jsonl")
 
 
+def test_questions_in_plain_text(tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("# a remark\n[zh]\n你是谁\n\n[ja_free]\n 山は？ => 富士山 \n", encoding="utf-8")
+    assert read_questions(path) == [Question("zh", "zh", "你是谁"), Question("ja_free", "ja", "山は？", "富士山")]
+    for content, message in (("", "no question"), ("# only this\n[zh]\n", "no question"), ("\n你是谁\n", "line 2")):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            read_questions(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="damaged"):
+        read_questions(path)
+
+
 def test_questions_for_the_real_model_can_be_read():
-    questions = read_questions(ROOT / "data" / "questions.jsonl")
+    questions = read_questions(ROOT / "data" / "questions.txt")
     assert {one.group for one in questions} == {"zh", "en", "ja", "ja_free"}
+    assert {"你是谁", "あなたは誰ですか"} <= {one.question for one in questions}  # the original's own are kept
     assert is_right(next(one for one in questions if one.value == "富士山"), "いちばん高い山は富士山です。")
 
 
@@ -90,8 +150,103 @@ def test_answers_do_not_depend_on_the_batch(tiny_model_dir):
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
     questions = ["一座山？", "When does the ferry leave the old harbour?", "河"]
     together = answer_all(model, tokenizer, questions, max_new_tokens=6)
-    alone = [answer_all(model, tokenizer, [question], max_new_tokens=6)[0] for question in questions]
-    assert together == alone
+    alone = [answer_all(model, tokenizer, [question], max_new_tokens=6).answers[0] for question in questions]
+    assert together.answers == alone
+    assert all(1 <= answer.tokens <= 6 and answer.ended == (answer.tokens < 6) for answer in alone)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir):
+    model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
+    sampled = {"do_sample": True, "temperature": 1.0}
+
+    def draw(seed):
+        torch.rand(1)  # what was drawn before does not matter
+        return answer_all(model, tokenizer, ["河", "山"], 12, sampled, seed=seed).texts
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_models_own_settings_do_not_change_a_measurement(tiny_model_dir):
+    model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
+    before = answer_all(model, tokenizer, ["河", "一座山"], 20).texts
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert answer_all(model, tokenizer, ["河", "一座山"], 20).texts == before
+    penalty = {"do_sample": False, "repetition_penalty": 5.0}
+    assert answer_all(model, tokenizer, ["河", "一座山"], 20, penalty).texts != before
+
+
+def test_a_question_longer_than_the_context(tiny_model_dir):
+    model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
+    with pytest.raises(InputError, match=r"tokens long; with 6 for the answer that is more than the 256"):
+        answer_all(model, tokenizer, ["河", "河" * 300], max_new_tokens=6)
+
+
+def test_settings_are_chosen_by_repetition_among_those_that_cost_little(monkeypatch):
+    questions = [Question("zh", "zh", "?", "茶"), Question("ja_free", "ja", "？")]
+    measured = {  # name: (repetition, right)
+        "greedy": (0.5, 0.9),
+        "greedy, penalty 1.05": (0.3, 0.89),
+        "greedy, penalty 1.1": (0.2, 0.87),
+        "sampled": (0.3, 0.91),
+        "sampled, penalty 1.05": (0.25, 0.88),
+        "sampled, penalty 1.1": (0.1, 0.5),
+    }
+    asked = {}
+
+    def answer(model, tokenizer, asked_for, room, settings, name):
+        asked.setdefault(name, []).append(len(asked_for))
+        return Answers([Answer(name, 1, True)] * len(asked_for), 1.0)
+
+    monkeypatch.setattr(examination, "answer_all", answer)
+    monkeypatch.setattr(examination, "describe", lambda told: {"repeated": measured[told.texts[0]][0]})
+    monkeypatch.setattr(
+        examination, "share_right", lambda known, texts, group: measured[texts[0]][1] if group == "zh" else None
+    )
+    found = choose_settings(None, None, questions, 9)
+    assert found["chosen"] == "sampled, penalty 1.05"
+    assert found["candidates"]["sampled"] == {"settings": examination.SAMPLED, "repeated": 0.3, "right": 0.91}
+    assert asked["greedy"] == [1, 1]
+    assert asked["sampled"] == [examination.DRAWS, 1]
+    with pytest.raises(InputError, match="ja_free"):
+        choose_settings(None, None, questions[:1], 9)
+
+
+def test_settings_become_the_models_own(tiny_model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    save_settings(directory, {"do_sample": True, "temperature": 0.8, "top_p": 0.8, "repetition_penalty": 1.1})
+    own = AutoModelForCausalLM.from_pretrained(directory).generation_config
+    assert (own.do_sample, own.temperature, own.top_p, own.repetition_penalty) == (True, 0.8, 0.8, 1.1)
+    save_settings(directory, {"do_sample": False, "repetition_penalty": 1.05})
+    own = GenerationConfig.from_pretrained(directory)
+    assert (own.do_sample, own.temperature, own.top_p, own.repetition_penalty) == (False, None, None, 1.05)
+    assert own.eos_token_id == 2  # what else was there stays
+
+
+def test_bits_are_those_of_each_document(tiny_model_dir):
+    model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
+    texts = ["小镇的东边是一条河。" * 3, "The ferry leaves at 9:30.", "桜"]
+    windows = Windows.of(tokenizer, texts, window=8)
+    assert windows.bytes.tolist() == [90, 25, 3]
+    alone = [bits_per_byte(model, tokenizer, [text], 8) * len(text.encode()) for text in texts]
+    assert document_bits(model, windows, name=None).tolist() == pytest.approx(alone, rel=1e-5)
+    assert document_bits(model, Windows.of(tokenizer, [], 8), name=None).tolist() == []
+
+
+def test_interval_covers_what_other_documents_would_have_given():
+    draw = numpy.random.default_rng(5)
+    covered = 0
+    for seed in range(200):
+        own_bytes = draw.integers(50, 500, 80)
+        bits = own_bytes * draw.normal(2.0, 0.5, 80)
+        low, high = interval(bits, own_bytes, seed=seed)
+        covered += low <= 2.0 <= high
+    assert 180 <= covered <= 199  # 95 % of 200 are 190
+    assert interval(numpy.array([8.0]), numpy.array([4])) == (2.0, 2.0)
 
 
 def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir, monkeypatch):

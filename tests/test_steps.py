@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import opened
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = {
@@ -128,6 +129,36 @@ def test_finished_training_starts_anew_only_when_asked_to(tmp_path):
     assert not finished.exists()
 
 
+def test_report_before_any_step(tmp_path):
+    refused(start("step7", tmp_path, "--report"), "no step has finished", "step1_train_tokenizer.py")
+
+
+@pytest.mark.parametrize("words", [["--chat"], ["--web"], ["--suite", "ja"]])
+def test_chat_and_suites_before_there_is_a_model(tmp_path, words):
+    refused(start("step7", tmp_path, *words), "chat_model is missing", "step6_train_sft_single_gpu.py")
+
+
+@pytest.mark.parametrize("words", [["--suite", "jp"], ["--chat"], ["--web"]])
+def test_chat_model_that_is_damaged_or_something_else(tmp_path, words):
+    (tmp_path / "work" / "chat_model").mkdir(parents=True)
+    (tmp_path / "work" / "chat_model" / "adapter_config.json").write_text("{}")  # step 6's adapter, say
+    message = "jp is unknown" if "jp" in words else "config.json"
+    refused(start("step7", tmp_path, *words), message)
+
+
+def test_page_for_others_needs_a_password(tmp_path):
+    (tmp_path / "work" / "chat_model").mkdir(parents=True)
+    refused(start("step7", tmp_path, "--web", "--host", "0.0.0.0"), "password")
+    refused(start("step7", tmp_path, "--web", "--host", "0.0.0.0", CHAT_PASSWORD="short"), "8 characters")
+
+
+def test_questions_file_without_a_question(tmp_path):
+    for name in ("step3_zero", "step5_pt_merged", "chat_model", "corpus"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+    (tmp_path / "work" / "corpus" / "questions.jsonl").write_text("\n")
+    refused(start("step7", tmp_path), "questions.jsonl", "holds no question")
+
+
 # ---------------------------------------------------------------------------------------------------- all seven in a row
 @pytest.fixture(scope="module")
 def run_of_all_steps(tmp_path_factory):
@@ -181,7 +212,17 @@ def test_metrics_have_their_keys(run_of_all_steps):
         "step4": {"zh", "en", "ja", "bits_per_byte", "tokens_per_character"},
         "step5": training,
         "step6": training | {"initial_loss"},
-        "step7": {"exact", "bits_per_byte", "repetition"},
+        "step7": {
+            "exact",
+            "bits_per_byte",
+            "bits_per_byte_interval",
+            "repetition",
+            "free_answers",
+            "agreement",
+            "tokens_per_second",
+            "generation",
+            "seconds",
+        },
     }
     for step, keys in wanted.items():
         assert keys <= metrics_of(run_of_all_steps, step).keys(), step
@@ -249,6 +290,51 @@ def test_training_moves_in_the_right_direction(run_of_all_steps):
     )
 
 
+def test_bits_per_byte_are_logged_along_the_way(run_of_all_steps):
+    metrics = metrics_of(run_of_all_steps, "step5")
+    lines = (run_of_all_steps / "step5_pt_adapter" / "log.jsonl").read_text().splitlines()
+    logged = [line for line in map(json.loads, lines) if "eval_loss" in line]
+    for language in ("ja", "zh", "en"):
+        bits = [line[f"eval_bits_per_byte_{language}"] for line in logged]
+        assert bits[0] == pytest.approx(metrics["bits_per_byte"]["before"][language], rel=0.01)  # there in fp32
+        assert bits[-1] == pytest.approx(metrics["bits_per_byte"]["after"][language], rel=0.01)
+
+
+def test_evaluation_finishes_the_chat_model(run_of_all_steps):
+    metrics = metrics_of(run_of_all_steps, "step7")
+    for model, bits in metrics["bits_per_byte"].items():
+        for language, value in bits.items():
+            low, high = metrics["bits_per_byte_interval"][model][language]
+            assert low < value < high
+    assert metrics["agreement"]["base"] == {one: {"identical": 1, "similar": 1} for one in ("zh", "en")}
+    assert metrics["agreement"]["zero"]["zh"]["identical"] > 0.9
+    assert metrics["agreement"]["chat"]["zh"]["identical"] < 0.9
+    assert metrics["generation"]["candidates"]["greedy"]["repeated"] == metrics["repetition"]["chat"]["ja"]
+    chosen = metrics["generation"]["candidates"][metrics["generation"]["chosen"]]["settings"]
+    own = json.loads((run_of_all_steps / "chat_model" / "generation_config.json").read_text())
+    assert {name: own[name] for name in chosen} == chosen
+    card = (run_of_all_steps / "chat_model" / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card
+    assert metrics["generation"]["chosen"] in card
+    rows = [json.loads(line) for line in (run_of_all_steps / "answers.jsonl").read_text().splitlines()]
+    assert {"group", "language", "question", "right", "base", "zero", "pretrained", "chat"} <= rows[0].keys()
+    assert [row["base"] for row in rows if row["group"] == "zh"][0]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_report_of_a_whole_run_in_a_browser(run_of_all_steps, browser, width):
+    report = run_of_all_steps / "report.html"
+    tab, problems, requests = opened(browser, report.as_uri(), width)
+    assert tab.get_by_text("7 of 7 steps finished").is_visible()
+    assert tab.locator("svg[role=img]").count() == tab.locator("figure").count() == 15
+    for title in ("Before and after", "Generation settings", "Figures", "Answers"):
+        assert tab.get_by_role("heading", name=title, exact=True).is_visible(), title
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert requests == [report.as_uri()]
+    assert problems == []
+    tab.close()
+
+
 def test_chat_model_loads_without_this_project(run_of_all_steps, tmp_path):
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; d = sys.argv[1];"
@@ -301,6 +387,9 @@ def test_two_machines_train_merge_and_agree(run_of_all_steps, tmp_path):
     assert two["steps"] == one["steps"]
     assert two["tokens"] == pytest.approx(one["tokens"], rel=0.01)
     assert two["eval_loss"]["last"] == pytest.approx(one["eval_loss"]["last"], rel=0.02)
+    lines = (work / "step5_pt_adapter" / "log.jsonl").read_text().splitlines()
+    bits = [line["eval_bits_per_byte_ja"] for line in map(json.loads, lines) if "eval_loss" in line]
+    assert bits[0] == pytest.approx(one["bits_per_byte"]["before"]["ja"], rel=0.01)  # each has read half of the texts
 
 
 # --------------------------------------------------------------------------------------------- one part after the other

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_hparams import PT_FILE, SFT_FILE
 
 from llmtuner.console import InputError, Stopped
+from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import checkpoints
@@ -142,6 +143,28 @@ def test_evaluation_alone_writes_no_adapter(tiny_run, tmp_path):
     metrics = run_exp({**tiny_run, "do_eval": True, "do_train": False, "eval_on_start": False})
     assert metrics.keys() == {"eval_loss", "data"}
     assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_bits_per_byte_of_held_out_texts_are_logged_at_every_evaluation(tiny_run, tiny_model_dir, tmp_path):
+    texts = {"zh": ["小镇的东边是一条河。", "一座山" * 40], "en": ["The ferry leaves at 9:30."]}
+    run_exp(tiny_run, texts)
+    lines = (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()
+    logged = [line for line in map(json.loads, lines) if "eval_loss" in line]
+    model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
+    for language, own in texts.items():
+        bits = [line[f"eval_bits_per_byte_{language}"] for line in logged]
+        assert bits[0] == pytest.approx(bits_per_byte(model, tokenizer, own, tiny_run["cutoff_len"]), rel=1e-4)
+        assert bits[-1] < bits[0]
+
+
+def test_lengths_of_what_is_trained_on(tiny_run, tmp_path):
+    for number in range(3):
+        (tmp_path / "documents.jsonl").open("a").write(json.dumps({"text": "river " * 40 * (number + 1)}) + "\n")
+    lengths = run_exp({**tiny_run, "val_size": 0.05})["lengths"]
+    assert lengths["edges"] == [2**power for power in range(4, 4 + len(lengths["edges"]))]
+    assert len(lengths["counts"]) == len(lengths["edges"]) - 1
+    assert sum(lengths["counts"]) in range(57, 63)
+    assert lengths["counts"][-1] >= 1  # the long ones, uncut
 
 
 def test_tokenized_once_and_again_when_the_text_changes(tiny_run, tmp_path):

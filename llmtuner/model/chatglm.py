@@ -313,6 +313,7 @@ def open_published(directory: Path) -> Checkpoint:
         GlmConfig(**settings, dtype=tensors[EMBEDDINGS].dtype),
         GenerationConfig(**generation_settings(directory, special)),
         glm_tensors(tensors, settings, by_head=not config.get("multi_query_attention", False)),
+        directory,
     )
 
 

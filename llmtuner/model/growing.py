@@ -74,7 +74,7 @@ def open_base(directory: Path) -> Checkpoint:
             "Growing and merging need both matrices, as in ChatGLM3 and Glm."
         )
     check_tensors(directory, tensors, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-    return Checkpoint(config, generation, list(tensors.values()))
+    return Checkpoint(config, generation, list(tensors.values()), directory)
 
 
 def grow_checkpoint(

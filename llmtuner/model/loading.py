@@ -38,8 +38,7 @@ def load_model(
         InputError: if the directory does not hold a complete, readable model.
     """
     path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a model directory: it has no config.json.")
+    _read_config(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -52,6 +51,17 @@ def load_model(
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model in {path} cannot be loaded: {error}. Make or fetch it again.") from error
     return model.eval()
+
+
+def _read_config(directory: Path | str) -> Any:
+    if not (Path(directory) / "config.json").is_file():
+        raise InputError(f"{directory} is not a model directory: it has no config.json.")
+    try:
+        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{directory} is not a model directory that can be used: {error}. Make or fetch it again."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -77,9 +87,12 @@ def plan_evaluation(directory: Path | str) -> Plan:
     """On a GPU a model keeps the precision of its files; on a CPU fp32 is fastest, and bf16 needs half the memory.
 
     fp16, in which ChatGLM3 is published, is slow on most CPUs, so it is not used there.
+
+    Raises:
+        InputError: if the directory holds no model.
     """
     numbers = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) // 2
-    config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    config = _read_config(directory)
     if config.dtype == torch.float32:
         numbers //= 2
     where = device()
@@ -105,10 +118,7 @@ def check_model_fits(directory: Path | str, tokenizer: Any, length: int) -> None
     Raises:
         InputError: if it has not, or is no model.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory} is not a model directory that can be trained: {error}") from error
+    config = _read_config(directory)
     _check_rows(config.vocab_size, tokenizer, directory)
     if length > config.max_position_embeddings:
         raise InputError(

@@ -284,6 +284,9 @@ class Written:
         return f"{self.tensors} tensors, {self.bytes / 1e9:.3f} GB in {self.files} file{'s' * (self.files > 1)}"
 
 
+LICENCES = ("MODEL_LICENSE", "LICENSE")  # weights that descend from others stay under theirs
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model that is not in memory: its configuration, and its tensors under transformers' names."""
@@ -291,15 +294,20 @@ class Checkpoint:
     config: "PreTrainedConfig"
     generation: "GenerationConfig"
     tensors: list[LazyTensor]
+    source: Path
+    """The directory that it comes from."""
 
     def write(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> Written:
-        """Writes the model into a directory that exists.
+        """Writes the model, and the licence that lies beside its source, into a directory that exists.
 
         Raises:
             InputError: as `write_checkpoint`.
         """
         self.config.save_pretrained(directory)
         self.generation.save_pretrained(directory)
+        for name in LICENCES:
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, directory / name)
         return write_checkpoint(self.tensors, directory, max_shard_bytes)
 
 

@@ -26,6 +26,7 @@ SPECIAL_TOKENS = [
 ]
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2; <unk> also pads
 SPACE = "▁"  # how sentencepiece writes a space inside a piece
+BYTE_PIECE = re.compile(r"^<0x([0-9A-F]{2})>$")
 
 # Piece types of sentencepiece's protobuf schema
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -287,3 +288,13 @@ def encode_by_backend(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
+
+
+def segment(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[str]:
+    """The text of each token of a text, `as_seen`."""
+    return as_seen(tokenizer.convert_ids_to_tokens(encode(tokenizer, text)))
+
+
+def as_seen(pieces: Sequence[str]) -> list[str]:
+    """Pieces as a person would want to see them: spaces as such, a single byte like ‹E9›."""
+    return [BYTE_PIECE.sub(r"‹\1›", piece).replace(SPACE, " ") for piece in pieces]

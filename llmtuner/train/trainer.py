@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from llmtuner.console import InputError, write_json
 from llmtuner.data.packing import FilledUp, PackedCollator
 from llmtuner.data.template import IGNORE
+from llmtuner.eval.bits_per_byte import Windows, document_bits
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.train.checkpoints import STAGING, kept_older, publish
 from llmtuner.train.loss import summed_cross_entropy
@@ -45,6 +46,7 @@ class PackedTrainer(Trainer):
         settings: the settings of the run; they are kept beside each checkpoint.
         origin: file and line of a document, by its number in a batch's `rows`.
         stop: asks for an early end.
+        windows: this process's part of the held-out texts of each language, on which bits per byte are logged.
     """
 
     model: Any  # a Glm, or peft's wrapper around one
@@ -56,11 +58,13 @@ class PackedTrainer(Trainer):
         settings: dict[str, Any],
         origin: Callable[[int], str],
         stop: StopSignal,
+        windows: dict[str, Windows],
         **kwargs: Any,
     ) -> None:
         super().__init__(data_collator=collator, **kwargs)
         self.output_dir = Path(self.args.output_dir or ".")
         self.finetuning, self.settings, self.origin, self.stop = finetuning, settings, origin, stop
+        self.windows = windows
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         for watcher in (ProgressBar(), LogLines(self.output_dir / "log.jsonl"), RunControl(self)):
@@ -208,11 +212,23 @@ class PackedTrainer(Trainer):
             totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").cpu()
         return float(totals[0] / totals[1].clamp(min=1))
 
+    def bits_per_byte_on(self, windows: Windows) -> float:
+        """Bits per byte over the held-out texts that the processes have split among them; the same on every rank."""
+        with self.meter.paused():
+            self.model.eval()
+            with self.compute_loss_context_manager():
+                bits = document_bits(self.model, windows, name=None, tokens_per_batch=2048)
+            sums = torch.tensor([bits.sum(), windows.bytes.sum()], dtype=torch.float64, device=self.args.device)
+            total, total_bytes = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return total / max(total_bytes, 1)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Logs `eval_loss` over all trained tokens; called by Trainer at the eval steps."""
+        """Logs `eval_loss` over all trained tokens, and bits per byte; called by Trainer at the eval steps."""
         metrics = {f"{metric_key_prefix}_loss": self.loss_on(eval_dataset or self.eval_dataset)}
+        for language, windows in self.windows.items():
+            metrics[f"{metric_key_prefix}_bits_per_byte_{language}"] = self.bits_per_byte_on(windows)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -7,11 +7,14 @@ from llmtuner.hparams import get_train_args
 from llmtuner.model.merging import merge_adapter
 
 
-def run_exp(args: dict[str, Any] | str | Path | list[str] | None = None) -> dict[str, Any]:
+def run_exp(
+    args: dict[str, Any] | str | Path | list[str] | None = None, texts: dict[str, list[str]] | None = None
+) -> dict[str, Any]:
     """Runs one stage of training.
 
     Args:
         args: settings as a dict, the path of a YAML file, words of a command line, or None for this process's own.
+        texts: held-out texts of each language, on which bits per byte are logged at every evaluation of the pt stage.
 
     Returns:
         what was measured: tokens, tokens_per_second, padding_share, trainable_parameters, train_loss, eval_loss and,
@@ -23,8 +26,7 @@ def run_exp(args: dict[str, Any] | str | Path | list[str] | None = None) -> dict
     from llmtuner.train.workflow import run_pt, run_sft
 
     arguments = get_train_args(args)
-    stage = arguments[3].stage
-    return (run_pt if stage == "pt" else run_sft)(arguments)
+    return run_pt(arguments, texts) if arguments[3].stage == "pt" else run_sft(arguments)
 
 
 def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) -> Path:

@@ -90,7 +90,10 @@ class ProgressBar(TrainerCallback):
                 f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding_share']:.1%} padding, {logs['memory_gb']} GB"
             )
         if "eval_loss" in logs and state.is_world_process_zero:
-            tqdm.write(f"step {state.global_step:>6,}: eval loss {logs['eval_loss']:.4f}")
+            start = "eval_bits_per_byte_"
+            bits = [f"{name.removeprefix(start)} {logs[name]:.3f}" for name in logs if name.startswith(start)]
+            named = f", bits per byte {' '.join(bits)}" if bits else ""
+            tqdm.write(f"step {state.global_step:>6,}: eval loss {logs['eval_loss']:.4f}{named}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()

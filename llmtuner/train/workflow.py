@@ -26,6 +26,7 @@ from llmtuner.data.packing import (
 )
 from llmtuner.data.template import Template
 from llmtuner.data.tokens import Examples
+from llmtuner.eval.bits_per_byte import Windows
 from llmtuner.hparams import ATTENTION, Arguments, DataArguments, settings_to_save
 from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.loading import check_model_fits, load_model
@@ -37,15 +38,15 @@ from llmtuner.train.watching import StopSignal
 SEQUENCES_FOR_INITIAL_LOSS = 8  # per data set; more would cost time and change little
 
 
-def run_pt(arguments: Arguments) -> dict[str, Any]:
-    """Continued pretraining on packed documents; returns what was measured."""
+def run_pt(arguments: Arguments, texts: dict[str, list[str]] | None = None) -> dict[str, Any]:
+    """Continued pretraining on packed documents; returns what was measured, at every evaluation also on held-out texts."""
     model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_model_fits(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
     train, held_out = pack_pt(data_args, training_args.seed, tokenizer)
     met = _say_mix(train, data_args)
     say(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no token is left out")
-    metrics = _train(arguments, tokenizer, train, held_out)
+    metrics = _train(arguments, tokenizer, train, held_out, texts=texts)
     return {**metrics, "data": met}
 
 
@@ -150,7 +151,8 @@ def _say_mix(train: PackedSequences, data_args: DataArguments) -> dict[str, Any]
     for place, name in enumerate(data_args.dataset):
         share, counts = tokens[place] / max(train.tokens, 1), pool.sets[place].counts
         planned = data_args.interleave_probs[place] if data_args.interleave_probs else None
-        met[name] = {**counts, "planned_share": planned, "trained_tokens": tokens[place], "share": round(share, 4)}
+        comparable = planned if data_args.interleave_by == "tokens" else None  # with the share of tokens
+        met[name] = {**counts, "planned_share": comparable, "trained_tokens": tokens[place], "share": round(share, 4)}
         names = ("kept", "rejected", "duplicates", "tokens")
         lines.append(
             [name, *(f"{counts[one]:,}" for one in names), f"{tokens[place]:,}", f"{share:.1%}"]
@@ -167,6 +169,7 @@ def _train(
     train: PackedSequences,
     held_out: PackedSequences,
     samples: dict[str, Any] | None = None,
+    texts: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:
     model_args, data_args, training_args, finetuning_args = arguments
     output_dir = Path(training_args.output_dir or ".")
@@ -185,6 +188,12 @@ def _train(
     trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     say(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
 
+    windows = {
+        language: Windows.of(
+            tokenizer, own[training_args.process_index :: training_args.world_size], data_args.cutoff_len
+        )
+        for language, own in (texts or {}).items()
+    }
     with StopSignal() as stop:
         trainer = PackedTrainer(
             finetuning_args,
@@ -192,6 +201,7 @@ def _train(
             settings,
             train.pool.origin,
             stop,
+            windows,
             model=trained,
             args=training_args,
             train_dataset=FilledUp(train, _total_batch(training_args)),
@@ -217,7 +227,7 @@ def _train(
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir, Path(model_args.model_name_or_path))
         write_json(output_dir / "settings.json", settings)
         if finetuning_args.plot_loss:
-            from llmtuner.eval.plots import plot_losses
+            from llmtuner.report.figures import plot_losses
 
             plot_losses(trainer.state.log_history, output_dir)
     history, meter = trainer.state.log_history, trainer.meter
@@ -232,11 +242,20 @@ def _train(
         "tokens": meter.all_tokens,
         "tokens_per_second": round(meter.all_tokens / max(meter.all_seconds, 1e-9), 1),
         "padding_share": round(meter.all_padding / max(meter.all_tokens, 1), 5),
+        "lengths": _lengths(train),
         "trainable_parameters": trainable,
         "train_loss": _first_and_last(history, "loss"),
         "eval_loss": _first_and_last(history, "eval_loss"),
         **({"initial_loss": initial} if samples else {}),
     }
+
+
+def _lengths(train: PackedSequences) -> dict[str, list[int]]:
+    """How many of the documents or dialogues of a run have edges[i] <= tokens < edges[i + 1]."""
+    lengths = train.pool.lengths[numpy.unique(train.segments.rows)]
+    counts = numpy.bincount(numpy.log2(numpy.maximum(lengths, 1)).astype(int))
+    first = int(numpy.flatnonzero(counts)[0])
+    return {"edges": [2**power for power in range(first, len(counts) + 1)], "counts": counts[first:].tolist()}
 
 
 def _settings(arguments: Arguments, train: PackedSequences) -> dict[str, Any]:

@@ -1,0 +1,488 @@
+"""A chat page in the browser: one question to several models side by side, on this machine or behind a password."""
+
+import base64
+import hmac
+import html
+import importlib.util
+import ipaddress
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from llmtuner.chat.dialogue import Dialogue, own_settings
+from llmtuner.console import InputError, say
+from llmtuner.eval.generation import NEUTRAL
+from llmtuner.tokenizer.fast import segment
+
+if TYPE_CHECKING:
+    import gradio as gr
+    import uvicorn
+    from transformers import PreTrainedModel
+
+Models = Mapping[str, "tuple[PreTrainedModel, Any]"]  # name -> model and tokenizer
+
+USER = "chat"
+SHORTEST_PASSWORD = 8
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+INTERVAL = 0.1  # seconds between two looks at answers that are being given
+# Answers share one device: more at a time would make each slower and hold one more cache of keys and values in memory.
+# Who comes fifth waits in line; stop, undo and clear never wait.
+QUESTIONS_AT_A_TIME = 4
+SESSIONS_KEPT = 100
+
+# What the page fetches. Gradio's other routes (files, uploads, fetching of other addresses) are nobody's business here.
+ROUTES = ("/assets/", "/static/", "/gradio_api/queue/", "/gradio_api/run/", "/gradio_api/heartbeat/")
+PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/gradio_api/app_id")
+# The browser itself refuses to fetch from or send to any other address, and to show the page inside another one.
+# Gradio's own code needs inline scripts and eval.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src 'self' data:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
+)
+FONTS = ["system-ui", "Hiragino Sans", "Yu Gothic UI", "Noto Sans CJK JP", "Microsoft YaHei", "sans-serif"]
+CSS = """
+.dialogue { --faint: color-mix(in srgb, var(--body-text-color) 65%, transparent);
+    height: max(16rem, calc(100dvh - 14rem)); overflow-y: auto; padding: 0 .9rem .9rem;
+    border: 1px solid var(--border-color-primary); border-radius: 10px; background: var(--background-fill-primary) }
+.dialogue h2 { position: sticky; top: 0; margin: 0; padding: .6rem 0; font-size: .8rem; font-weight: 600;
+    letter-spacing: .04em; color: var(--faint); background: var(--background-fill-primary) }
+.dialogue p { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.65 }
+.dialogue .question { width: fit-content; max-width: 88%; margin: 1rem 0 .7rem auto; padding: .45rem .8rem;
+    border-radius: 14px 14px 3px 14px; background: var(--background-fill-secondary);
+    border: 1px solid var(--border-color-primary) }
+.dialogue .coming::after { content: "▍"; opacity: .5 }
+.dialogue .tokens { font-size: .8rem; line-height: 1.9; color: var(--faint) }
+.dialogue .tokens span { padding: .12em 0; border-radius: 3px; background: rgb(70 130 220 / .2) }
+.dialogue .tokens span:nth-child(even) { background: rgb(235 150 40 / .24) }
+.dialogue .cost, .dialogue .empty { font-size: .8rem; color: var(--faint) }
+@media (max-width: 760px) {
+    .dialogue { height: 36dvh; min-height: 12rem }
+    .buttons { gap: .5rem }
+}
+"""
+# Shows what is new at the end of a dialogue, unless somebody has scrolled back.
+FOLLOW = """
+const box = element.closest(".dialogue");
+let follow = true;
+box.addEventListener("scroll", () => { follow = box.scrollTop + box.clientHeight > box.scrollHeight - 40; });
+watch("value", () => { if (follow) box.scrollTop = box.scrollHeight; });
+"""
+
+
+def serve(
+    models: dict[str, Path], max_new_tokens: int, host: str = "127.0.0.1", port: int = 7860, password: str | None = None
+) -> None:
+    """Shows the chat page until Ctrl-C.
+
+    Args:
+        models: directories by name; the last one is the chat model, whose generation settings are the page's at first.
+        max_new_tokens: length of an answer at first.
+        host: address to listen at; others than this machine reach the page only if it is not a loopback address.
+        password: asked for with the user name "chat" if given. It crosses the network unencrypted, so a network that
+            is not trusted needs a tunnel (ssh -L).
+
+    Raises:
+        InputError: if gradio is missing, others could reach the page without a good password, the port is in use, or
+            a directory holds no model.
+    """
+    if not is_loopback(host) and len(password or "") < SHORTEST_PASSWORD:
+        raise InputError(
+            f"with --host {host} other machines can reach the page, so it needs a password of at least "
+            f"{SHORTEST_PASSWORD} characters. Give one, or leave --host out."
+        )
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the chat page needs gradio, which is not installed. Run: pip install gradio==6.31.0")
+    from llmtuner.model.loading import load_for_evaluation
+
+    with listen(host, port) as listener:
+        loaded = {name: load_for_evaluation(directory) for name, directory in models.items()}
+        sessions = Sessions(loaded)
+        page = build(sessions, own_settings(list(models.values())[-1]), max_new_tokens)
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        user = f"user name {USER}; " if password else ""
+        say(f"the chat page is at http://{name}:{listener.getsockname()[1]} ({user}Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            server(page, host, password).run(sockets=[listener])
+        sessions.stop()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; false for names, except localhost."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 is any free one.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot listen at port {port} of {host} ({reason}). Name another one with --port, or end what uses it."
+        ) from error
+
+
+def server(page: "gr.Blocks", host: str, password: str | None) -> "uvicorn.Server":
+    """The web server of a page, to be run with a socket from `listen`."""
+    import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="",
+        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+    )
+    # At the end there are always open connections, and uvicorn would call it an error to close them.
+    config = uvicorn.Config(
+        Guard(app, host, password), log_level="critical", ws="none", timeout_graceful_shutdown=1, server_header=False
+    )
+    return uvicorn.Server(config)
+
+
+class Guard:
+    """Stands before a web application: lets through only what its own page asks for, and only with the password.
+
+    Gradio's login leaves a part of its routes open, and its check of origins lets in a foreign name that points to this
+    machine (DNS rebinding) and every other server on it. Here every route is closed to them.
+    """
+
+    def __init__(self, app: Any, host: str, password: str | None) -> None:
+        self.app = app
+        # Elsewhere a page may be reached by many names, and the browser keeps the password from a foreign one.
+        self.names = (*LOCAL_NAMES, host) if is_loopback(host) else None
+        self.authorization = b"Basic " + base64.b64encode(f"{USER}:{password}".encode()) if password else None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serves one request, or refuses it (401, 403, 404)."""
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] != "http":  # starting and ending
+            await self.app(scope, receive, send)
+            return
+        status, headers = self.refusal(scope["path"], dict(scope["headers"])), {}
+        if status == 401:
+            headers["WWW-Authenticate"] = 'Basic realm="chat", charset="UTF-8"'
+        app = PlainTextResponse("refused", status, headers) if status else self.app
+
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await app(scope, receive, send_with_policy)
+
+    def refusal(self, path: str, headers: Mapping[bytes, bytes]) -> int | None:
+        """The HTTP status with which a request is refused, if it is."""
+        host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+        try:
+            name, source = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
+        except ValueError:
+            return 403
+        if (self.names and name not in self.names) or (origin and source != host):
+            return 403
+        if self.authorization and not hmac.compare_digest(headers.get(b"authorization", b""), self.authorization):
+            return 401
+        return None if path in PAGES or path.startswith(ROUTES) else 404
+
+
+@dataclass
+class Answer:
+    """What a model says to one question, as far as it has come."""
+
+    text: str = ""
+    pieces: list[str] | None = None
+    """Its tokens, once it has ended."""
+    seconds: float = 0.0
+    stopped: bool = False
+
+    def follow(self, stream: Iterator[str], tokenizer: Any) -> None:
+        """Takes over an answer while it comes, to its end."""
+        start = time.perf_counter()
+        for text in stream:
+            self.text = text
+        self.seconds = time.perf_counter() - start
+        self.pieces = segment(tokenizer, self.text)
+
+
+@dataclass
+class Turn:
+    """A question and the answers of the models that were asked."""
+
+    question: str
+    answers: dict[str, Answer]
+    before: dict[str, int]
+    """Messages that their dialogues held before; a dialogue forgets a question to which nothing was said."""
+
+
+@dataclass
+class Session:
+    """What one tab of a browser and the models have said."""
+
+    dialogues: dict[str, Dialogue]
+    turns: list[Turn] = field(default_factory=list)
+    busy: bool = False
+    """Whether an answer is being given."""
+
+    def ask(
+        self, question: str, names: list[str], system: str, settings: Mapping[str, Any], max_new_tokens: int
+    ) -> Iterator[None]:
+        """Asks some models at the same time; gives control back again and again while their answers come into `turns`.
+
+        Raises:
+            InputError: at once, if the dialogue with one of them is too long; then none is asked.
+        """
+        streams = {}
+        for name in names:
+            self.dialogues[name].system = system
+            try:
+                streams[name] = self.dialogues[name].ask(question, settings, max_new_tokens)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+        before = {name: len(self.dialogues[name].messages) for name in names}
+        turn = Turn(question, {name: Answer() for name in names}, before)
+        self.turns.append(turn)
+        return self._follow(turn, streams)
+
+    def _follow(self, turn: Turn, streams: dict[str, Iterator[str]]) -> Iterator[None]:
+        with ThreadPoolExecutor(len(streams)) as pool:
+            try:
+                coming = [
+                    pool.submit(turn.answers[name].follow, stream, self.dialogues[name].tokenizer)
+                    for name, stream in streams.items()
+                ]
+                while (state := wait(coming, timeout=INTERVAL)).not_done:
+                    if any(one.exception() for one in state.done):
+                        self.stop()  # the turn will be forgotten
+                    yield
+            except GeneratorExit:  # the tab has been closed
+                self.stop()
+                raise
+        try:
+            for one in coming:
+                one.result()
+        except Exception:
+            self.undo()
+            raise
+
+    def stop(self) -> None:
+        """Ends the answers that are being given; what was said stays."""
+        for turn in self.turns[-1:]:
+            for answer in turn.answers.values():
+                answer.stopped = answer.stopped or answer.pieces is None
+        for dialogue in self.dialogues.values():
+            dialogue.stop()
+
+    def undo(self) -> None:
+        """Forgets the last question and its answers."""
+        if self.turns:
+            for name, messages in self.turns.pop().before.items():
+                del self.dialogues[name].messages[messages:]
+
+    def clear(self) -> None:
+        """Forgets everything that was said."""
+        self.turns.clear()
+        for dialogue in self.dialogues.values():
+            dialogue.clear()
+
+
+class Sessions:
+    """The dialogues of all tabs; each has its own, the models are the same."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self._all: dict[str, Session] = {}  # the one that was used last stands last
+        self._lock = threading.Lock()
+
+    def of(self, tab: str) -> Session:
+        """The session of a tab, a new one if it has none; a tab whose connection was lost for a while finds its own."""
+        with self._lock:
+            session = self._all.pop(tab, None)
+            if session is None:
+                session = Session({name: Dialogue(*model) for name, model in self.models.items()})
+            self._all[tab] = session
+            while len(self._all) > SESSIONS_KEPT:
+                self._all.pop(next(iter(self._all))).stop()
+        return session
+
+    def stop(self) -> None:
+        """Ends all answers that are being given."""
+        with self._lock:
+            for session in self._all.values():
+                session.stop()
+
+
+def show(name: str, turns: list[Turn]) -> str:
+    """A model's side of the page as HTML; everything that was said is text there, whatever it looks like."""
+    parts = [f"<h2>{html.escape(name)}</h2>"]
+    for turn in turns:
+        if answer := turn.answers.get(name):
+            parts.append(f'<p class="question">{html.escape(turn.question)}</p>')
+            if answer.pieces is None:
+                parts.append(f'<p class="answer coming">{html.escape(answer.text)}</p>')
+                continue
+            tokens, rate = len(answer.pieces), len(answer.pieces) / max(answer.seconds, 1e-9)
+            cost = f"{tokens:,} tokens · {len(answer.text):,} characters · {rate:,.1f} tokens/s"
+            parts += [
+                f'<p class="answer">{html.escape(answer.text)}</p>',
+                f'<p class="tokens">{"".join(f"<span>{html.escape(piece)}</span>" for piece in answer.pieces)}</p>',
+                f'<p class="cost">{cost}{" · stopped" if answer.stopped else ""}</p>',
+            ]
+    return "".join(parts) if len(parts) > 1 else parts[0] + '<p class="empty">No question yet.</p>'
+
+
+def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) -> "gr.Blocks":
+    """The page: a side for each model, the question below, and what can be set.
+
+    Args:
+        settings: transformers' generation settings to begin with; those that the page does not show stay as they are.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, too
+    import gradio as gr
+
+    names = list(sessions.models)
+    chat = names[-1]
+    start = {**NEUTRAL, **settings}
+    longest = int(sessions.models[chat][0].config.max_position_embeddings)
+
+    with gr.Blocks(title="Chat", analytics_enabled=False, fill_width=True) as page:
+        with gr.Row():
+            sides = {}
+            for name in names:
+                with gr.Column(min_width=300, elem_classes="dialogue") as column:
+                    sides[name] = column, gr.HTML(show(name, []), elem_id=name, js_on_load=FOLLOW)
+        question = gr.Textbox(
+            "",
+            show_label=False,
+            placeholder="Ask in Japanese, Chinese or English",
+            max_lines=8,
+            autofocus=True,
+            container=False,
+        )
+        with gr.Row(elem_classes="buttons"):
+            send = gr.Button("Send", variant="primary", min_width=60)
+            stop = gr.Button("Stop", variant="stop", min_width=60, interactive=False)
+            undo = gr.Button("Undo", min_width=60)
+            clear = gr.Button("Clear", min_width=60)
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                alone = gr.Checkbox(False, label=f"Ask the {chat} model alone", visible=len(names) > 1)
+                sampled = gr.Checkbox(bool(start.get("do_sample")), label="Sampled (else greedy)")
+            system = gr.Textbox("", label="System message", placeholder="none", max_lines=4)
+            with gr.Row():
+                slider: dict[str, Any] = {"step": 0.01, "min_width": 220}
+                sampling: dict[str, Any] = {**slider, "interactive": bool(sampled.value)}
+                temperature = gr.Slider(0.05, 2, start["temperature"], label="Temperature", **sampling)
+                top_p = gr.Slider(0.05, 1, start["top_p"], label="Top p", **sampling)
+                penalty = gr.Slider(1, 2, start["repetition_penalty"], label="Repetition penalty", **slider)
+                length = gr.Slider(
+                    1, longest, min(max_new_tokens, longest), step=1, label="Answer length", min_width=220
+                )
+
+        views = {name: view for name, (_, view) in sides.items()}
+        usable = {send: False, stop: True, undo: False, clear: False}  # while an answer comes; else the other way round
+
+        def texts(session: Session) -> dict[Any, Any]:
+            return {view: show(name, session.turns) for name, view in views.items()}
+
+        def everything(session: Session) -> dict[Any, Any]:
+            buttons = {one: gr.Button(interactive=while_busy == session.busy) for one, while_busy in usable.items()}
+            return {**texts(session), **buttons}
+
+        def answer(
+            asked: str,
+            chat_alone: bool,
+            told: str,
+            do_sample: bool,
+            heat: float,
+            mass: float,
+            against_repetition: float,
+            tokens: int,
+            request: gr.Request,
+        ) -> Iterator[Any]:
+            session = sessions.of(str(request.session_hash))
+            if session.busy or not asked.strip():
+                yield gr.skip()
+                return
+            numbers = {"temperature": heat, "top_p": mass, "repetition_penalty": against_repetition}
+            # The browser sends 1.0 as 1, and transformers wants floats.
+            chosen = {**start, "do_sample": do_sample, **{name: float(value) for name, value in numbers.items()}}
+            session.busy = True
+            try:
+                coming = session.ask(asked.strip(), [chat] if chat_alone else names, told.strip(), chosen, int(tokens))
+                yield {**everything(session), question: ""}
+                for _ in coming:
+                    yield texts(session)
+            except Exception as error:
+                if not isinstance(error, InputError):
+                    traceback.print_exc()
+                gr.Warning(html.escape(str(error)), duration=None)
+                yield {**texts(session), question: asked}
+            finally:
+                session.busy = False
+
+        def look(request: gr.Request) -> dict[Any, Any]:
+            return everything(sessions.of(str(request.session_hash)))
+
+        def stop_it(request: gr.Request) -> None:
+            sessions.of(str(request.session_hash)).stop()
+
+        def undo_it(request: gr.Request) -> dict[Any, Any]:
+            session = sessions.of(str(request.session_hash))
+            if not session.busy:
+                session.undo()
+            return everything(session)
+
+        def clear_it(request: gr.Request) -> dict[Any, Any]:
+            session = sessions.of(str(request.session_hash))
+            if not session.busy:
+                session.clear()
+            return everything(session)
+
+        set_here = [question, alone, system, sampled, temperature, top_p, penalty, length]
+        shown = [*views.values(), *usable]
+        asking = gr.on(
+            [send.click, question.submit],
+            answer,
+            set_here,
+            [*shown, question],
+            concurrency_limit=QUESTIONS_AT_A_TIME,
+            show_progress="minimal",
+            show_progress_on=question,
+            api_visibility="private",
+        )
+        # Beside the queue: its stream of results gets lost if a question comes in the moment in which it is closed.
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        asking.then(look, outputs=shown, **at_once)  # only now does the browser take the next question
+        stop.click(stop_it, **at_once)
+        undo.click(undo_it, outputs=shown, **at_once)
+        clear.click(clear_it, outputs=shown, **at_once)
+        others = [column for name, (column, _) in sides.items() if name != chat]
+        alone.change(lambda on: {one: gr.Column(visible=not on) for one in others}, alone, others, **at_once)
+        sampled.change(lambda on: [gr.Slider(interactive=on)] * 2, sampled, [temperature, top_p], **at_once)
+    return page

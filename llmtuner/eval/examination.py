@@ -1,0 +1,126 @@
+"""What one model is asked and measured by, and which generation settings suit it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmtuner.console import InputError, write_json
+from llmtuner.eval.bits_per_byte import Windows, document_bits, interval
+from llmtuner.eval.generation import GREEDY, answer_all
+from llmtuner.eval.questions import Question, agreement, share_right
+from llmtuner.eval.repetition import describe
+
+GROUPS = ("zh", "en", "ja", "ja_unseen")
+FREE = "ja_free"  # requests for a longer reply
+KEPT = ("zh", "en")  # languages whose answers are compared with the base model's
+SHORT_TOKENS = 64  # room for a sentence, also for one whose Japanese is spelled in bytes
+
+# Among these a chat model's own settings are chosen. "sampled" is what ChatGLM3 comes with.
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.8}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "greedy, penalty 1.05": {**GREEDY, "repetition_penalty": 1.05},
+    "greedy, penalty 1.1": {**GREEDY, "repetition_penalty": 1.1},
+    "sampled": SAMPLED,
+    "sampled, penalty 1.05": {**SAMPLED, "repetition_penalty": 1.05},
+    "sampled, penalty 1.1": {**SAMPLED, "repetition_penalty": 1.1},
+}
+QUESTIONS_PER_CANDIDATE = 100  # of each language
+DRAWS = 4  # answers to each request where answers are drawn at random
+MAY_COST = 0.02  # right answers, at most, that less repetition may cost
+
+
+def examine(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    texts: Mapping[str, list[str]],
+    window: int,
+    free_tokens: int,
+    name: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """Greedy answers to all questions and bits per byte of held-out texts; returns what was measured, and the answers.
+
+    Args:
+        texts: of each language.
+        window: tokens that are read at once.
+        free_tokens: room for the reply to a free request.
+        name: stands on the progress bars.
+    """
+    answers = [""] * len(questions)
+    told = {}
+    for kind, room in (("free", free_tokens), ("short", SHORT_TOKENS)):
+        chosen = [index for index, one in enumerate(questions) if (one.group == FREE) == (kind == "free")]
+        asked = [questions[index].question for index in chosen]
+        told[kind] = answer_all(model, tokenizer, asked, room, name=f"{name}, {kind}")
+        for index, text in zip(chosen, told[kind].texts, strict=True):
+            answers[index] = text
+    windows = {language: Windows.of(tokenizer, own, window) for language, own in texts.items()}
+    bits = {language: document_bits(model, own, f"{name} {language}") for language, own in windows.items()}
+    free = describe(told["free"])
+    metrics = {
+        "exact": {group: share_right(questions, answers, group) for group in GROUPS},
+        "bits_per_byte": {one: round(float(bits[one].sum() / windows[one].bytes.sum()), 4) for one in texts},
+        "bits_per_byte_interval": {one: interval(bits[one], windows[one].bytes) for one in texts},
+        "repetition": {"ja": free["repeated"]},
+        "free_answers": free,
+        "tokens_per_second": told["short"].tokens_per_second,
+    }
+    return metrics, answers
+
+
+def agreement_with(
+    questions: Sequence[Question], answers: Sequence[str], reference: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """`agreement` of two models' answers in each of the languages that were to be kept."""
+    found = {}
+    for group in KEPT:
+        asked = [index for index, one in enumerate(questions) if one.group == group]
+        if asked:
+            found[group] = agreement([answers[index] for index in asked], [reference[index] for index in asked])
+    return found
+
+
+def choose_settings(
+    model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question], free_tokens: int
+) -> dict[str, Any]:
+    """Tries `CANDIDATES`; chosen is the one that repeats least among those that cost at most `MAY_COST` right answers.
+
+    Right answers are counted over all questions whose answer is known, and compared with greedy decoding's; where none is
+    known, repetition alone decides.
+    """
+    known, taken = [], dict.fromkeys(GROUPS, 0)
+    for one in questions:
+        if one.value is not None and one.group in ("zh", "en", "ja") and taken[one.group] < QUESTIONS_PER_CANDIDATE:
+            taken[one.group] += 1
+            known.append(one)
+    requests = [one.question for one in questions if one.group == FREE]
+    if not requests:
+        raise InputError(f"the questions have none of the group {FREE}: without free answers repetition is not seen.")
+    candidates: dict[str, dict[str, Any]] = {}
+    for name, settings in CANDIDATES.items():
+        draws = DRAWS if settings["do_sample"] else 1
+        free = answer_all(model, tokenizer, requests * draws, free_tokens, settings, name=name)
+        told = answer_all(model, tokenizer, [one.question for one in known], SHORT_TOKENS, settings, name=name)
+        groups = [share_right(known, told.texts, group) for group in GROUPS]
+        shares = [share for share in groups if share is not None]
+        right = round(sum(shares) / len(shares), 4) if shares else None
+        candidates[name] = {"settings": settings, **describe(free), "right": right}
+    enough = (candidates["greedy"]["right"] or 0) - MAY_COST
+    allowed = [name for name, one in candidates.items() if one["right"] is None or one["right"] >= enough]
+    chosen = min(allowed, key=lambda name: candidates[name]["repeated"])
+    return {"candidates": candidates, "chosen": chosen}
+
+
+def save_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Makes generation settings a model's own: transformers' `generate` takes them from its directory by default."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    own = {"do_sample": False, "temperature": None, "top_p": None, "repetition_penalty": None, **settings}
+    for name, value in own.items():
+        setattr(config, name, value)
+    config.validate()
+    write_json(directory / "generation_config.json", config.to_diff_dict())

@@ -1,0 +1,1 @@
+"""Shows what was measured: figures, checks, one page."""

@@ -1,0 +1,131 @@
+"""What this project promises, each promise with the figure that shows whether a run kept it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+SAME_LOGITS = 1e-6  # more than this is more than rounding in fp32
+LITTLE_PADDING = 0.05  # share of the tokens; above it, packing has not done its work
+MIX_TOLERANCE = 0.01  # one percentage point: a data set ends with a whole document
+KEPT = 0.05  # right answers that Chinese or English may lose
+LEARNED = 0.5  # far above a guess: a question has a dozen possible answers or more, and none of them is offered
+LANGUAGES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
+OLD_LANGUAGES = ("zh", "en")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A promise and whether it was kept."""
+
+    step: str
+    """The step whose metrics show it: "step1" to "step7"."""
+    text: str
+    figure: str
+    """What was measured, in a few words."""
+    met: bool
+
+
+def look_up(metrics: dict[str, Any], *path: str) -> Any:
+    """What lies at a path of names, or None where an old or unfinished run does not have it."""
+    value: Any = metrics
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def percent(share: float) -> str:
+    """0.9649 -> 96.5%, three digits at most."""
+    return f"{share * 100:.3g}%"
+
+
+def claims(metrics: dict[str, dict[str, Any]]) -> list[Claim]:
+    """The promises that these metrics can prove or disprove, in the order of the steps.
+
+    Args:
+        metrics: "step1" to "step7" -> what the step measured; steps and fields may be missing.
+    """
+    tests = (_tokenizer, _zero_model, _pretraining, _instruction_tuning, _chat_model)
+    return [claim for test in tests for claim in test(metrics)]
+
+
+def _tokenizer(metrics: dict[str, Any]) -> Iterator[Claim]:
+    if (skipped := look_up(metrics, "step1", "skipped")) is not None:
+        yield Claim("step1", "No text was skipped", f"{skipped:,} skipped", skipped == 0)
+    step2 = metrics.get("step2", {})
+    if (kept := step2.get("special_ids_kept")) is not None:
+        yield Claim("step2", "Special tokens keep their ids", "kept" if kept else "moved", kept)
+    if (dead := step2.get("dead_pieces")) is not None:
+        yield Claim("step2", "Every piece can be produced", f"{dead:,} dead pieces", dead == 0)
+    for language in OLD_LANGUAGES:
+        if (changed := look_up(step2, "changed_texts", language)) is not None:
+            asked = look_up(step2, "texts", language)
+            figure = f"{changed:,} changed" if asked is None else f"{changed:,} of {asked:,} changed"
+            yield Claim("step2", f"{LANGUAGES[language]} texts are split as before", figure, changed == 0)
+    if (ratio := look_up(step2, "token_ratio", "ja")) is not None:
+        yield Claim("step2", "Japanese takes fewer tokens", f"{percent(ratio)} of before", ratio < 1)
+
+
+def _zero_model(metrics: dict[str, Any]) -> Iterator[Claim]:
+    if (identical := look_up(metrics, "step3", "old_rows_identical")) is not None:
+        yield Claim("step3", "Old rows keep every bit", "identical" if identical else "changed", identical)
+    if (difference := look_up(metrics, "step3", "old_logits_max_diff")) is not None:
+        figure = f"largest difference {difference:.1g}"
+        yield Claim("step3", "Old logits are unchanged", figure, difference <= SAME_LOGITS)
+    for language in OLD_LANGUAGES:
+        if answers := look_up(metrics, "step4", language):
+            same, asked = answers["identical"], answers["asked"]
+            text = f"{LANGUAGES[language]} answers of the Zero model are the base model's"
+            yield Claim("step4", text, f"{same:,} of {asked:,} identical", same == asked)
+
+
+def _pretraining(metrics: dict[str, Any]) -> Iterator[Claim]:
+    before, after = (look_up(metrics, "step5", "bits_per_byte", when, "ja") for when in ("before", "after"))
+    if before is not None and after is not None:
+        figure = f"{before:.3f} → {after:.3f} bits per byte"
+        yield Claim("step5", "Japanese is predicted better", figure, after < before)
+    off = {
+        name: round(abs(counts["share"] - counts["planned_share"]), 6)
+        for name, counts in (look_up(metrics, "step5", "data") or {}).items()
+        if counts.get("planned_share") is not None and counts.get("share") is not None
+    }
+    if off:
+        worst = max(off, key=lambda name: off[name])
+        figure = f"at most {off[worst] * 100:.2g} points off ({worst})"
+        yield Claim("step5", "The mix is as planned", figure, off[worst] <= MIX_TOLERANCE)
+    yield from _padding("step5", metrics)
+
+
+def _instruction_tuning(metrics: dict[str, Any]) -> Iterator[Claim]:
+    yield from _padding("step6", metrics)
+    for name, what in (("eval_loss", "held-out"), ("train_loss", "training")):
+        first, last = (look_up(metrics, "step6", name, when) for when in ("first", "last"))
+        if first is not None and last is not None:
+            figure = f"{what} loss {first:.3f} → {last:.3f}"
+            yield Claim("step6", "Instructions are learned", figure, last < first)
+            return
+
+
+def _padding(step: str, metrics: dict[str, Any]) -> Iterator[Claim]:
+    if (share := look_up(metrics, step, "padding_share")) is not None:
+        yield Claim(step, "Hardly a token is padding", f"{percent(share)} padding", share < LITTLE_PADDING)
+
+
+def _chat_model(metrics: dict[str, Any]) -> Iterator[Claim]:
+    step7 = metrics.get("step7", {})
+    right = {language: [look_up(step7, "exact", one, language) for one in ("base", "chat")] for language in LANGUAGES}
+    for language in OLD_LANGUAGES:
+        before, after = right[language]
+        if before is not None and after is not None:
+            figure = f"{percent(before)} → {percent(after)} right"
+            yield Claim("step7", f"{LANGUAGES[language]} is kept", figure, round(before - after, 6) <= KEPT)
+    before, after = right["ja"]
+    if after is not None:
+        figure = f"{percent(after)} right" if before is None else f"{percent(before)} → {percent(after)} right"
+        yield Claim("step7", "Japanese is learned", figure, after > LEARNED)
+    greedy = look_up(step7, "generation", "candidates", "greedy", "repeated")
+    if greedy is None:
+        greedy = look_up(step7, "free_answers", "chat", "repeated")
+    chosen = look_up(step7, "generation", "candidates", look_up(step7, "generation", "chosen"), "repeated")
+    if greedy is not None and chosen is not None:
+        figure = f"{percent(chosen)} repeated, greedy {percent(greedy)}"
+        yield Claim("step7", "The chosen generation settings repeat no more than greedy", figure, chosen <= greedy)

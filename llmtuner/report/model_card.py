@@ -1,0 +1,215 @@
+"""README.md of a model directory: the card that the Hugging Face hub shows, made from what was measured."""
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from llmtuner.console import InputError, disk_errors
+from llmtuner.report.claims import LANGUAGES, look_up, percent
+
+MODELS = {"base": "base", "zero": "Zero", "pretrained": "pretrained", "chat": "chat"}
+GROUPS = {"zh": "Chinese", "en": "English", "ja": "Japanese", "ja_unseen": "Japanese, described elsewhere only"}
+STAGES = {"step5": "Continued pretraining:", "step6": "Instructions:"}
+PACKAGES = ("torch", "transformers", "peft", "tokenizers")
+LICENCE_LINK = "https://huggingface.co/THUDM/chatglm3-6b/blob/main/MODEL_LICENSE"
+LICENCE_FILES = ("MODEL_LICENSE", "LICENSE")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+UNKNOWN = "–"
+SNIPPET = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = (kind.from_pretrained(NAME) for kind in (AutoTokenizer, AutoModelForCausalLM))
+chat = [{"role": "user", "content": "日本で一番高い山は何ですか？"}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
+
+
+class Ready(str):
+    """Markdown that needs no escaping."""
+
+
+def write_model_card(
+    model_dir: Path, metrics: dict[str, dict[str, Any]], base: str, data: dict[str, dict[str, Any]]
+) -> Path:
+    """Writes `model_dir`/README.md from the metrics; a part whose metrics are missing is left out.
+
+    Args:
+        metrics: content of the metrics files by name: "step1" to "step7", "suite_ja_chat" and so on.
+        base: the base model's id on the hub, such as "THUDM/chatglm3-6b", or any other text about one that is not there.
+            Weights of a base with "chatglm" in its name stay under ChatGLM3's licence.
+        data: data set -> its entry in dataset_info.json; one that was read from files must have no "hf_hub_url" here.
+
+    Raises:
+        InputError: if it is no model directory, or the card cannot be written.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise InputError(f"{model_dir} is not a model directory: it has no config.json. There is nothing to describe.")
+    destination = model_dir / "README.md"
+    partial = destination.with_name("README.md.partial")
+    card = _template().render(_content(model_dir.resolve(), metrics, base, data))
+    try:
+        with disk_errors(destination):
+            partial.write_text(re.sub(r"\n{3,}", "\n\n", card), encoding="utf-8", errors="replace")
+            partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+    return destination
+
+
+def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the template speaks of; None or nothing stands for what was not measured."""
+    mixes = [(title, _mix(look_up(metrics, step, "data") or {}, data)) for step, title in STAGES.items()]
+    mixes = [(title, rows) for title, rows in mixes if rows]
+    hubs = list(dict.fromkeys(row["hub"] for _, rows in mixes for row in rows if row["hub"]))
+    on_hub = HUB_ID.fullmatch(base) is not None
+    descends = "chatglm" in base.lower() or (model_dir / "MODEL_LICENSE").is_file()
+    licence = "other" if descends else None if on_hub else "apache-2.0"
+    chosen = look_up(metrics, "step7", "generation", "chosen")
+    candidates = look_up(metrics, "step7", "generation", "candidates")
+    agreement = {
+        LANGUAGES[language]: share
+        for language in ("zh", "en")
+        if (share := look_up(metrics, "step7", "agreement", "chat", language, "identical")) is not None
+    }
+    return {
+        "front_matter": Ready(_front_matter(base if on_hub else None, licence, hubs)),
+        "name": model_dir.name,
+        "base": base,
+        "on_hub": on_hub,
+        "snippet": Ready(SNIPPET.replace("NAME", json.dumps(model_dir.name, ensure_ascii=False))),
+        "at": lambda *path: look_up(metrics, *path),
+        "mixes": mixes,
+        "models": MODELS,
+        "before_after": _before_after(metrics),
+        "agreement": agreement,
+        "tokens": _tokens(metrics),
+        "chosen": chosen,
+        "candidates": candidates if chosen else None,
+        "suites": [_suite(own) for name, own in sorted(metrics.items()) if re.fullmatch(r"suite_\w+_chat", name)],
+        "unseen": look_up(metrics, "step7", "exact", "chat", "ja_unseen"),
+        "repeated": look_up(metrics, "step7", "repetition", "chat", "ja"),
+        "licence": licence,
+        "licence_link": Ready(LICENCE_LINK),
+        "licence_file": next((name for name in LICENCE_FILES if (model_dir / name).is_file()), None),
+        "versions": _versions(),
+    }
+
+
+def _front_matter(base: str | None, licence: str | None, hubs: list[str]) -> str:
+    """What the hub reads: YAML."""
+    front = {
+        "language": list(LANGUAGES),
+        "base_model": base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": licence,
+        "license_name": "chatglm3-model-license" if licence == "other" else None,
+        "license_link": LICENCE_LINK if licence == "other" else None,
+        "datasets": hubs,
+    }
+    known = {name: value for name, value in front.items() if value}
+    return yaml.safe_dump(known, allow_unicode=True, sort_keys=False).rstrip()
+
+
+def _mix(counts: dict[str, Any], data: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "hub": data.get(name, {}).get("hf_hub_url"),
+            "share": count.get("share"),
+            "planned": count.get("planned_share"),
+        }
+        for name, count in counts.items()
+    ]
+
+
+def _before_after(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per figure, one column per model; a figure that no model has is left out."""
+    kinds = [
+        *((f"right answers, {name}", ("exact", group), percent) for group, name in GROUPS.items()),
+        *((f"bits per byte, {name}", ("bits_per_byte", code), _decimals) for code, name in LANGUAGES.items()),
+        ("Japanese answers: 4-grams repeated", ("repetition", "ja"), percent),
+        ("free answers: ended by themselves", ("free_answers", "ended"), percent),
+        ("free answers: longest loop, characters", ("free_answers", "longest_loop"), _count),
+    ]
+    rows = []
+    for name, (kind, key), shown in kinds:
+        figures = [look_up(metrics, "step7", kind, model, key) for model in MODELS]
+        if any(figure is not None for figure in figures):
+            rows.append({"name": name, "figures": [UNKNOWN if one is None else shown(one) for one in figures]})
+    return rows
+
+
+def _tokens(metrics: dict[str, Any]) -> list[tuple[str, float, float]]:
+    per_character = {
+        code: [look_up(metrics, "step4", "tokens_per_character", model, code) for model in ("base", "zero")]
+        for code in LANGUAGES
+    }
+    return [(LANGUAGES[code], *pair) for code, pair in per_character.items() if None not in pair]
+
+
+def _suite(suite: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "language": LANGUAGES.get(suite.get("suite", ""), UNKNOWN),
+            "task": task,
+            "metric": metric,
+            "value": value,
+            "error": values.get(f"{metric}_stderr"),
+        }
+        for task, values in suite.get("tasks", {}).items()
+        for metric, value in values.items()
+        if not metric.endswith("_stderr")
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- template
+def _template() -> Any:
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        finalize=_escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {
+        "percent": lambda share: UNKNOWN if share is None else percent(share),
+        "count": _count,
+        "decimals": _decimals,
+        "settings": lambda settings: ", ".join(f"{name} {value}" for name, value in (settings or {}).items()),
+        "safe": Ready,
+    }
+    return templates.get_template("model_card.md")
+
+
+def _escaped(value: Any) -> str:
+    """Text that Markdown shows as it is, on one line, also in the cell of a table."""
+    if isinstance(value, Ready):
+        return value
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*\[\]<>|&#]|(?<!\w)_|_(?!\w))", r"\\\1", text) if text else ""
+
+
+def _count(number: float | None) -> str:
+    return UNKNOWN if number is None else f"{number:,.0f}"
+
+
+def _decimals(number: Any) -> str:
+    return f"{number:.3f}" if isinstance(number, int | float) else UNKNOWN if number is None else str(number)

@@ -1,0 +1,265 @@
+"""report.html: everything a run measured on one page, which needs nothing but itself."""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from llmtuner.console import InputError, disk_errors
+from llmtuner.eval.questions import HAN, KANA, Question, is_right
+from llmtuner.eval.repetition import loops
+from llmtuner.report.claims import LANGUAGES, claims, look_up, percent
+from llmtuner.report.figures import figures_of, read_log
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = {"step5": "step5_pt_adapter", "step6": "step6_sft_adapter"}  # step -> directory of its log and settings
+# The soft hyphen is for a telephone, where the column is narrow.
+MODELS = {"base": "Base", "zero": "Zero", "pretrained": "Pre\u00adtrained", "chat": "Chat"}
+QUESTIONS_PER_GROUP = 3
+BYTE_TOKEN = re.compile(r"‹[0-9A-F]{2}›")
+VISIBLE = str.maketrans({" ": "␣", "\u3000": "␣", "\n": "↵", "\t": "⇥"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the pipeline as the report draws it."""
+
+    name: str
+    """Also the name of its metrics file: "step1"."""
+    script: str
+    does: str
+    """What it does, in a few words: "learns Japanese pieces"."""
+    takes: tuple[str, ...]
+    """Short names of what it reads; what another step gives has the same name there."""
+    gives: str
+
+
+def write_report(work_dir: Path, steps: list[Step], facts: dict[str, dict[str, str]]) -> Path:
+    """Makes `work_dir`/report.html anew from the metrics, logs and answers that lie there.
+
+    Args:
+        steps: all steps of the pipeline in their order, finished or not.
+        facts: sections of further facts to list; the headline names `PROFILE` of the section "profile".
+
+    Raises:
+        InputError: if no step has finished, a file that is read is damaged, or the page cannot be written.
+    """
+    metrics = {path.stem: _read_json(path) for path in sorted((work_dir / "metrics").glob("*.json"))}
+    if not any(step.name in metrics for step in steps):
+        raise InputError(
+            f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first."
+        )
+    runs = {step: work_dir / name for step, name in RUNS.items() if step in metrics}
+    logs = {step: read_log(run / "log.jsonl") for step, run in runs.items() if (run / "log.jsonl").is_file()}
+    settings = {
+        step: _read_json(run / "settings.json") for step, run in runs.items() if (run / "settings.json").is_file()
+    }
+    page = _page().render(
+        claims=claims(metrics),
+        pipeline=_pipeline(steps, metrics),
+        figures=figures_of(metrics, logs),
+        answers=_answers(work_dir / "answers.jsonl") if "step7" in metrics else [],
+        suites=_suites(metrics),
+        settings=settings,
+        facts=facts,
+        made=datetime.now().astimezone(),
+        at=lambda *path: look_up(metrics, *path),
+        of_models=lambda *path: [look_up(metrics, "step7", path[0], model, *path[1:]) for model in MODELS],
+    )
+    destination = work_dir / "report.html"
+    partial = destination.with_name("report.html.partial")
+    try:
+        with disk_errors(destination):
+            partial.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair has no UTF-8
+            partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+    return destination
+
+
+def environment() -> dict[str, dict[str, str]]:
+    """What a run's figures depend on beside its settings: versions of packages, the machine, the commit of this code."""
+    versions = {"Python": platform.python_version()}
+    requirements = ROOT / "requirements.txt"
+    for line in requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []:
+        if name := re.match(r"[\w.-]+", line):
+            try:
+                versions[name[0]] = importlib.metadata.version(name[0])
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    commit = _commit()
+    return {"versions": versions, "machine": _machine(), **({"code": {"commit": commit}} if commit else {})}
+
+
+def _machine() -> dict[str, str]:
+    machine = {"platform": platform.platform(), "cores": str(os.cpu_count())}
+    if hasattr(os, "sysconf"):  # not on Windows
+        machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    torch = sys.modules.get("torch")  # a step that needed no GPU shall not wait for it
+    if torch and torch.cuda.is_available():
+        machine["GPU"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _commit() -> str | None:
+    """The commit of this repository, or None where it or git is missing."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None  # unpacked somewhere inside another repository
+        return git("rev-parse", "HEAD") + (
+            " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@functools.cache
+def _page() -> Any:
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.globals |= {"MODELS": MODELS, "LANGUAGES": LANGUAGES}
+    templates.filters |= {
+        "percent": lambda share: "–" if share is None else percent(share),
+        "count": lambda number: "–" if number is None else f"{number:,}",
+        "decimals": _decimals,
+        "score": lambda score: f"{score:.3f}" if isinstance(score, float) else str(score),
+        "value": _value,
+        "number": lambda step: step.removeprefix("step"),
+        "is_byte": lambda piece: BYTE_TOKEN.fullmatch(piece) is not None,
+        "visible": lambda piece: piece.translate(VISIBLE),
+        "language": _language,
+    }
+    return templates.get_template("page.html")
+
+
+def _decimals(number: float | None, places: int = 3) -> str:
+    return "–" if number is None else f"{number:,.{places}f}"
+
+
+def _value(value: Any) -> str:
+    """A setting as text: no quotes around a plain string, JSON for everything else."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _language(text: str) -> str:
+    """Which language's letterforms a text is set in: Chinese and Japanese share characters and write them differently."""
+    return "ja" if KANA.search(text) else "zh" if HAN.search(text) else "en"
+
+
+def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps in their order, each with its state, what it takes from outside, and who uses its result.
+
+    A step is "aside" if no later one takes its result: the line of the drawing passes it by.
+    """
+    given = {step.gives for step in steps}
+    following = next((step for step in steps if step.name not in metrics), None)
+    return [
+        {
+            "step": step,
+            "state": "done" if step.name in metrics else "next" if step is following else "open",
+            "outside": [name for name in step.takes if name not in given],
+            "users": [other for other in steps if step.gives in other.takes],
+            "aside": step is not steps[-1] and not any(step.gives in other.takes for other in steps),
+        }
+        for step in steps
+    ]
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    """A few questions of each group with what every model answered.
+
+    First come those at which the chat model runs into a loop, then those on which the models differ most.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in _read_lines(path):
+        groups.setdefault(row["group"], []).append(row)
+    chosen = {group: sorted(rows, key=_telling, reverse=True)[:QUESTIONS_PER_GROUP] for group, rows in groups.items()}
+    return [
+        {"group": group, "total": len(groups[group]), "questions": [_question(row) for row in rows]}
+        for group, rows in chosen.items()
+    ]
+
+
+def _telling(row: dict[str, Any]) -> tuple[bool, int]:
+    return bool(loops(row.get("chat") or "")), len({row.get(model) for model in MODELS})
+
+
+def _question(row: dict[str, Any]) -> dict[str, Any]:
+    language = row.get("language") or row["group"][:2]
+    question = Question(row["group"], language, row["question"], row.get("right"), tuple(row.get("wrong_values") or ()))
+    answers = [
+        {"model": model, "text": row[model], "parts": _parts(row[model]), "right": is_right(question, row[model])}
+        for model in MODELS
+        if row.get(model) is not None
+    ]
+    return {"question": question, "answers": answers}
+
+
+def _parts(text: str) -> list[tuple[str, bool]]:
+    """A text cut into (part, whether it is a loop)."""
+    parts, end = [], 0
+    for start, stop in loops(text):
+        parts += [(text[end:start], False), (text[start:stop], True)]
+        end = stop
+    return [(part, loop) for part, loop in [*parts, (text[end:], False)] if part]
+
+
+def _suites(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scores of each standard suite that was run: one row per task and metric."""
+    return [
+        {
+            "suite": suite.get("suite", ""),
+            "model": Path(suite.get("model", "")).name,
+            "limit": suite.get("limit"),
+            "harness": suite.get("harness"),
+            "rows": [
+                {
+                    "task": task,
+                    "n": scores.get("n"),
+                    "few_shot": scores.get("few_shot"),
+                    "metric": metric,
+                    "score": score,
+                    "error": scores.get(f"{metric}_stderr"),
+                }
+                for task, scores in suite.get("tasks", {}).items()
+                for metric, score in scores.items()
+                if metric not in ("n", "few_shot") and not metric.endswith("_stderr")
+            ],
+        }
+        for name, suite in sorted(metrics.items())
+        if name.startswith("suite_")
+    ]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}). Run the step that makes it again.") from error
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        return [json.loads(line) for line in lines if line]  # not splitlines: an answer may hold U+2028
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}). Run the step that makes it again.") from error
