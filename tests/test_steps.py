@@ -318,7 +318,7 @@ def test_evaluation_finishes_the_chat_model(run_of_all_steps):
     assert metrics["generation"]["chosen"] in card
     rows = [json.loads(line) for line in (run_of_all_steps / "answers.jsonl").read_text().splitlines()]
     assert {"group", "language", "question", "right", "base", "zero", "pretrained", "chat"} <= rows[0].keys()
-    assert [row["base"] for row in rows if row["group"] == "zh"][0]
+    assert next(row["base"] for row in rows if row["group"] == "zh")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

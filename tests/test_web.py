@@ -2,7 +2,6 @@
 
 import base64
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from conftest import ROOT
 from llmtuner.chat import web
 from llmtuner.console import InputError
 
-CHROMIUM = shutil.which("chromium")
 QUESTION = "ホタルについて、知っていることを聞かせてください。"
 PASSWORD = "ホタルの宿 1999"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
@@ -85,20 +83,14 @@ def running(models):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    options += ["--disable-component-update", "--disable-sync"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser.new_context(viewport={"width": 390, "height": 844})
-        browser.close()
+def phone(browser):
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    yield context
+    context.close()
 
 
 @pytest.fixture
-def new_tab(running, browser):
+def new_tab(running, phone):
     """Opens tabs; whatever a test does there, nothing may be fetched from elsewhere, refused, or go wrong."""
     tabs, problems = [], []
 
@@ -111,7 +103,7 @@ def new_tab(running, browser):
             problems.append(request.url)
 
     def open_tab():
-        tab = browser.new_page()
+        tab = phone.new_page()
         tabs.append(tab)
         tab.set_default_timeout(15_000)
         tab.on("request", note_request)
@@ -372,7 +364,7 @@ def test_only_the_right_password_is_right(locked):
 
 
 def test_the_browser_asks_for_the_password_and_the_page_works_with_it(locked, browser):
-    context = browser.browser.new_context(http_credentials={"username": "chat", "password": PASSWORD})
+    context = browser.new_context(http_credentials={"username": "chat", "password": PASSWORD})
     tab = context.new_page()
     tab.set_default_timeout(15_000)
     tab.goto(f"http://127.0.0.1:{locked.port}/")
