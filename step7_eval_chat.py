@@ -74,10 +74,14 @@ def evaluate() -> None:
     """Examines the four models, gives the chat model its settings and its card, and saves metrics and answers."""
     from llmtuner.eval.examination import agreement_with, choose_settings, examine, save_settings
     from llmtuner.eval.questions import read_questions
-    from llmtuner.model.loading import load_for_evaluation
+    from llmtuner.model.loading import load_for_evaluation, plan_evaluation
+    from llmtuner.model.shards import open_checkpoint
 
     watch = Stopwatch()
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
+    for directory in MODELS.values():  # before time is spent on the first
+        plan_evaluation(directory)
+        open_checkpoint(directory)
     texts = {language: constants.held_out_texts(language) for language in LANGUAGES}
     answers: dict[str, list[str]] = {}
     found: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from llmtuner.console import InputError
-from llmtuner.report import figures
+from llmtuner.report import figures, fonts
 from llmtuner.report.figures import LANGUAGES, figures_of, fit_power_law, plot_losses, read_log
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -413,7 +413,7 @@ def test_colours_are_dark_enough_for_text(color):
 @pytest.fixture
 def fonts_anew():
     """The search for fonts begins anew, and again after the test."""
-    caches = (figures._fonts, figures._say_missing)
+    caches = (fonts.fonts, fonts._say_missing)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -431,7 +431,7 @@ def hidden_fonts(fonts_anew, monkeypatch):
 
 SYSTEM_FONTS = font_manager.findSystemFonts
 CJK_FILE = next(
-    (path for path in sorted(SYSTEM_FONTS()) if (face := figures._face(path)) and face.get_char_index(ord("か"))), ""
+    (path for path in sorted(SYSTEM_FONTS()) if (face := fonts._face(path)) and face.get_char_index(ord("か"))), ""
 )
 needs_cjk = pytest.mark.skipif(not CJK_FILE, reason="no font with Japanese characters (fonts-noto-cjk)")
 
@@ -453,7 +453,7 @@ def glyphs(name):
 
 @needs_cjk
 def test_japanese_names_are_no_boxes():
-    families = [*figures._fonts()]
+    families = [*fonts.fonts()]
     missing = "\U000e0fff"  # no font has it: what is drawn is the box
     boxes = set()
     for family in families:
@@ -475,7 +475,7 @@ def test_without_a_font_characters_are_written_by_number(hidden_fonts, capsys):
     said = capsys.readouterr().out
     assert said.count("fonts-noto-cjk") == 1
     assert "U+XXXX" in said
-    face = figures._fonts()["DejaVu Sans"]
+    face = fonts.fonts()["DejaVu Sans"]
     assert all(face.get_char_index(ord(char)) for name in names_of(figure) for char in name)
 
 
@@ -487,7 +487,7 @@ def test_nothing_is_said_about_fonts_that_nothing_needs(hidden_fonts, capsys):
 @needs_cjk
 def test_font_that_was_installed_after_matplotlib_listed_them_is_found(hidden_fonts, monkeypatch):
     monkeypatch.setattr(font_manager, "findSystemFonts", SYSTEM_FONTS)
-    assert len(figures._fonts()) == 2
+    assert len(fonts.fonts()) == 2
     assert names_of(figures.initial_losses({"日本": 2.0})) == ["日本"]
 
 
@@ -499,7 +499,7 @@ def test_font_that_is_gone_is_passed_over(hidden_fonts, tmp_path):
         dataclasses.replace(entry, fname=str(path), name="Noto Sans CJK JP")
         for path in (damaged, tmp_path / "gone.ttf")
     ]
-    assert [*figures._fonts()] == ["DejaVu Sans"]
+    assert [*fonts.fonts()] == ["DejaVu Sans"]
 
 
 @needs_cjk
@@ -508,7 +508,7 @@ def test_well_known_fonts_come_first(hidden_fonts):
     font_manager.fontManager.ttflist += [
         dataclasses.replace(entry, fname=CJK_FILE, name=name) for name in ("AAA", "MS Gothic", "IPAexGothic")
     ]
-    assert [*figures._fonts()] == ["DejaVu Sans", "IPAexGothic"]
+    assert [*fonts.fonts()] == ["DejaVu Sans", "IPAexGothic"]
 
 
 def test_names_are_text_and_not_formulas():
@@ -519,10 +519,10 @@ def test_names_are_text_and_not_formulas():
 
 
 def test_long_names_lose_their_middle():
-    assert figures._label("a" * 24) == "a" * 24
-    assert figures._label("begin" + "-" * 90 + "end") == "begin-------…--------end"
-    if len(figures._fonts()) > 1:
-        assert figures._label("日本語" * 10) == "日本語日本語…本語日本語"
+    assert fonts.label("a" * 24) == "a" * 24
+    assert fonts.label("begin" + "-" * 90 + "end") == "begin-------…--------end"
+    if len(fonts.fonts()) > 1:
+        assert fonts.label("日本語" * 10) == "日本語日本語…本語日本語"
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -335,6 +335,18 @@ def test_report_of_a_whole_run_in_a_browser(run_of_all_steps, browser, width):
     tab.close()
 
 
+def test_damaged_model_is_found_before_the_first_is_examined(run_of_all_steps, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(run_of_all_steps, work, ignore=shutil.ignore_patterns("checkpoint-*", "cache"))
+    weights = work / "chat_model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    before = {path: path.read_bytes() for path in (work / "answers.jsonl", work / "metrics" / "step7.json")}
+    result = start("step7", tmp_path, OVERWRITE=1)
+    refused(result, str(weights))
+    assert "answers base" not in result.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_chat_model_loads_without_this_project(run_of_all_steps, tmp_path):
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; d = sys.argv[1];"

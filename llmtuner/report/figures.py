@@ -1,13 +1,11 @@
 """Figures of what was measured: plain data in, drawings out, readable on a telephone and the same on every machine."""
 
-import functools
 import io
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +13,13 @@ from xml.sax.saxutils import quoteattr
 
 import matplotlib.style
 import numpy
-from matplotlib import font_manager, ticker
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from llmtuner.console import InputError, disk_errors, say
+from llmtuner.console import InputError, disk_errors
+from llmtuner.report.fonts import fonts, label
 
 Log = list[dict[str, Any]]
 Series = tuple[numpy.ndarray, numpy.ndarray]  # steps and values
@@ -30,28 +29,8 @@ WIDTH, HEIGHT = 5.0, 3.1  # inches; shown 360 pixels wide, text of 10 points is 
 LANGUAGES = {"ja": ("Japanese", "#B84A00"), "zh": ("Chinese", "#00795A"), "en": ("English", "#0067A3")}
 TRAIN, EVAL, BEFORE, INK, GRID = "#3B4A5C", "#AA3377", "#AEB9C6", "#222222", "#E3E6EA"
 UNIT: dict[str, Any] = {"loc": "left", "size": 9.5, "color": "#55606C"}
-COLUMNS = 24  # of a data set's name; a longer one loses its middle
 WIDE = 10  # a range of values by more than this factor is drawn on a logarithmic axis
 STALL = 0.0145  # twice the steps lower the loss by 1 % (2 ** -0.0145 = 0.99); runs that learn have 0.05 and more
-CJK_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans JP",
-    "Source Han Sans JP",
-    "IPAexGothic",
-    "IPAGothic",
-    "TakaoGothic",
-    "TakaoPGothic",
-    "VL Gothic",
-    "Hiragino Sans",
-    "Hiragino Kaku Gothic ProN",
-    "Yu Gothic",
-    "Meiryo",
-    "MS Gothic",
-    "Noto Sans CJK SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-)
-CJK_PROBE = "日本漢字かなカナ"
 STEPS = {"step4": "Tokenizer", "step5": "Continued pretraining", "step6": "Instruction tuning"}
 TEXTS = {  # title and caption of each figure
     "tokens_per_character": (
@@ -185,7 +164,7 @@ def plot_losses(log_history: Log, directory: Path) -> None:
 def _style() -> Iterator[None]:
     """matplotlib's own defaults, whatever a user has set, with this report's text and lines."""
     settings = {
-        "font.family": list(_fonts()),
+        "font.family": list(fonts()),
         "font.size": 10,
         "text.color": INK,
         "text.parse_math": False,  # a data set may be called a$b$
@@ -260,68 +239,6 @@ def _logarithmic(axes: Axes, which: str, values: numpy.ndarray) -> None:
     if span > 5:
         axis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.set_minor_locator(ticker.NullLocator())
-
-
-# ----------------------------------------------------------------------------------------------------------------- text
-@functools.cache
-def _fonts() -> dict[str, Any]:
-    """DejaVu Sans, which matplotlib brings along, and a font with Japanese and Chinese characters if there is one."""
-    fonts = {"DejaVu Sans": font_manager.get_font(font_manager.findfont("DejaVu Sans"))}
-    for found in (_known_fonts, _new_fonts):  # matplotlib's list is older than a font that was installed since
-        for entry in sorted(found(), key=_preference):
-            face = _face(entry.fname)
-            if face and all(face.get_char_index(ord(char)) for char in CJK_PROBE):
-                return {**fonts, entry.name: face}
-    return fonts
-
-
-def _known_fonts() -> list[Any]:
-    # The last resort, which matplotlib brings along too, draws a box for every character.
-    return [entry for entry in font_manager.fontManager.ttflist if "Last Resort" not in entry.name]
-
-
-def _new_fonts() -> list[Any]:
-    manager = font_manager.fontManager
-    known = len(manager.ttflist)
-    for path in sorted({*font_manager.findSystemFonts()} - {entry.fname for entry in manager.ttflist}):
-        with suppress(OSError, RuntimeError):  # not a font that can be drawn
-            manager.addfont(path)
-    return manager.ttflist[known:]
-
-
-def _preference(entry: Any) -> tuple[int, str, str]:
-    return CJK_FONTS.index(entry.name) if entry.name in CJK_FONTS else len(CJK_FONTS), entry.name, entry.fname
-
-
-def _face(path: str) -> Any:
-    with suppress(OSError, RuntimeError):  # gone or damaged since the list was written
-        return font_manager.get_font(path)
-    return None
-
-
-def _label(name: str) -> str:
-    """A name that can be drawn: a character that no font has is written as U+XXXX; a long name loses its middle."""
-    faces = _fonts().values()
-    drawn = [char if any(face.get_char_index(ord(char)) for face in faces) else f"U+{ord(char):04X} " for char in name]
-    if max(map(len, drawn), default=0) > 1:
-        _say_missing()
-    text, keep = "".join(drawn), len(drawn)
-    while _width(text) > COLUMNS:
-        keep -= 1
-        text = "".join([*drawn[: keep - keep // 2], "…", *drawn[len(drawn) - keep // 2 :]])
-    return text.strip()
-
-
-@functools.cache
-def _say_missing() -> None:
-    say(
-        "The figures write some characters of names as U+XXXX: no font of this machine has them. For Japanese "
-        "and Chinese install one, such as Debian's package fonts-noto-cjk."
-    )
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
@@ -519,7 +436,7 @@ def _bar_figure(title: str, names: list[str], *groups: Bars) -> tuple[Figure, Ax
         heights = numpy.arange(len(names)) + (place - (len(groups) - 1) / 2) * thickness
         drawn = axes.barh(heights, group.lengths, 0.92 * thickness, color=group.color, label=group.name)
         axes.bar_label(drawn, group.texts, padding=3, fontsize=9.5)
-    axes.set_yticks(range(len(names)), [_label(name) for name in names])
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)  # first name on top
     axes.tick_params(left=False)
     axes.grid(False)
