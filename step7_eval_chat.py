@@ -63,6 +63,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--tasks", help="with --suite: these tasks of the harness instead, with commas between")
     parser.add_argument("--task_dir", type=Path, help="with --suite: a directory with task files of your own")
     parser.add_argument("--limit", type=int, help="with --suite: so many questions of each task")
+    parser.add_argument("--num_fewshot", type=int, help="with --suite: examples before each question")
     parser.add_argument("--batch_size", type=int, default=16, help="with --suite: requests read at once")
     parser.add_argument("--port", type=int, default=7860, help="with --web: the port")
     parser.add_argument("--host", default=LOOPBACK, help="with --web: an address of this machine, to let others in; "
@@ -199,6 +200,7 @@ def run_suite(options: argparse.Namespace) -> None:
         limit=options.limit,
         chat=CHAT_FORMAT[options.model],
         batch_size=options.batch_size,
+        num_fewshot=options.num_fewshot,
     )
     if constants.load_metrics("step1"):
         constants.make_report()

@@ -432,10 +432,13 @@ def test_no_field_is_needed(tmp_path, no_figures):
             check_outline(report(tmp_path))
 
 
-def test_runs_and_answers_of_steps_that_have_not_finished_are_left_out(work_dir, no_figures):
+def test_of_steps_that_have_not_finished_only_the_log_is_shown(work_dir, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(page, "figures_of", lambda metrics, logs: drawn.update(logs) or [])
     for step in ("step5", "step7"):
         (work_dir / "metrics" / f"{step}.json").unlink()
     text = report(work_dir)
+    assert drawn == {"step5": LOG, "step6": LOG}
     assert "answers" not in re.findall(r'<section id="(\w+)">', text)
     assert "Settings of step 6" in words(text)
     assert "Settings of step 5" not in words(text)

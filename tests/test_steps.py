@@ -327,7 +327,7 @@ def test_report_of_a_whole_run_in_a_browser(run_of_all_steps, browser, width):
     tab, problems, requests = opened(browser, report.as_uri(), width)
     assert tab.get_by_text("7 of 7 steps finished").is_visible()
     assert tab.locator("svg[role=img]").count() == tab.locator("figure").count() == 15
-    for title in ("Before and after", "Generation settings", "Figures", "Answers"):
+    for title in ("Before and after", "Generation settings", "Figures", "Answers side by side"):
         assert tab.get_by_role("heading", name=title, exact=True).is_visible(), title
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert requests == [report.as_uri()]

@@ -464,6 +464,22 @@ def test_several_filters_are_named(lively_dir, tmp_path):
     assert scores["few_shot"] == 0
 
 
+def test_number_of_examples(lively_dir, tmp_path, monkeypatch):
+    write_choice(tmp_path)
+    asked = []
+    loglikelihood = HarnessModel.loglikelihood
+    monkeypatch.setattr(
+        HarnessModel, "loglikelihood", lambda self, requests: asked.append(requests) or loglikelihood(self, requests)
+    )
+    for number in (0, 2):
+        scores = run_suite("ja", lively_dir, None, ["choice"], tmp_path, limit=1, num_fewshot=number)["tasks"]["choice"]
+        assert scores["few_shot"] == number
+    none, two = (len(requests[0].args[0]) for requests in asked)
+    assert two > none
+    with pytest.raises(InputError, match="num_fewshot is -1, but must be at least 0"):
+        run_suite("ja", lively_dir, None, ["choice"], tmp_path, num_fewshot=-1)
+
+
 def test_examples_are_drawn_with_the_harness_seed(tmp_path):
     write_choice(tmp_path, fewshot_config={"split": "test"})
     drawn = load_tasks(["choice"], tmp_path)["choice"]["tasks"]["choice"].sampler.sample(4)

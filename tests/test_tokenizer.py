@@ -741,6 +741,11 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
     ratio = metrics.pop("token_ratio")
     assert ratio.pop("ja") < 0.3
     assert ratio == {"zh": 1.0, "en": 1.0}
+    split = metrics.pop("segmentations")
+    assert len(split["ja"]["after"]) < len(split["ja"]["before"])
+    as_bytes = [bytes.fromhex(one[1:-1]) if one.startswith("‹") else one.encode() for one in split["ja"]["after"]]
+    assert b"".join(as_bytes).decode().strip() == split["ja"]["text"]
+    assert all(split[language]["before"] == split[language]["after"] for language in ("zh", "en"))
     assert metrics == {
         "method": "exact",
         "base_pieces": len(base.pieces),

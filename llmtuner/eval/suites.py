@@ -41,6 +41,7 @@ def run_suite(
     limit: int | None = None,
     chat: bool = True,
     batch_size: int = 16,
+    num_fewshot: int | None = None,
 ) -> dict[str, Any]:
     """Measures a model by a suite's tasks, prints a table and writes `output` as JSON.
 
@@ -53,6 +54,7 @@ def run_suite(
         include_path: directory with task files of one's own. They may name Python functions, which then run.
         limit: documents of each task; all by default. A group's subjects are tasks of their own.
         batch_size: requests that the model reads at once.
+        num_fewshot: examples before each question; as each task says by default.
 
     Returns:
         model, suite, tasks {name: {metric, metric_stderr (where it is known), n (documents), few_shot}}, harness
@@ -63,16 +65,16 @@ def run_suite(
     """
     if suite not in SUITES:
         raise InputError(f"the suite {suite} is unknown. Choose one of: {', '.join(SUITES)}.")
-    for setting, number in (("limit", limit), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise InputError(f"{setting} is {number}, but must be at least 1.")
+    for setting, number, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
+        if number is not None and number < least:
+            raise InputError(f"{setting} is {number}, but must be at least {least}.")
     if include_path and not include_path.is_dir():
         raise InputError(f"the task directory {include_path} does not exist. Name a directory of task files (*.yaml).")
     if output:
         check_writable(output.parent)
     stopwatch = Stopwatch()
     names = list(dict.fromkeys(tasks or SUITES[suite]))
-    loaded = load_tasks(names, include_path)
+    loaded = load_tasks(names, include_path, num_fewshot)
     model = HarnessModel(*load_for_evaluation(model_dir), batch_size=batch_size)
     scores = measure(model, names, loaded, limit, chat)
 
@@ -95,7 +97,9 @@ def run_suite(
     return result
 
 
-def load_tasks(names: list[str], include_path: Path | None = None) -> dict[str, dict[str, dict]]:
+def load_tasks(
+    names: list[str], include_path: Path | None = None, num_fewshot: int | None = None
+) -> dict[str, dict[str, dict]]:
     """The harness's tasks with their data: {name: {"tasks": {name: Task}, "groups": {name: Group}}}.
 
     Raises:
@@ -136,8 +140,8 @@ def load_tasks(names: list[str], include_path: Path | None = None) -> dict[str, 
         )
     for name, task in ((name, task) for group in loaded.values() for name, task in group["tasks"].items()):
         _check_task(name, task)
-        if task.config.num_fewshot is None:
-            task.set_config("num_fewshot", 0)
+        if num_fewshot is not None or task.config.num_fewshot is None:
+            task.set_config("num_fewshot", num_fewshot or 0)
         task.set_fewshot_seed(1234)
     return loaded
 

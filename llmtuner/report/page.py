@@ -59,10 +59,13 @@ def write_report(work_dir: Path, steps: list[Step], facts: dict[str, dict[str, s
         raise InputError(
             f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first."
         )
-    runs = {step: work_dir / name for step, name in RUNS.items() if step in metrics}
+    runs = {step: work_dir / name for step, name in RUNS.items()}
+    # A run that is still going on is drawn as far as it has come; its settings are written at its end.
     logs = {step: read_log(run / "log.jsonl") for step, run in runs.items() if (run / "log.jsonl").is_file()}
     settings = {
-        step: _read_json(run / "settings.json") for step, run in runs.items() if (run / "settings.json").is_file()
+        step: _read_json(run / "settings.json")
+        for step, run in runs.items()
+        if step in metrics and (run / "settings.json").is_file()
     }
     page = _page().render(
         claims=claims(metrics),
