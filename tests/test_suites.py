@@ -465,7 +465,7 @@ def test_several_filters_are_named(lively_dir, tmp_path):
 
 
 def test_number_of_examples(lively_dir, tmp_path, monkeypatch):
-    write_choice(tmp_path)
+    write_choice(tmp_path, fewshot_config={"split": "test"})
     asked = []
     loglikelihood = HarnessModel.loglikelihood
     monkeypatch.setattr(
@@ -478,6 +478,8 @@ def test_number_of_examples(lively_dir, tmp_path, monkeypatch):
     assert two > none
     with pytest.raises(InputError, match="num_fewshot is -1, but must be at least 0"):
         run_suite("ja", lively_dir, None, ["choice"], tmp_path, num_fewshot=-1)
+    with pytest.raises(InputError, match=r"choice cannot be asked \(.*num_fewshot"):
+        run_suite("ja", lively_dir, None, ["choice"], tmp_path, num_fewshot=50)
 
 
 def test_examples_are_drawn_with_the_harness_seed(tmp_path):

@@ -157,15 +157,19 @@ def measure(
     for written in (False, True):  # the harness applies the chat format to a whole run
         alike = {name: task for name, task in tasks.items() if (task.OUTPUT_TYPE == "generate_until") == written}
         if alike:
-            raw |= evaluate(
-                lm=model,
-                task_dict={"tasks": alike, "groups": {}},
-                limit=limit,
-                apply_chat_template=chat and written,
-                fewshot_as_multiturn=True,
-                log_samples=False,
-                bootstrap_iters=1000,  # only for the few metrics whose error has no formula
-            )["results"]
+            try:
+                raw |= evaluate(
+                    lm=model,
+                    task_dict={"tasks": alike, "groups": {}},
+                    limit=limit,
+                    apply_chat_template=chat and written,
+                    fewshot_as_multiturn=True,
+                    log_samples=False,
+                    bootstrap_iters=1000,  # only for the few metrics whose error has no formula
+                )["results"]
+            except (AssertionError, ValueError) as error:  # so it says that there are fewer examples than asked for
+                few = "Where it is examples that are too few, lower num_fewshot."
+                raise InputError(f"{', '.join(alike)} cannot be asked ({error}). {few}") from error
     scores = {}
     for name in names:
         group = loaded[name]["groups"].get(name)
