@@ -301,6 +301,19 @@ def test_tokenizer_and_ends_of_an_answer(tmp_path, tiny_tokenizer_dir):
     assert (tmp_path / "glm" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
 
 
+def test_the_licence_of_weights_goes_where_they_go(tmp_path):
+    from llmtuner.model.growing import open_base
+
+    source = publish(tmp_path / "published")
+    (source / "MODEL_LICENSE").write_text("terms")
+    convert(source, tmp_path / "converted")
+    assert (tmp_path / "converted" / "MODEL_LICENSE").read_text() == "terms"
+    (tmp_path / "merged").mkdir()
+    open_base(tmp_path / "converted").write(tmp_path / "merged")  # as growing and merging do
+    assert (tmp_path / "merged" / "MODEL_LICENSE").read_text() == "terms"
+    assert not (tmp_path / "merged" / "LICENSE").exists()
+
+
 def test_without_tokenizer_the_weights_alone(glm, tmp_path, capsys):
     convert(publish(tmp_path / "published"), tmp_path / "glm")
     assert "no tokenizer.model" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -17,7 +18,7 @@ from llmtuner.eval.examination import choose_settings, save_settings
 from llmtuner.eval.generation import Answer, Answers, answer_all
 from llmtuner.eval.questions import Question, agreement, is_right, read_questions, share_right
 from llmtuner.eval.repetition import describe, loops, repeated_ngrams
-from llmtuner.model.loading import load_model
+from llmtuner.model.loading import load_for_evaluation, load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,7 @@ def test_repetition():
         ("その歌は歌です。その歌は歌です。その歌は歌です。", [(8, 24)]),
         ("abcdefghabcdefgh, 123456789123456789", [(8, 16), (27, 36)]),
         ("abcdefgh--abcdefgh", []),  # not directly before
+        ("abcdefghijklabcdefgh!", []),  # not the whole of what stands before
     ],
 )
 def test_loops(text, spans):
@@ -153,6 +155,20 @@ def test_answers_do_not_depend_on_the_batch(tiny_model_dir):
     alone = [answer_all(model, tokenizer, [question], max_new_tokens=6).answers[0] for question in questions]
     assert together.answers == alone
     assert all(1 <= answer.tokens <= 6 and answer.ended == (answer.tokens < 6) for answer in alone)
+
+
+def test_an_answer_ends_at_an_end_mark_and_costs_what_came_before(tiny_tokenizer_dir):
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    user = Template.of(tokenizer).roles["user"]
+    river, mountain = (encode(tokenizer, text)[-1] for text in ("河", "山"))
+    written = torch.tensor([[river, user, 0, 0], [mountain, river, mountain, river]])
+    model = SimpleNamespace(
+        device="cpu",
+        config=SimpleNamespace(max_position_embeddings=99),
+        generate=lambda input_ids, **_: torch.cat([input_ids, written], dim=1),
+    )
+    told = answer_all(model, tokenizer, ["河", "一座山，一座小镇"], 4).answers
+    assert told == [Answer("河", 2, True), Answer("山河山河", 4, False)]
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir):
@@ -249,9 +265,15 @@ def test_interval_covers_what_other_documents_would_have_given():
     assert interval(numpy.array([8.0]), numpy.array([4])) == (2.0, 2.0)
 
 
-def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir, monkeypatch):
-    from types import SimpleNamespace
+def test_directory_that_holds_no_model(tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        load_for_evaluation(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(InputError, match="Make or fetch it again"):
+        load_for_evaluation(tmp_path)
 
+
+def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir, monkeypatch):
     from llmtuner.model import loading
 
     monkeypatch.setattr(loading, "device", lambda: torch.device("cpu"))

@@ -404,6 +404,18 @@ def test_answers(work_dir, no_figures):
     assert "はい?" in cards[3]  # half a surrogate pair
 
 
+def test_loops_of_the_chat_model_come_first(work_dir, no_figures):
+    rows = [
+        {"group": "ja_free", "language": "ja", "question": f"問{number}。", "right": None}
+        | {model: f"{model}{number}" for model in MODELS}
+        for number in range(5)
+    ]
+    rows[4] |= dict.fromkeys(MODELS, LOOP * 3)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (work_dir / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert re.findall(r"問\d。", words(report(work_dir))) == ["問4。", "問0。", "問1。"]
+
+
 def test_missed_checks_are_named_first(work_dir, no_figures):
     put(work_dir, changed("step2/dead_pieces", 3))
     text = report(work_dir)
