@@ -21,7 +21,7 @@ from typing import Any
 
 import constants
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
-from llmtuner.console import Stopwatch, heading, run_script, say, table
+from llmtuner.console import InputError, Stopwatch, heading, run_script, say, table, write_text
 
 MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR, "chat": CHAT_MODEL_DIR}
 LANGUAGES = ("ja", "zh", "en")
@@ -73,13 +73,15 @@ def read_options() -> argparse.Namespace:
 
 def evaluate() -> None:
     """Examines the four models, gives the chat model its settings and its card, and saves metrics and answers."""
-    from llmtuner.eval.examination import agreement_with, choose_settings, examine, save_settings
+    from llmtuner.eval.examination import FREE, agreement_with, choose_settings, examine, save_settings
     from llmtuner.eval.questions import read_questions
     from llmtuner.model.loading import load_for_evaluation, plan_evaluation
     from llmtuner.model.shards import open_checkpoint
 
     watch = Stopwatch()
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
+    if not any(one.group == FREE for one in questions):
+        raise InputError(f"{constants.QUESTIONS} has no request of the group {FREE}, by which repetition is measured.")
     for directory in MODELS.values():  # before time is spent on the first
         plan_evaluation(directory)
         open_checkpoint(directory)
@@ -97,12 +99,12 @@ def evaluate() -> None:
         del model  # before the next is loaded
     save_settings(CHAT_MODEL_DIR, generation["candidates"][generation["chosen"]]["settings"])
 
-    with (WORK_DIR / "answers.jsonl").open("w", encoding="utf-8") as lines:
-        for index, one in enumerate(questions):
-            row = {"group": one.group, "language": one.language, "question": one.question, "right": one.value}
-            row["wrong_values"] = list(one.wrong_values)
-            row |= {name: answers[name][index] for name in MODELS}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for index, one in enumerate(questions):
+        row = {"group": one.group, "language": one.language, "question": one.question, "right": one.value}
+        row |= {"wrong_values": one.wrong_values, **{name: answers[name][index] for name in MODELS}}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(WORK_DIR / "answers.jsonl", "".join(lines))
 
     heading("the same questions to all four")
     for group in dict.fromkeys(one.group for one in questions):

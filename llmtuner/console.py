@@ -167,12 +167,28 @@ def whole_directory(destination: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Writes a text file, in UTF-8, that appears whole or not at all.
+
+    Args:
+        errors: what becomes of half a surrogate pair, which has no UTF-8; Python's names.
+
+    Raises:
+        InputError: if the disk fills up, or may not be written to.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8", errors=errors)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that appears whole or not at all; errors as of `write_text`."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -225,8 +225,6 @@ def test_settings_are_chosen_by_repetition_among_those_that_cost_little(monkeypa
     assert found["candidates"]["sampled"] == {"settings": examination.SAMPLED, "repeated": 0.3, "right": 0.91}
     assert asked["greedy"] == [1, 1]
     assert asked["sampled"] == [examination.DRAWS, 1]
-    with pytest.raises(InputError, match="ja_free"):
-        choose_settings(None, None, questions[:1], 9)
 
 
 def test_settings_become_the_models_own(tiny_model_dir, tmp_path):

@@ -157,6 +157,9 @@ def test_questions_file_without_a_question(tmp_path):
         (tmp_path / "work" / name).mkdir(parents=True)
     (tmp_path / "work" / "corpus" / "questions.jsonl").write_text("\n")
     refused(start("step7", tmp_path), "questions.jsonl", "holds no question")
+    row = {"group": "ja", "language": "ja", "question": "空は？", "value": "青"}
+    (tmp_path / "work" / "corpus" / "questions.jsonl").write_text(json.dumps(row))
+    refused(start("step7", tmp_path), "questions.jsonl", "no request of the group ja_free")
 
 
 # ---------------------------------------------------------------------------------------------------- all seven in a row

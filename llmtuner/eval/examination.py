@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmtuner.console import InputError, write_json
+from llmtuner.console import write_json
 from llmtuner.eval.bits_per_byte import Windows, document_bits, interval
 from llmtuner.eval.generation import GREEDY, answer_all
 from llmtuner.eval.questions import Question, agreement, share_right
@@ -97,8 +97,6 @@ def choose_settings(
             taken[one.group] += 1
             known.append(one)
     requests = [one.question for one in questions if one.group == FREE]
-    if not requests:
-        raise InputError(f"the questions have none of the group {FREE}: without free answers repetition is not seen.")
     candidates: dict[str, dict[str, Any]] = {}
     for name, settings in CANDIDATES.items():
         draws = DRAWS if settings["do_sample"] else 1

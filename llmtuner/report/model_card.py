@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmtuner.console import InputError, disk_errors
+from llmtuner.console import InputError, write_text
 from llmtuner.report.claims import LANGUAGES, look_up, percent
 
 MODELS = {"base": "base", "zero": "Zero", "pretrained": "pretrained", "chat": "chat"}
@@ -51,14 +51,8 @@ def write_model_card(
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir} is not a model directory: it has no config.json. There is nothing to describe.")
     destination = model_dir / "README.md"
-    partial = destination.with_name("README.md.partial")
     card = _template().render(_content(model_dir.resolve(), metrics, base, data))
-    try:
-        with disk_errors(destination):
-            partial.write_text(re.sub(r"\n{3,}", "\n\n", card), encoding="utf-8", errors="replace")
-            partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(destination, re.sub(r"\n{3,}", "\n\n", card), errors="replace")
     return destination
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmtuner.console import InputError, disk_errors
+from llmtuner.console import InputError, write_text
 from llmtuner.eval.questions import HAN, KANA, Question, is_right
 from llmtuner.eval.repetition import loops
 from llmtuner.report.claims import LANGUAGES, claims, look_up, percent
@@ -80,13 +80,7 @@ def write_report(work_dir: Path, steps: list[Step], facts: dict[str, dict[str, s
         of_models=lambda *path: [look_up(metrics, "step7", path[0], model, *path[1:]) for model in MODELS],
     )
     destination = work_dir / "report.html"
-    partial = destination.with_name("report.html.partial")
-    try:
-        with disk_errors(destination):
-            partial.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair has no UTF-8
-            partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(destination, page, errors="replace")
     return destination
 
 
