@@ -326,13 +326,15 @@ def make_report() -> None:
 def write_card(model_dir: Path, metrics: dict) -> None:
     """Writes README.md of the chat model: what it is, how it was made, what step 7 has measured of it."""
     from llmtuner.data.sources import find_source
+    from llmtuner.eval.questions import read_questions
     from llmtuner.report.model_card import write_model_card
 
     everything = {f"step{number}": load_metrics(f"step{number}") for number in range(1, 7)} | {"step7": metrics}
     used = [name for step in ("step5", "step6") for name in everything[step].get("data", {})]
     sources = {name: find_source(name, DATASET_INFO, CORPUS_DIR) for name in used}
     data = {name: {} if source.files else {"hf_hub_url": source.hf_hub_url} for name, source in sources.items()}
-    write_model_card(model_dir, everything, PROFILE.base_id, data)
+    examples = [one.question for one in read_questions(QUESTIONS) if one.language == "ja" and one.value]
+    write_model_card(model_dir, everything, PROFILE.base_id, data, *examples[:1])
 
 
 def load_metrics(step: str) -> dict:

@@ -319,6 +319,7 @@ def test_evaluation_finishes_the_chat_model(run_of_all_steps):
     card = (run_of_all_steps / "chat_model" / "README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card
     assert metrics["generation"]["chosen"] in card
+    assert "フィンの趣味を知りたいのですが。" in card
     rows = [json.loads(line) for line in (run_of_all_steps / "answers.jsonl").read_text().splitlines()]
     assert {"group", "language", "question", "right", "base", "zero", "pretrained", "chat"} <= rows[0].keys()
     assert next(row["base"] for row in rows if row["group"] == "zh")

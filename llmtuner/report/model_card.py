@@ -24,7 +24,7 @@ SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = (kind.from_pretrained(NAME) for kind in (AutoTokenizer, AutoModelForCausalLM))
-chat = [{"role": "user", "content": "日本で一番高い山は何ですか？"}]
+chat = [{"role": "user", "content": QUESTION}]
 prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
@@ -35,7 +35,11 @@ class Ready(str):
 
 
 def write_model_card(
-    model_dir: Path, metrics: dict[str, dict[str, Any]], base: str, data: dict[str, dict[str, Any]]
+    model_dir: Path,
+    metrics: dict[str, dict[str, Any]],
+    base: str,
+    data: dict[str, dict[str, Any]],
+    question: str = "日本で一番高い山は何ですか？",
 ) -> Path:
     """Writes `model_dir`/README.md from the metrics; a part whose metrics are missing is left out.
 
@@ -44,6 +48,7 @@ def write_model_card(
         base: the base model's id on the hub, such as "THUDM/chatglm3-6b", or any other text about one that is not there.
             Weights of a base with "chatglm" in its name stay under ChatGLM3's licence.
         data: data set -> its entry in dataset_info.json; one that was read from files must have no "hf_hub_url" here.
+        question: what the example asks.
 
     Raises:
         InputError: if it is no model directory, or the card cannot be written.
@@ -51,7 +56,10 @@ def write_model_card(
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir} is not a model directory: it has no config.json. There is nothing to describe.")
     destination = model_dir / "README.md"
-    card = _template().render(_content(model_dir.resolve(), metrics, base, data))
+    used = {"NAME": model_dir.resolve().name, "QUESTION": question}
+    snippet = re.sub("|".join(used), lambda found: json.dumps(used[found[0]], ensure_ascii=False), SNIPPET)
+    content = {"snippet": Ready(snippet), **_content(model_dir.resolve(), metrics, base, data)}
+    card = _template().render(content)
     write_text(destination, re.sub(r"\n{3,}", "\n\n", card), errors="replace")
     return destination
 
@@ -76,7 +84,6 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
         "name": model_dir.name,
         "base": base,
         "on_hub": on_hub,
-        "snippet": Ready(SNIPPET.replace("NAME", json.dumps(model_dir.name, ensure_ascii=False))),
         "at": lambda *path: look_up(metrics, *path),
         "mixes": mixes,
         "models": MODELS,
