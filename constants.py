@@ -316,7 +316,8 @@ def make_report() -> None:
     Raises:
         InputError: if no step has finished yet.
     """
-    from llmtuner.report.page import Step, environment, write_report
+    from llmtuner.report.environment import environment
+    from llmtuner.report.page import Step, write_report
 
     profile = {"PROFILE": PROFILE_NAME, "WORK_DIR": str(WORK_DIR), "CORPUS_DIR": str(CORPUS_DIR)}
     facts = {"profile": profile | {name: str(value) for name, value in vars(PROFILE).items()}, **environment()}

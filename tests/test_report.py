@@ -14,9 +14,11 @@ from conftest import opened
 from jinja2 import UndefinedError
 
 from llmtuner.console import InputError
+from llmtuner.report import environment as surroundings
 from llmtuner.report import page
 from llmtuner.report.claims import claims
-from llmtuner.report.page import Step, environment, write_report
+from llmtuner.report.environment import environment
+from llmtuner.report.page import Step, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTACK = "<script>alert(1)</script>"
@@ -514,7 +516,7 @@ def test_commit(tmp_path, monkeypatch):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(page, "ROOT", tmp_path.resolve())
+    monkeypatch.setattr(surroundings, "ROOT", tmp_path.resolve())
     assert "code" not in environment()
     git("init", "-q")
     assert "code" not in environment()  # no commit yet
@@ -526,7 +528,7 @@ def test_commit(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("2")
     assert environment()["code"]["commit"] == f"{commit} with changes"
     (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(page, "ROOT", tmp_path.resolve() / "inside")  # unpacked in somebody else's repository
+    monkeypatch.setattr(surroundings, "ROOT", tmp_path.resolve() / "inside")  # unpacked in somebody else's repository
     assert "code" not in environment()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "code" not in environment()

@@ -1,6 +1,5 @@
 """README.md of a model directory: the card that the Hugging Face hub shows, made from what was measured."""
 
-import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmtuner.console import InputError, write_text
 from llmtuner.report.claims import LANGUAGES, look_up, percent
+from llmtuner.report.environment import versions
 
 MODELS = {"base": "base", "zero": "Zero", "pretrained": "pretrained", "chat": "chat"}
 GROUPS = {"zh": "Chinese", "en": "English", "ja": "Japanese", "ja_unseen": "Japanese, described elsewhere only"}
@@ -98,7 +98,7 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
         "licence": licence,
         "licence_link": Ready(LICENCE_LINK),
         "licence_file": next((name for name in LICENCE_FILES if (model_dir / name).is_file()), None),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
     }
 
 
@@ -168,16 +168,6 @@ def _suite(suite: dict[str, Any]) -> list[dict[str, Any]]:
         for metric, value in values.items()
         if not metric.endswith("_stderr")
     ]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- template

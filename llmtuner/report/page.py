@@ -1,13 +1,8 @@
 """report.html: everything a run measured on one page, which needs nothing but itself."""
 
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +16,6 @@ from llmtuner.eval.repetition import loops
 from llmtuner.report.claims import LANGUAGES, claims, look_up, percent
 from llmtuner.report.figures import figures_of, read_log
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNS = {"step5": "step5_pt_adapter", "step6": "step6_sft_adapter"}  # step -> directory of its log and settings
 # The soft hyphen is for a telephone, where the column is narrow.
 MODELS = {"base": "Base", "zero": "Zero", "pretrained": "Pre\u00adtrained", "chat": "Chat"}
@@ -82,46 +76,6 @@ def write_report(work_dir: Path, steps: list[Step], facts: dict[str, dict[str, s
     destination = work_dir / "report.html"
     write_text(destination, page, errors="replace")
     return destination
-
-
-def environment() -> dict[str, dict[str, str]]:
-    """What a run's figures depend on beside its settings: versions of packages, the machine, the commit of this code."""
-    versions = {"Python": platform.python_version()}
-    requirements = ROOT / "requirements.txt"
-    for line in requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []:
-        if name := re.match(r"[\w.-]+", line):
-            try:
-                versions[name[0]] = importlib.metadata.version(name[0])
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    commit = _commit()
-    return {"versions": versions, "machine": _machine(), **({"code": {"commit": commit}} if commit else {})}
-
-
-def _machine() -> dict[str, str]:
-    machine = {"platform": platform.platform(), "cores": str(os.cpu_count())}
-    if hasattr(os, "sysconf"):  # not on Windows
-        machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
-    torch = sys.modules.get("torch")  # a step that needed no GPU shall not wait for it
-    if torch and torch.cuda.is_available():
-        machine["GPU"] = torch.cuda.get_device_name()
-    return machine
-
-
-def _commit() -> str | None:
-    """The commit of this repository, or None where it or git is missing."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return None  # unpacked somewhere inside another repository
-        return git("rev-parse", "HEAD") + (
-            " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @functools.cache

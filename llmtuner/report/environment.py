@@ -1,0 +1,58 @@
+"""What figures depend on beside the settings of a run: versions, the machine, the commit of this code."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, dict[str, str]]:
+    """What a run's figures depend on beside its settings: versions of packages, the machine, the commit of this code."""
+    requirements = ROOT / "requirements.txt"
+    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
+    packages = [name[0] for line in lines if (name := re.match(r"[\w.-]+", line))]
+    found = {"Python": platform.python_version(), **versions(packages)}
+    commit = _commit()
+    return {"versions": found, "machine": _machine(), **({"code": {"commit": commit}} if commit else {})}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed; none is imported."""
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _machine() -> dict[str, str]:
+    machine = {"platform": platform.platform(), "cores": str(os.cpu_count())}
+    if hasattr(os, "sysconf"):  # not on Windows
+        machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    torch = sys.modules.get("torch")  # a step that needed no GPU shall not wait for it
+    if torch and torch.cuda.is_available():
+        machine["GPU"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _commit() -> str | None:
+    """The commit of this repository, or None where it or git is missing."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None  # unpacked somewhere inside another repository
+        return git("rev-parse", "HEAD") + (
+            " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
