@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import math
 import os
+import platform
 import re
 import socket
 import sys
@@ -26,7 +27,10 @@ class ModelArguments:
     model_name_or_path: str
     """Directory of the model to train: config, safetensors and tokenizer."""
     flash_attn: str = "auto"
-    """Attention kernel: `disabled` (plain matrix products), `sdpa`, `fa2`; `auto` is sdpa on a GPU, disabled on a CPU."""
+    """Attention kernel: `documents` (one document after another, without a mask), `sdpa`, `fa2`, `disabled` (plain matrix
+    products); `auto` is sdpa on a GPU, on a CPU documents for Glm and disabled for other models."""
+    disable_gradient_checkpointing: bool | None = None
+    """Keep all activations for the backward pass; false computes them again there. Left out: false if memory asks for it."""
     adapter_name_or_path: str | None = None
     """Directory of one trained adapter: training goes on from its weights, an export merges it."""
     export_dir: str | None = None
@@ -113,6 +117,10 @@ class FinetuningArguments:
     """Learning rate of the embedding matrices; by default that of everything else."""
     embedding_rows: str = "all"
     """`new` trains only the rows that step 3 appended (with additional_target embed_tokens, lm_head)."""
+    fused_layers: bool = True
+    """On a CPU in fp32: LoRA as one product, RMSNorm in fewer passes; false computes both as peft and transformers do."""
+    chunked_loss: bool = True
+    """Form logits and their gradients some rows at a time; false forms all at once, as PyTorch does."""
     plot_loss: bool = False
     """Draw training_loss.png and eval_loss.png into output_dir."""
     overwrite_output_dir: bool = False
@@ -126,7 +134,7 @@ STAGES = ("pt", "sft")
 FINETUNING_TYPES = ("lora", "full", "freeze")
 MIX_STRATEGIES = ("concat", "interleave_under", "interleave_over")
 TEMPLATES = ("chatglm3",)
-ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
+ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "documents": "documents"}
 CHOICES = {
     "stage": STAGES,
     "finetuning_type": FINETUNING_TYPES,
@@ -152,6 +160,7 @@ OWNER: dict[str, type] = {f.name: cls for cls in CLASSES for f in fields(cls)}
 TYPES: dict[str, Any] = {f.name: f.type for cls in CLASSES for f in fields(cls)}
 OLD_NAMES = {"evaluation_strategy": "eval_strategy", "gradient_checkpointing": "activation_checkpointing"}
 OLD_NAMES = {old: new for old, new in OLD_NAMES.items() if new in TYPES}  # some versions know only the old one
+CHECKPOINTING = OLD_NAMES.get("gradient_checkpointing", "gradient_checkpointing")
 TYPES |= {"warmup_ratio": float, "save_safetensors": bool}  # of older transformers, and translated
 IN_WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -197,7 +206,7 @@ HARMLESS = (
     *("cache_dir", "tokenized_path", "corpus_dir", "resume_from_checkpoint", "do_train", "do_eval", "export_*"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "ddp_timeout", "ddp_backend", "local_rank", "use_cpu"),
-    *("activation_checkpointing*", "gradient_checkpointing*", "skip_memory_metrics", "torch_empty_cache_steps"),
+    *("activation_checkpointing*", "*gradient_checkpointing*", "skip_memory_metrics", "torch_empty_cache_steps"),
 )
 USAGE = "a settings file, then settings: FILE.yaml --learning_rate 5e-5 --plot_loss (also --name=value or name=value)"
 
@@ -425,6 +434,10 @@ def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Prob
         yield ("packing", "neat_packing"), "neat_packing is true, but packing is false"
     if settings.get("fp16") and settings.get("bf16"):
         yield ("fp16", "bf16"), "fp16 and bf16 are both true; one of them can be"
+    disabled = settings.get("disable_gradient_checkpointing")
+    if disabled is not None and settings.get(CHECKPOINTING) is disabled:
+        text = "gradient_checkpointing and disable_gradient_checkpointing contradict each other; leave one of them out"
+        yield (CHECKPOINTING, "disable_gradient_checkpointing"), text
     if settings.get("warmup_steps") and settings.get("warmup_ratio"):
         yield ("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given; set one of them to 0"
 
@@ -452,9 +465,17 @@ def _as_transformers_takes_them(settings: dict[str, Any], for_export: bool) -> d
         )
     elif ratio:
         settings["warmup_steps"] = float(ratio)  # transformers takes a share in the place of a count
-    if settings.get("fp16") and settings["use_cpu"]:
-        say("fp16 needs a GPU: computing in bf16 on this CPU")
-        settings |= {"fp16": False, "bf16": True}
+    if settings["use_cpu"] and (settings.get("fp16") or settings.get("bf16")):
+        has_bf16 = cpu_computes_bf16()
+        if settings.get("fp16"):
+            say(f"fp16 needs a GPU: computing in {'bf16' if has_bf16 else 'fp32'} on this CPU")
+        elif not has_bf16:
+            say("bf16: this CPU has no instructions for it and would take many times as long: computing in fp32")
+        settings |= {"fp16": False, "bf16": has_bf16}
+    if settings.get(CHECKPOINTING) is not None:
+        settings["disable_gradient_checkpointing"] = not settings[CHECKPOINTING]
+    elif settings.get("disable_gradient_checkpointing") is False:
+        settings[CHECKPOINTING] = True
     if not settings.get("do_eval"):
         settings.setdefault("do_train", True)
     if for_export:
@@ -462,6 +483,14 @@ def _as_transformers_takes_them(settings: dict[str, Any], for_export: bool) -> d
     if settings.get("deepspeed") and "RANK" not in os.environ:
         _start_as_one_process()
     return settings
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 by instructions of its own; x86 without them falls back to single numbers."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _start_as_one_process() -> None:

@@ -1,5 +1,6 @@
 """What the tests share: no network, two threads, small models that are made on the spot, and a browser."""
 
+import json
 import os
 import shutil
 import sys
@@ -66,6 +67,49 @@ def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
     model.save_pretrained(str(directory))
     copy_tokenizer(tiny_tokenizer_dir, directory)
     return directory
+
+
+@pytest.fixture
+def tiny_run(tiny_model_dir, tmp_path):
+    """Settings of a run of a few steps over a few documents and dialogues."""
+    texts = [f"小镇的第{number}条河，河边种满了柳树。The ferry leaves at {number}." for number in range(60)]
+    (tmp_path / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
+    (tmp_path / "dialogues.jsonl").write_text(
+        "".join(
+            json.dumps({"instruction": f"第{number}条河？", "output": f"柳树 {number}"}) + "\n" for number in range(60)
+        ),
+        encoding="utf-8",
+    )
+    info = {
+        "documents": {"file_name": "documents.jsonl", "columns": {"prompt": "text"}},
+        "dialogues": {"file_name": "dialogues.jsonl", "columns": {"prompt": "instruction", "response": "output"}},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return dict(
+        stage="pt",
+        dataset="documents",
+        model_name_or_path=str(tiny_model_dir),
+        output_dir=str(tmp_path / "adapter"),
+        dataset_dir=str(tmp_path),
+        cache_dir=str(tmp_path / "cache"),
+        cutoff_len=64,
+        val_size=0.2,
+        lora_rank=4,
+        additional_target="word_embeddings,output_layer",
+        learning_rate=5e-3,
+        per_device_train_batch_size=4,
+        max_steps=6,
+        eval_on_start=True,
+        eval_strategy="steps",
+        eval_steps=6,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        plot_loss=True,
+    )
 
 
 CHROMIUM = shutil.which("chromium")

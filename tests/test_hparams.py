@@ -333,11 +333,57 @@ def test_a_share_of_warmup_steps_is_asked_about_and_taken_as_the_ratio(good, cap
     assert "warmup" not in capsys.readouterr().out
 
 
-def test_fp16_without_a_gpu_becomes_bf16(good, capsys):
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_computes_in_what_it_has_instructions_for(good, monkeypatch, capsys, has_bf16):
+    from llmtuner import hparams
+
+    monkeypatch.setattr(hparams, "cpu_computes_bf16", lambda: has_bf16)
     training = get_train_args({**good, "fp16": True, "use_cpu": True})[2]
-    assert (training.fp16, training.bf16) == (False, True)
-    assert "fp16 needs a GPU: computing in bf16 on this CPU" in capsys.readouterr().out
+    assert (training.fp16, training.bf16) == (False, has_bf16)
+    kind = "bf16" if has_bf16 else "fp32"
+    assert f"fp16 needs a GPU: computing in {kind} on this CPU" in capsys.readouterr().out
+    assert get_train_args({**good, "bf16": True, "use_cpu": True})[2].bf16 == has_bf16
+    assert ("computing in fp32" in capsys.readouterr().out) == (not has_bf16)
     assert not get_train_args({**good, "use_cpu": True})[2].bf16
+
+
+@pytest.mark.parametrize(
+    ("machine", "known", "has_bf16"),
+    [
+        ("x86_64", {"avx512_bf16": True}, True),
+        ("x86_64", {"avx512_bf16": False, "amx_bf16": True}, True),
+        ("AMD64", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ("arm64", {}, True),
+    ],
+)
+def test_bf16_instructions_are_read_off_the_cpu(monkeypatch, machine, known, has_bf16):
+    from llmtuner import hparams
+
+    monkeypatch.setattr(hparams.platform, "machine", lambda: machine)
+    monkeypatch.setattr(hparams.torch.cpu, "get_capabilities", lambda: known)
+    assert hparams.cpu_computes_bf16() == has_bf16
+
+
+@pytest.mark.parametrize(
+    ("given", "disabled", "on"),
+    [
+        ({}, None, False),
+        ({"gradient_checkpointing": True}, False, True),
+        ({"gradient_checkpointing": False}, True, False),
+        ({"disable_gradient_checkpointing": False}, False, True),
+        ({"disable_gradient_checkpointing": True}, True, False),
+        ({"gradient_checkpointing": True, "disable_gradient_checkpointing": False}, False, True),
+    ],
+)
+def test_both_names_of_checkpointing_say_the_same(good, given, disabled, on):
+    model, _, training, _ = get_train_args({**good, **given})
+    assert (model.disable_gradient_checkpointing, training.gradient_checkpointing) == (disabled, on)
+
+
+def test_names_of_checkpointing_may_not_contradict_each_other(good):
+    for both in (True, False):
+        with pytest.raises(InputError, match="contradict each other"):
+            get_train_args({**good, "gradient_checkpointing": both, "disable_gradient_checkpointing": both})
 
 
 def test_fp16_stays_on_a_gpu(good, monkeypatch):

@@ -29,49 +29,6 @@ from llmtuner.train.watching import StopSignal
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def tiny_run(tiny_model_dir, tmp_path):
-    """Settings of a run of a few steps over a few documents and dialogues."""
-    texts = [f"小镇的第{number}条河，河边种满了柳树。The ferry leaves at {number}." for number in range(60)]
-    (tmp_path / "documents.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
-    )
-    (tmp_path / "dialogues.jsonl").write_text(
-        "".join(
-            json.dumps({"instruction": f"第{number}条河？", "output": f"柳树 {number}"}) + "\n" for number in range(60)
-        ),
-        encoding="utf-8",
-    )
-    info = {
-        "documents": {"file_name": "documents.jsonl", "columns": {"prompt": "text"}},
-        "dialogues": {"file_name": "dialogues.jsonl", "columns": {"prompt": "instruction", "response": "output"}},
-    }
-    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    return dict(
-        stage="pt",
-        dataset="documents",
-        model_name_or_path=str(tiny_model_dir),
-        output_dir=str(tmp_path / "adapter"),
-        dataset_dir=str(tmp_path),
-        cache_dir=str(tmp_path / "cache"),
-        cutoff_len=64,
-        val_size=0.2,
-        lora_rank=4,
-        additional_target="word_embeddings,output_layer",
-        learning_rate=5e-3,
-        per_device_train_batch_size=4,
-        max_steps=6,
-        eval_on_start=True,
-        eval_strategy="steps",
-        eval_steps=6,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        plot_loss=True,
-    )
-
-
 STAGES = [("pt", "documents"), ("sft", "dialogues")]
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "embedding_learning_rate", "eval_loss")
 
@@ -126,7 +83,8 @@ def test_training_learns_and_merges_to_the_same_logits(tiny_run, tiny_model_dir,
         dict(neat_packing=False),
     ],
 )
-def test_other_ways_to_train_learn_too(tiny_run, how):
+def test_other_ways_to_train_learn_too(tiny_run, how, monkeypatch):
+    monkeypatch.setattr("llmtuner.hparams.cpu_computes_bf16", lambda: True)  # slowly if need be
     metrics = run_exp({**tiny_run, "learning_rate": 2e-3, **how})
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
 
@@ -562,7 +520,7 @@ def test_files_written_for_the_original_project_run_as_they_are(tiny_run, tmp_pa
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "did you mean warmup_ratio: 0.1?" in result.stdout
-    assert "computing in bf16" in result.stdout
+    assert "fp16 needs a GPU" in result.stdout
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
 
 

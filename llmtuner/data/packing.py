@@ -214,8 +214,10 @@ class FilledUp(TorchDataset):
 class PackedCollator:
     """Stacks sequences into a batch; what little padding there is forms blocks of its own and is not trained.
 
-    A batch holds `input_ids`, `labels`, `position_ids`, each int64 (sequences, longest); `padding`, a number of tokens;
-    and `rows`, the documents of each sequence by their number in the pool.
+    A batch holds `input_ids`, `labels`, `position_ids`, each int64 (sequences, longest); `trained`, the places in the
+    flattened batch whose next token is trained, int64, so that no device has to be asked how many there are; `documents`, of
+    each sequence the lengths of the blocks that see one another; `padding`, a number of tokens; and `rows`, the documents of
+    each sequence by their number in the pool.
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -231,6 +233,13 @@ class PackedCollator:
             for key in fillers:
                 batch[key][place, :size] = torch.from_numpy(one[key])
             batch["position_ids"][place, size:] -= size
+        batch["trained"] = (batch["labels"][:, 1:].flatten() != IGNORE).nonzero().flatten()
+        batch["trained"] += batch["trained"] // (longest - 1)  # a sequence has one place more than it has next tokens
+        batch["documents"] = [_block_lengths(positions) for positions in batch["position_ids"].numpy()]
         batch["padding"] = sum(longest - len(one["input_ids"]) for one in sequences)
         batch["rows"] = [one["rows"] for one in sequences]
         return batch
+
+
+def _block_lengths(positions: numpy.ndarray) -> list[int]:
+    return numpy.diff(numpy.append(numpy.flatnonzero(positions == 0), len(positions))).tolist()

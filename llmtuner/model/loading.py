@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import InputError
+from llmtuner.model.attention import NAME as DOCUMENTS
 from llmtuner.tokenizer.fast import load_tokenizer
 
 # What libraries would print and nobody could act on: bars for reading one file, peft's call of an old name, and
@@ -51,6 +52,13 @@ def load_model(
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model in {path} cannot be loaded: {error}. Make or fetch it again.") from error
     return model.eval()
+
+
+def best_attention(directory: Path | str) -> str:
+    """transformers' name of the attention kernel that trains a model's packed batches fastest on this machine."""
+    if torch.cuda.is_available():
+        return "sdpa"
+    return DOCUMENTS if _read_config(directory).model_type == "glm" else "eager"
 
 
 def _read_config(directory: Path | str) -> Any:

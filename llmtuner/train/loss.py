@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy, linear
 
 LOGITS_AT_ONCE = 2**25  # fp32 numbers: 128 MB
+LOGITS_AT_ONCE_ON_CPU = 2**22  # what its caches hold in part
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -25,20 +27,28 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        step = max(1, LOGITS_AT_ONCE // len(weight))
+        at_once = LOGITS_AT_ONCE_ON_CPU if hidden.device.type == "cpu" else LOGITS_AT_ONCE
+        step = max(1, at_once // len(weight))
         for start in range(0, len(hidden), step):
             part, wanted = hidden[start : start + step].to(dtype), targets[start : start + step, None]
             logits = (part @ matrix.T).float()
-            logsumexp = logits.logsumexp(dim=1, keepdim=True)
-            total += (logsumexp - logits.gather(1, wanted)).sum()
+            largest = logits.amax(dim=1, keepdim=True)
+            total -= (logits.gather(1, wanted) - largest).sum()
+            exponentials = logits.sub_(largest).exp_()
+            sums = exponentials.sum(dim=1, keepdim=True)
+            total += sums.log().sum()
             if not (want_hidden or want_weight):
                 continue
-            gradient = logits.sub_(logsumexp).exp_()  # the probabilities
-            gradient.scatter_add_(1, wanted, torch.full_like(logsumexp, -1))
+            gradient = exponentials.mul_(sums.reciprocal_())  # the probabilities
+            gradient.scatter_add_(1, wanted, torch.full_like(sums, -1))
             gradient = gradient.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + step] = gradient @ matrix
-            if grad_weight is not None:
+            if grad_weight is None:
+                continue
+            if dtype == torch.float32:
+                grad_weight.addmm_(gradient.T, part)
+            else:
                 grad_weight += gradient.T @ part
         ctx.grad_hidden, ctx.grad_weight, ctx.weight_dtype = grad_hidden, grad_weight, weight.dtype
         return total
@@ -52,14 +62,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def summed_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunked: bool = True
+) -> torch.Tensor:
     """Sum over tokens of the cross-entropy in nats; products in autocast's precision where it is on.
 
     Args:
         hidden: what the output layer reads, [tokens, width].
         weight: the output layer's, [vocabulary, width].
         targets: the ids to be predicted, [tokens].
+        chunked: false forms all logits at once, by PyTorch's own functions.
     """
+    if not chunked:
+        return cross_entropy(linear(hidden, weight.to(hidden.dtype)).float(), targets, reduction="sum")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return ChunkedCrossEntropy.apply(hidden, weight, targets, dtype)

@@ -18,9 +18,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from llmtuner.console import InputError, write_json
 from llmtuner.data.packing import FilledUp, PackedCollator
-from llmtuner.data.template import IGNORE
 from llmtuner.eval.bits_per_byte import Windows, document_bits
 from llmtuner.hparams import FinetuningArguments
+from llmtuner.model.attention import NAME as DOCUMENTS
 from llmtuner.train.checkpoints import STAGING, kept_older, publish
 from llmtuner.train.loss import summed_cross_entropy
 from llmtuner.train.watching import LogLines, Meter, ProgressBar, StopSignal, memory_gb
@@ -96,17 +96,19 @@ class PackedTrainer(Trainer):
 
     def _summed_loss(self, model: Any, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy summed over the trained tokens of a micro-batch, and how many they are."""
-        ids, labels, positions = inputs["input_ids"], inputs["labels"], inputs["position_ids"]
-        if getattr(self.model.config, "_attn_implementation", "").startswith("flash"):
+        ids, positions, trained = inputs["input_ids"], inputs["position_ids"], inputs["trained"]
+        attention = getattr(self.model.config, "_attn_implementation", "")
+        if attention.startswith("flash"):
             # Flash attention reads packed documents off the positions of one row only.
-            ids, labels, positions = (one.reshape(1, -1) for one in (ids, labels, positions))
+            ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
+        apart = {"documents": inputs["documents"]} if attention == DOCUMENTS else {}
         # The decoder's output is caught by `_keep_hidden`; logits are formed below, where they are trained.
         none = torch.zeros(0, dtype=torch.long, device=ids.device)
-        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=none)
-        targets = labels[:, 1:]
-        wanted = targets != IGNORE
-        hidden, self.hidden = self.hidden[:, :-1][wanted], none
-        return summed_cross_entropy(hidden, output_weight(self.model), targets[wanted]), wanted.sum()
+        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=none, **apart)
+        hidden, self.hidden = self.hidden.flatten(0, 1).index_select(0, trained), none
+        targets = inputs["labels"].flatten().index_select(0, trained + 1)
+        weight, chunked = output_weight(self.model), self.finetuning.chunked_loss
+        return summed_cross_entropy(hidden, weight, targets, chunked), ids.new_tensor(len(trained))
 
     def _keep_hidden(self, _: Any, __: Any, outputs: Any) -> None:
         self.hidden = outputs.last_hidden_state

@@ -29,7 +29,8 @@ from llmtuner.data.tokens import Examples
 from llmtuner.eval.bits_per_byte import Windows
 from llmtuner.hparams import ATTENTION, Arguments, DataArguments, settings_to_save
 from llmtuner.model.adapters import prepare_for_training, save_adapter
-from llmtuner.model.loading import check_model_fits, load_model
+from llmtuner.model.fused import fuse_layers
+from llmtuner.model.loading import best_attention, check_model_fits, load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.checkpoints import find_damage, forget, newest_whole, same_run
 from llmtuner.train.trainer import InitialLoss, PackedTrainer
@@ -180,11 +181,13 @@ def _train(
     set_seed(training_args.seed)  # before the adapter draws its first weights
     whole = finetuning_args.finetuning_type == "full"
     dtype = torch.float32 if whole else _frozen_dtype(training_args)
-    attention = ATTENTION[model_args.flash_attn] or ("sdpa" if torch.cuda.is_available() else "eager")
+    attention = ATTENTION[model_args.flash_attn] or best_attention(model_args.model_name_or_path)
     model = load_model(model_args.model_name_or_path, dtype, attention)
     model.config.use_cache = False
     adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
     trained = prepare_for_training(model, finetuning_args, adapter)
+    if finetuning_args.fused_layers:
+        fuse_layers(trained)
     trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     say(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
 
