@@ -30,9 +30,10 @@ class MergedLoraLinear(LoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base: Any = self.get_base_layer()
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        name = names[0] if names else ""
         if (
-            name not in self.lora_A
+            len(names) != 1
             or args
             or kwargs
             or self.disable_adapters
