@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -201,8 +202,9 @@ def _make(
                 pyarrow.OSFile(str(partial / "examples.arrow"), "wb") as file,
                 pyarrow.ipc.new_file(file, SCHEMA) as writer,
             ):
-                for batch in _batches(tqdm(usable, f"tokenize {source.name}", unit=" rows", mininterval=0.5)):
-                    record_batch = _record_batch(batch, encode([row.content for row in batch]))
+                shown = tqdm(usable, f"tokenize {source.name}", unit=" rows", mininterval=0.5)
+                for batch, encoded in _one_ahead(encode, _batches(shown)):
+                    record_batch = _record_batch(batch, encoded)
                     counts["kept"] += len(batch)
                     counts["bytes"] += sum(row.size for row in batch)
                     counts["tokens"] += len(record_batch["input_ids"].values)
@@ -262,6 +264,21 @@ def _batches(rows: Iterable[Usable]) -> Iterator[list[Usable]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _one_ahead(
+    encode: Callable[[list[Any]], list[tuple[Ids, Ids]]], batches: Iterable[list[Usable]]
+) -> Iterator[tuple[list[Usable], list[tuple[Ids, Ids]]]]:
+    """Encodes each batch while the next one is read and the last one written: sentencepiece lets Python go on meanwhile."""
+    with ThreadPoolExecutor(1) as encoder:
+        before: tuple[list[Usable], Future] | None = None
+        for batch in batches:
+            now = batch, encoder.submit(encode, [row.content for row in batch])
+            if before:
+                yield before[0], before[1].result()
+            before = now
+        if before:
+            yield before[0], before[1].result()
 
 
 def _record_batch(rows: list[Usable], encoded: list[tuple[Ids, Ids]]) -> pyarrow.RecordBatch:

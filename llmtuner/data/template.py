@@ -1,5 +1,6 @@
 """ChatGLM3's chat format, built from ids so that no text can ever become a role or an end mark."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,22 +75,28 @@ class Template:
         remaining = iter(contents)
         prefix, eos = _ids(self.prefix), _ids([self.eos])
         roles = {role: _ids([one]) for role, one in self.roles.items()}
-        encoded = []
+        parts: list[Ids] = []
+        trained_parts: list[bool] = []
+        ends = [0]  # of the parts of each dialogue
         for messages in dialogues:
             first = len(messages) - (2 if train_on_prompt else 1) if mask_history else 0  # message that is trained
-            parts, trained_parts = [prefix], [False]
+            parts.append(prefix)
+            trained_parts.append(False)
             ends_trained = False  # an id that ends a trained answer is trained
             for number, message in enumerate(messages):
                 trained = number >= first and (train_on_prompt or message["role"] == "assistant")
-                parts += [roles[message["role"]], metadata, next(remaining)]
-                trained_parts += [ends_trained or (trained and train_on_prompt), trained, trained]
+                parts += (roles[message["role"]], metadata, next(remaining))
+                trained_parts += (ends_trained or (trained and train_on_prompt), trained, trained)
                 ends_trained = trained
             parts.append(eos)
             trained_parts.append(ends_trained)
-            ids = numpy.concatenate(parts)
-            mask = numpy.repeat(trained_parts, [len(part) for part in parts])
-            encoded.append((ids, numpy.where(mask, ids, numpy.int32(IGNORE))))
-        return encoded
+            ends.append(len(parts))
+        # All dialogues at once; each is a view of its part.
+        lengths = numpy.fromiter(map(len, parts), dtype=numpy.int64, count=len(parts))
+        ids = numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts])
+        labels = numpy.where(numpy.repeat(numpy.array(trained_parts, dtype=bool), lengths), ids, numpy.int32(IGNORE))
+        places = numpy.concatenate([[0], numpy.cumsum(lengths)])[ends].tolist()
+        return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(places)]
 
 
 def _ids(ids: Sequence[int]) -> Ids:
