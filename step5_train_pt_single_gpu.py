@@ -64,7 +64,6 @@ BY_PROFILE = {
         warmup_ratio=0.03,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
-        gradient_checkpointing=True,
         eval_steps=1000,
         save_steps=1000,
         max_eval_sequences=256,

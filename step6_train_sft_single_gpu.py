@@ -73,7 +73,6 @@ BY_PROFILE = {
         num_train_epochs=2,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
-        gradient_checkpointing=True,
         eval_steps=200,
         save_steps=200,
         max_eval_sequences=256,

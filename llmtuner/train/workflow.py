@@ -33,6 +33,7 @@ from llmtuner.model.fused import fuse_layers
 from llmtuner.model.loading import best_attention, check_model_fits, load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.checkpoints import find_damage, forget, newest_whole, same_run
+from llmtuner.train.memory import USABLE, free_memory, step_memory
 from llmtuner.train.trainer import InitialLoss, PackedTrainer
 from llmtuner.train.watching import StopSignal
 
@@ -188,6 +189,8 @@ def _train(
     trained = prepare_for_training(model, finetuning_args, adapter)
     if finetuning_args.fused_layers:
         fuse_layers(trained)
+    if model_args.disable_gradient_checkpointing is None and _memory_is_short(trained, data_args, training_args):
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = True
     trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     say(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
 
@@ -251,6 +254,27 @@ def _train(
         "eval_loss": _first_and_last(history, "eval_loss"),
         **({"initial_loss": initial} if samples else {}),
     }
+
+
+def _memory_is_short(model: Any, data_args: DataArguments, training_args: TrainingArguments) -> bool:
+    """Whether activations have to be computed again in the backward pass; the first process decides for all."""
+    short = [False]
+    if is_first_process() and (free := free_memory()) is not None:
+        needed = step_memory(
+            model,
+            training_args.per_device_train_batch_size,
+            data_args.cutoff_len,
+            checkpointing=False,
+            dtype=_frozen_dtype(training_args),
+            optimizer_bytes=2 if "8bit" in str(training_args.optim) else 8,
+            processes=training_args.world_size if training_args.deepspeed else 1,
+        )
+        short = [needed.total > USABLE * free]
+        how = "are computed again in the backward pass" if short[0] else "are kept"
+        say(f"a step needs about {needed}; {free / 1e9:.1f} GB are free: activations {how}")
+    if training_args.world_size > 1:
+        broadcast_object_list(short)
+    return short[0]
 
 
 def _lengths(train: PackedSequences) -> dict[str, list[int]]:

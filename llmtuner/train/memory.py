@@ -1,0 +1,114 @@
+"""How much memory a training step takes: weights, gradients and optimizer by their sizes, activations by counting them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llmtuner.train.loss import LOGITS_AT_ONCE
+
+USABLE = 0.85  # of what is free: the rest goes to fragments, kernels' own buffers and what the estimate misses
+
+
+def free_memory() -> int | None:
+    """Bytes that are free on the GPU; None where there is none, for a CPU's memory is seldom what is short."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes at the height of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the backward pass needs, of one micro-batch."""
+    loss: int
+    """A chunk of logits and its gradients, and the output layer's gradient while it is formed."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations", "loss")
+        return ", ".join(f"{part} {getattr(self, part) / 1e9:.1f}" for part in parts) + " GB"
+
+
+def step_memory(
+    model: Any,
+    rows: int,
+    length: int,
+    checkpointing: bool,
+    dtype: torch.dtype = torch.float32,
+    optimizer_bytes: int = 8,
+    processes: int = 1,
+) -> StepMemory:
+    """An estimate for a model that is prepared for training, before anything is computed.
+
+    Activations are counted by a forward pass over tensors without content: what autograd keeps, each memory once.
+
+    Args:
+        rows, length: of a micro-batch.
+        checkpointing: whether layers keep their input only, and are computed again one at a time.
+        dtype: autocast's; fp32 means none.
+        optimizer_bytes: for each trained parameter; Adam keeps two numbers.
+        processes: that share gradients, the optimizer's state and, in 16 bits, its fp32 copy of the weights (ZeRO-2).
+    """
+    parameters = list(model.parameters())
+    trained = [one for one in parameters if one.requires_grad]
+    count = sum(one.numel() for one in trained)
+    layers, width, rows_of_output = (
+        getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+    )
+    activations = kept_for_backward(model, rows, length, dtype)
+    if checkpointing:
+        activations = activations // layers + layers * rows * length * width * 4
+    logits = min(rows * length * rows_of_output, LOGITS_AT_ONCE)
+    output_trained = any(one.shape == (rows_of_output, width) for one in trained)
+    return StepMemory(
+        weights=sum(one.nbytes for one in parameters),
+        gradients=4 * count // processes,
+        optimizer=optimizer_bytes * count // processes,
+        activations=activations,
+        loss=logits * (8 + dtype.itemsize) + output_trained * 4 * rows_of_output * width,
+    )
+
+
+def kept_for_backward(model: Any, rows: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of a forward pass, but for the weights themselves; nothing is computed."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[str, torch.Tensor] = {name: mode.from_tensor(one) for name, one in tensors.items()}
+    own = {one.untyped_storage()._cdata for one in fakes.values()}
+    kept: dict[int, torch.Tensor] = {}  # holds the tensors, so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    with mode, _as_in_training(model), autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        batch = {"input_ids": ids, "position_ids": torch.arange(length).expand(rows, -1), "use_cache": False}
+        batch["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
+        torch.func.functional_call(model, fakes, (), batch)
+    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in own)
+
+
+@contextmanager
+def _as_in_training(model: Any) -> Iterator[None]:
+    """Training mode, and an attention that needs no GPU to be traced; FlashAttention keeps what the fused kernel keeps."""
+    training, attention = model.training, model.config._attn_implementation
+    model.train()
+    if attention.startswith("flash"):
+        model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.config._attn_implementation = attention

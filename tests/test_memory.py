@@ -1,0 +1,121 @@
+"""The estimate of a training step's memory against what a step really keeps."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GlmConfig, GlmForCausalLM
+
+from llmtuner.train.memory import kept_for_backward, step_memory
+
+
+def prepared(layers=3, width=64, attention="eager", dtype=torch.float32):
+    config = GlmConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        attention_bias=True,
+        pad_token_id=0,
+    )
+    model = GlmForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
+    targets = dict(
+        target_modules="all-linear", exclude_modules=["lm_head"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    model = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM", **targets))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def really_kept(model, rows, length, dtype):
+    """Bytes that autograd keeps of a real forward pass beside the weights."""
+    own = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.randint(0, 256, (rows, length))
+        positions = torch.arange(length).expand(rows, -1)
+        nothing = torch.zeros(0, dtype=torch.long)
+        outputs = model.train()(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=nothing)
+    assert outputs.logits.requires_grad
+    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [1, 5])
+@pytest.mark.parametrize(("attention", "tolerance"), [("eager", 0.001), ("sdpa", 0.12)])
+def test_activations_are_counted(layers, attention, tolerance, dtype):
+    model = prepared(layers, attention=attention, dtype=dtype)
+    estimate = kept_for_backward(model, 3, 50, dtype)
+    assert estimate == pytest.approx(really_kept(model, 3, 50, dtype), rel=tolerance)
+    assert all(type(one.data) is torch.Tensor for one in model.parameters())
+
+
+def test_flash_attention_is_counted_as_the_fused_kernel():
+    model = prepared(attention="sdpa").eval()
+    wanted = kept_for_backward(model, 3, 50, torch.float32)
+    model.config._attn_implementation = "flash_attention_2"
+    assert kept_for_backward(model, 3, 50, torch.float32) == wanted
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert not model.training
+
+
+def test_parts_have_the_sizes_of_what_is_there():
+    model = prepared(dtype=torch.bfloat16)
+    count = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    whole = step_memory(model, 2, 32, False, torch.bfloat16)
+    assert whole.weights == sum(one.nbytes for one in model.parameters())
+    assert (whole.gradients, whole.optimizer) == (4 * count, 8 * count)
+    # logits in fp32, their gradients in fp32 and bf16; the output matrix's gradient in fp32
+    assert whole.loss == 2 * 32 * 256 * 10 + 256 * 64 * 4
+    assert whole.total == whole.weights + 12 * count + whole.activations + whole.loss
+    shared = step_memory(model, 2, 32, False, torch.bfloat16, optimizer_bytes=2, processes=4)
+    assert (shared.gradients, shared.optimizer) == (count, count // 2)
+    assert "weights 0.0, gradients 0.0" in str(whole)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
+    model = prepared(layers=8)
+    whole, few = (step_memory(model, 2, 64, how) for how in (False, True))
+    assert few.activations == whole.activations // 8 + 8 * 2 * 64 * 64 * 4
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    inputs = really_kept(model, 2, 64, torch.float32)
+    assert inputs == pytest.approx(8 * 2 * 64 * 64 * 4, rel=0.15)  # and masks, positions, the last norm
+
+
+@pytest.mark.parametrize(
+    ("free", "disabled", "chosen"),
+    [(None, None, False), (10**12, None, False), (10**5, None, True), (10**5, True, False), (10**12, False, True)],
+)
+def test_activations_are_computed_again_where_memory_asks_for_it(
+    tiny_run, tmp_path, monkeypatch, capsys, free, disabled, chosen
+):
+    import llmtuner.train.workflow as workflow
+    from llmtuner.train.trainer import PackedTrainer
+    from llmtuner.train.tuner import run_exp
+
+    seen = []
+    original = PackedTrainer.train
+
+    def train(self, *args, **kwargs):
+        seen.append(
+            (self.args.gradient_checkpointing, original(self, *args, **kwargs), self.model.is_gradient_checkpointing)
+        )
+
+    monkeypatch.setattr(workflow, "free_memory", lambda: free)
+    monkeypatch.setattr(PackedTrainer, "train", train)
+    how = {} if disabled is None else {"disable_gradient_checkpointing": disabled}
+    metrics = run_exp({**tiny_run, **how})
+    assert [(asked, on) for asked, _, on in seen] == [(chosen, chosen)]
+    assert ("are computed again" in capsys.readouterr().out) == (chosen and disabled is None)
+    assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
