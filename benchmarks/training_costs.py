@@ -76,17 +76,25 @@ class TimedTrainer(PackedTrainer):
         if "loss" in logs:
             self.meter.stop_the_clock()
             self.steps.append({**{name: getattr(self.meter, name) for name in COUNTS}, **self.parts})
+            self.steps[-1]["gradient_norm"] = float(logs["grad_norm"])
             self.parts.clear()
         super().log(logs, start_time)
 
     def _timed(self, part: str, method: Callable) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             result = method(*args, **kwargs)
-            self.parts[part] += time.perf_counter() - start
+            self.parts[part] += clock() - start
             return result
 
         return timed
+
+
+def clock() -> float:
+    """Seconds, once all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:

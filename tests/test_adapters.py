@@ -59,6 +59,14 @@ def grown_dir(tiny_model_dir, tmp_path_factory):
     return directory
 
 
+def test_frozen_originals_of_what_is_trained_in_full_are_freed(grown_dir):
+    whole = sum(one.nbytes for one in load_model(grown_dir, torch.float32).parameters())
+    alone = sum(one.nbytes for one in prepare(grown_dir, lora_rank=4).parameters())
+    both = prepare(grown_dir, lora_rank=4, additional_target=BOTH)
+    assert sum(one.nbytes for one in both.parameters()) == alone > whole
+    assert not [name for name, _ in both.named_parameters() if "original_module" in name]
+
+
 def prepare(directory, adapter=None, dtype=torch.float32, **settings):
     torch.manual_seed(1)
     return prepare_for_training(load_model(directory, dtype), FinetuningArguments(**settings), adapter)

@@ -69,13 +69,14 @@ def step_memory(
     if checkpointing:
         activations = activations // layers + layers * rows * length * width * 4
     logits = min(rows * length * rows_of_output, LOGITS_AT_ONCE)
-    output_trained = any(one.shape == (rows_of_output, width) for one in trained)
+    # Its rows or all of it: the matrix is copied into the product's precision, its gradient formed whole and in fp32.
+    output = any(one.requires_grad for name, one in model.named_parameters() if "lm_head" in name)
     return StepMemory(
         weights=sum(one.nbytes for one in parameters),
         gradients=4 * count // processes,
         optimizer=optimizer_bytes * count // processes,
         activations=activations,
-        loss=logits * (8 + dtype.itemsize) + output_trained * 4 * rows_of_output * width,
+        loss=logits * (8 + dtype.itemsize) + output * (4 + dtype.itemsize) * rows_of_output * width,
     )
 
 
