@@ -218,22 +218,30 @@ PLAIN = dict(flash_attn="disabled", fused_layers=False, chunked_loss=False)
 FAST = dict(flash_attn="documents", fused_layers=True, chunked_loss=True)
 
 
+def logged(settings, directory):
+    """Loss and gradient norm of each of twelve steps."""
+    short = dict(max_steps=12, eval_strategy="no", eval_on_start=False, plot_loss=False)
+    run_exp({**settings, **short, "output_dir": str(directory)})
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+
+
 @pytest.mark.parametrize("stage", ["pt", "sft"])
 @pytest.mark.parametrize("lever", [*FAST, "all"])
 def test_a_run_learns_the_same_with_and_without(tiny_run, tmp_path, stage, lever):
     """Losses and gradient norms of twelve steps, one lever on or all, against none."""
-
-    def lines(how, directory):
-        run_exp({**tiny_run, **settings, **how, "output_dir": str(directory)})
-        logged = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        return [(line["loss"], line["grad_norm"]) for line in logged if "grad_norm" in line]
-
-    settings = dict(
-        stage=stage, dataset={"pt": "documents", "sft": "dialogues"}[stage], max_steps=12, eval_strategy="no"
-    )
-    settings |= dict(eval_on_start=False, plot_loss=False)
+    settings = {**tiny_run, "stage": stage, "dataset": {"pt": "documents", "sft": "dialogues"}[stage]}
     fast = PLAIN | (FAST if lever == "all" else {lever: FAST[lever]})
-    wanted, own = lines(PLAIN, tmp_path / "plain"), lines(fast, tmp_path / "fast")
+    wanted, own = logged({**settings, **PLAIN}, tmp_path / "plain"), logged({**settings, **fast}, tmp_path / "fast")
     assert len(own) == 12
     assert numpy.array(own) == pytest.approx(numpy.array(wanted), rel=1e-4)
     assert wanted[-1][0] < wanted[0][0]
+
+
+def test_adam_in_8_bits_learns_about_the_same(tiny_run, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    settings = {**tiny_run, "embedding_learning_rate": 2e-3}
+    wanted = logged(settings, tmp_path / "plain")
+    own = logged({**settings, "optim": "adamw_8bit"}, tmp_path / "8bit")
+    assert own != wanted
+    assert [loss for loss, _ in own] == pytest.approx([loss for loss, _ in wanted], rel=0.01)
