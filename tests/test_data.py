@@ -390,8 +390,11 @@ def test_both_encoders_give_the_same_ids(tokenizer, monkeypatch):
     template = Template.of(tokenizer)
     texts = ["小镇的东边 \n\n 是一条河", "  The ferry 🚢 leaves\t", ""]
     fast = [ids.tolist() for ids in template.documents(tokenizer, texts, threads=2)]
+    utf8 = [text.encode() for text in texts]
+    assert [ids.tolist() for ids in template.documents(tokenizer, utf8)] == fast
     monkeypatch.setattr(tokenizer, "sentencepiece", None)
     assert [ids.tolist() for ids in template.documents(tokenizer, texts)] == fast
+    assert [ids.tolist() for ids in template.documents(tokenizer, utf8)] == fast
 
 
 # ------------------------------------------------------------------------------------------------------------ examples
@@ -483,7 +486,7 @@ def test_batches_are_bounded_by_rows_and_by_bytes(corpus, tokenizer, monkeypatch
     documents = Template.documents
 
     def watched(self, tokenizer, texts, threads=1):
-        sizes.append((len(texts), sum(len(text.encode()) for text in texts)))
+        sizes.append((len(texts), sum(map(len, texts))))
         return documents(self, tokenizer, texts, threads)
 
     monkeypatch.setattr(Template, "documents", watched)
@@ -593,13 +596,13 @@ def test_unusable_rows_are_left_out_and_listed(corpus, tokenizer, capsys):
 def test_too_many_unusable_rows_leave_nothing_behind(corpus, tokenizer):
     lines(
         corpus / "documents.jsonl",
-        [{"text": "a"}, {"text": 1}, {"text": None}, {"text": "b"}, {"body": "c"}, {"text": 2}],
+        [{"text": "a"}, {"text": 1}, {"text": "\ud800"}, {"text": "b"}, {"body": "c"}, {"text": None}],
     )
     with pytest.raises(InputError, match=r"4 of 6 rows \(66.67%\)") as error:
         load_examples("documents", "pt", tokenizer, settings(corpus))
     for part in (
         "line 2: column 'text' holds int",
-        "line 3: column 'text' holds nothing",
+        "line 3: column 'text' holds half a character",
         "line 5: has no column 'text'",
     ):
         assert part in str(error.value)
@@ -609,9 +612,9 @@ def test_too_many_unusable_rows_leave_nothing_behind(corpus, tokenizer):
 
 
 def test_empty_documents_are_counted_only(corpus, tokenizer):
-    lines(corpus / "documents.jsonl", [{"text": "a"}, {"text": ""}, {"text": " \n"}])
+    lines(corpus / "documents.jsonl", [{"text": "a"}, {"text": ""}, {"text": " \n"}, {"text": "\u3000"}])
     counts = load_examples("documents", "pt", tokenizer, settings(corpus)).counts
-    assert (counts["kept"], counts["empty"], counts["rejected"]) == (1, 2, 0)
+    assert (counts["kept"], counts["empty"], counts["rejected"]) == (1, 3, 0)
     lines(corpus / "documents.jsonl", [{"text": ""}])
     with pytest.raises(InputError, match=r"no row is left of 1.*1 empty"):
         load_examples("documents", "pt", tokenizer, settings(corpus))

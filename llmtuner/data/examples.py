@@ -163,7 +163,8 @@ def _check(name: str, directory: Path, counts: dict[str, int], max_rejected: flo
 class Usable(NamedTuple):
     """A row that can be trained on."""
 
-    content: str | list[Message]
+    content: bytes | list[Message]
+    """A document in UTF-8, or a dialogue."""
     size: int
     hash: int
     file: int
@@ -238,12 +239,11 @@ def _usable(
             checked = True
         try:
             if stage == "pt":
-                text = to_document(source, row.values)
-                data = text.encode()
-                if not text.strip():
+                data = to_document(source, row.values)
+                if not data:
                     counts["empty"] += 1
                     continue
-                yield Usable(text, len(data), text_hash(data), row.file, row.line)
+                yield Usable(data, len(data), text_hash(data), row.file, row.line)
             else:
                 messages = to_messages(source, row.values)
                 size = sum(len(message["content"].encode()) for message in messages)

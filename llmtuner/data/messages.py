@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmtuner.data.sources import DEFAULT_TAGS, Source, has_half_character
+from llmtuner.data.sources import DEFAULT_TAGS, Source
 from llmtuner.data.template import Message
 
 MAX_MESSAGES = 1_000  # in one dialogue; more is a file that was put together wrongly
@@ -32,14 +32,15 @@ def check_columns(source: Source, stage: str, values: Values) -> None:
         source.column(role, list(values))
 
 
-def to_document(source: Source, values: Values) -> str:
-    """The text of a row for the pt stage; it may be empty.
+def to_document(source: Source, values: Values) -> bytes:
+    """The text of a row for the pt stage, in UTF-8; empty if it is blank.
 
     Raises:
         BadRow: if there is none.
     """
     name = _required_name(source, "prompt", values)
-    return _text(values[name], f"column {name!r}")
+    text, data = _text(values[name], f"column {name!r}")
+    return data if text.strip() else b""
 
 
 def to_messages(source: Source, values: Values) -> list[Message]:
@@ -132,23 +133,25 @@ def _required(source: Source, role: str, values: Values) -> str:
 
 def _optional(source: Source, role: str, values: Values) -> str:
     name = _name(source, role, values)
-    return _text(values[name], f"column {name!r}") if name and values[name] is not None else ""
+    return _text(values[name], f"column {name!r}")[0] if name and values[name] is not None else ""
 
 
 def _words(value: Any, what: str) -> str:
     """Text that is not empty."""
-    text = _text(value, what)
+    text, _ = _text(value, what)
     if not text.strip():
         raise BadRow(f"{what} is empty")
     return text
 
 
-def _text(value: Any, what: str) -> str:
+def _text(value: Any, what: str) -> tuple[str, bytes]:
+    """A text and its UTF-8, which JSON's lone surrogates do not have."""
     if not isinstance(value, str):
         raise BadRow(f"{what} holds {_kind(value)}, not text")
-    if has_half_character(value):
-        raise BadRow(f"{what} holds half a character (a lone surrogate)")
-    return value
+    try:
+        return value, value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{what} holds half a character (a lone surrogate)") from None
 
 
 def _kind(value: Any) -> str:

@@ -43,10 +43,12 @@ class Template:
         """What ends an assistant's turn."""
         return [self.eos, self.roles["user"], self.roles["observation"]]
 
-    def documents(self, tokenizer: Any, texts: list[str], threads: int = 1) -> list[Ids]:
-        """Ids of whole documents, end mark included."""
+    def documents(self, tokenizer: Any, texts: list[str] | list[bytes], threads: int = 1) -> list[Ids]:
+        """Ids of whole documents, end mark included; texts in UTF-8 are encoded without being made anew."""
         prefix, end = _ids(self.prefix), _ids([self.eos])
-        return [numpy.concatenate([prefix, ids, end]) for ids in _encode(tokenizer, texts, threads)]
+        parts = [part for ids in _encode(tokenizer, texts, threads) for part in (prefix, ids, end)]
+        ids, places = _joined(parts, range(0, len(parts) + 1, 3))
+        return [ids[start:stop] for start, stop in itertools.pairwise(places)]
 
     def prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
         """Ids of a dialogue so far, ready for the assistant to speak."""
@@ -91,11 +93,9 @@ class Template:
             parts.append(eos)
             trained_parts.append(ends_trained)
             ends.append(len(parts))
-        # All dialogues at once; each is a view of its part.
-        lengths = numpy.fromiter(map(len, parts), dtype=numpy.int64, count=len(parts))
-        ids = numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts])
-        labels = numpy.where(numpy.repeat(numpy.array(trained_parts, dtype=bool), lengths), ids, numpy.int32(IGNORE))
-        places = numpy.concatenate([[0], numpy.cumsum(lengths)])[ends].tolist()
+        ids, places = _joined(parts, ends)
+        trained_ids = numpy.repeat(numpy.array(trained_parts, dtype=bool), [len(part) for part in parts])
+        labels = numpy.where(trained_ids, ids, numpy.int32(IGNORE))
         return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(places)]
 
 
@@ -103,9 +103,16 @@ def _ids(ids: Sequence[int]) -> Ids:
     return numpy.array(ids, dtype=numpy.int32)
 
 
-def _encode(tokenizer: Any, texts: list[str], threads: int) -> list[Ids]:
+def _joined(parts: list[Ids], bounds: Sequence[int]) -> tuple[Ids, list[int]]:
+    """All parts in one array, of which each document or dialogue is a view, and where in it some of them begin."""
+    ends = list(itertools.accumulate(map(len, parts), initial=0))
+    return numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts]), [ends[bound] for bound in bounds]
+
+
+def _encode(tokenizer: Any, texts: list[str] | list[bytes], threads: int) -> list[Ids]:
     """As `encode_batch`, but in arrays, which sentencepiece fills without making a Python number of every id."""
     processor = getattr(tokenizer, "sentencepiece", None)
     if processor:
         return processor.encode(texts, num_threads=threads, out_type="numpy")
-    return [_ids(ids) for ids in encode_by_backend(tokenizer, texts)]
+    strings = [text.decode() if isinstance(text, bytes) else text for text in texts]
+    return [_ids(ids) for ids in encode_by_backend(tokenizer, strings)]
