@@ -20,7 +20,8 @@ from llmtuner.data.examples import load_examples
 from llmtuner.data.messages import MAX_MESSAGES, BadRow, to_messages
 from llmtuner.data.sources import Source, find_source, is_held_out, read_rows, read_texts
 from llmtuner.data.template import IGNORE, Template
-from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
+from llmtuner.tokenizer.fast import encode_batch, load_tokenizer, read_model
+from llmtuner.tokenizer.merging import processor_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -543,6 +544,19 @@ def test_settings_that_change_the_ids_make_another_cache(corpus, tokenizer, tiny
     changed = load_tokenizer(tiny_tokenizer_dir)
     changed.add_tokens(["木匠"])
     others.append(directory(tokenizer=changed))
+    other_pieces = load_tokenizer(tiny_tokenizer_dir)
+    model = read_model(tiny_tokenizer_dir / "tokenizer.model")
+    model.pieces[-1].score -= 1
+    other_pieces.sentencepiece = processor_of(model)
+    others.append(directory(tokenizer=other_pieces))
+    other_ends = load_tokenizer(tiny_tokenizer_dir)
+    other_ends.eos_token = "<|user|>"
+    others.append(directory(tokenizer=other_ends))
+    by_backend = load_tokenizer(tiny_tokenizer_dir)
+    by_backend.sentencepiece = None
+    others.append(directory(tokenizer=by_backend))
+    by_backend.add_tokens(["木匠"])
+    others.append(directory(tokenizer=by_backend))
     info(corpus, documents={**DOCUMENTS, "num_samples": 4}, dialogues=DIALOGUES)
     others.append(directory())
     info(corpus, documents=DOCUMENTS, dialogues=DIALOGUES)
@@ -711,7 +725,7 @@ def slow(*args):
 examples._make = slow
 tokenizer = SimpleNamespace(  # a real one takes seconds to import
     sentencepiece=SentencePieceProcessor(model_file),
-    backend_tokenizer=SimpleNamespace(to_str=lambda: "same"),
+    backend_tokenizer=SimpleNamespace(get_added_tokens_decoder=dict),
     convert_tokens_to_ids=len,
     eos_token_id=2,
 )
