@@ -67,7 +67,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, sets: dict[str, tuple[str, str]], tokenizer: Any, slow: Any) -> dict[str, Any]:
     """Speeds and ratios of each set, by one thread and by two."""
-    prepare("sft", Path(sets["dialogues"][1]), tokenizer, 1)()  # imports what the first preparation of a process imports
+    prepare("sft", Path(sets["dialogues"][1]), tokenizer, 1)()  # what the first one of a process imports
     results: dict[str, Any] = {}
     cores = sorted(os.sched_getaffinity(0))
     for name, (stage, file) in sets.items():
