@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
+import pyarrow.parquet
 import pytest
 
 from llmtuner.console import InputError
@@ -325,6 +326,16 @@ def test_bad_row_says_why(source, row, reason):
     with pytest.raises(BadRow) as error:
         to_messages(source, row)
     assert reason in str(error.value)
+
+
+def test_a_parquet_file_of_one_row_group_is_read_in_pieces(tmp_path):
+    texts = [os.urandom(5_000).hex() for _ in range(4_000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=len(texts))
+    before = pyarrow.total_allocated_bytes()
+    rows = read_texts(source(tmp_path / "a.parquet", columns={"prompt": "text"}))
+    first = next(rows)
+    assert pyarrow.total_allocated_bytes() - before < 40_000_000  # 24 MB whatever the size; all at once 63 MB
+    assert [first, *rows] == texts
 
 
 # ------------------------------------------------------------------------------------------------------------ template

@@ -280,8 +280,10 @@ def _read_parquet(file: Path) -> Numbered:
     import pyarrow.parquet
 
     try:
-        # One column holds nearly all of a row: more threads would only take cores from the tokenizer.
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256, use_threads=False)
+        # Read in pieces: a file may be a single row group. One column holds nearly all of a row, so more threads would
+        # only take cores from the tokenizer.
+        content = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        batches = content.iter_batches(batch_size=256, use_threads=False)
         yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
     except pyarrow.ArrowException as error:
         raise InputError(f"{file} is not a readable parquet file: {error}. Fetch or make it again.") from error
