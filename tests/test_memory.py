@@ -5,6 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 
+from benchmarks.memory_budget import LivingTensors, follow_step, without_content
+from llmtuner.hparams import FinetuningArguments
+from llmtuner.model.adapters import prepare_for_training
+from llmtuner.model.growing import APPENDED_ROWS
 from llmtuner.train.memory import kept_for_backward, step_memory
 
 
@@ -91,6 +95,64 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
     model.enable_input_require_grads()
     inputs = really_kept(model, 2, 64, torch.float32)
     assert inputs == pytest.approx(8 * 2 * 64 * 64 * 4, rel=0.15)  # and masks, positions, the last norm
+
+
+def test_living_tensors_are_counted_once_and_forgotten():
+    first = torch.zeros(1000)
+    with LivingTensors([first]) as living:
+        assert living.now == 4000
+        second = first + 1
+        view = second.view(10, 100).T  # the same memory
+        third = view.double()
+        assert living.now == 4000 + 4000 + 8000
+        del third
+        living.phase = "later"
+        fourth = second * 2
+    assert (living.most["before"], living.most["later"], living.now) == (16_000, 12_000, 12_000)
+    del second, view, fourth
+    assert living.now == 4000
+
+
+def whole_model(dtype, layers=6, width=256, **beside):
+    """A Glm wider and deeper than the others here, with the shares of ChatGLM3-6B, as the trainer prepares it."""
+    config = GlmConfig(
+        vocab_size=2048,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=width // 8,
+        attention_bias=True,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    base = GlmForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    setattr(base.config, APPENDED_ROWS, [1800, 2000])
+    return prepare_for_training(base, FinetuningArguments(lora_rank=16, **beside))
+
+
+BOTH = dict(additional_target=["embed_tokens", "lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "checkpointing", "dtype"),
+    [
+        (BOTH, True, torch.bfloat16),
+        (BOTH, False, torch.float32),
+        (dict(**BOTH, embedding_rows="new"), False, torch.bfloat16),
+        ({}, True, torch.float32),
+    ],
+)
+def test_the_estimate_is_not_below_the_height_of_a_real_step(beside, checkpointing, dtype):
+    model = whole_model(dtype, **beside)
+    estimate = step_memory(model, 2, 256, checkpointing, dtype, optimizer_bytes=0)
+    real = follow_step(model, 2, 256, checkpointing, dtype)
+    # Above it, for not all parts are there at once: less so the deeper a model is.
+    assert 1.05 < estimate.total / max(real.values()) < 1.4
+    with without_content(model):
+        # As elsewhere: without content, attention is not traced as the fused kernel.
+        assert follow_step(model, 2, 256, checkpointing, dtype) == pytest.approx(real, rel=0.12)
 
 
 @pytest.mark.parametrize(
