@@ -61,8 +61,9 @@ def main() -> None:
     lines = [[name, *(f"{one[key]:,.2f}" if key in one else "" for key in columns)] for name, one in results.items()]
     say(table(["", "MB", "bare, MB/s", "ours, MB/s", "time / bare", "slow, MB/s", "slow / bare"], lines))
     say(f"slow: {what}")
-    about = {"tokens_known": len(tokenizer), "slow": what}
-    write_json(options.output, {**environment(), **about, "results": results})
+    before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    found = {f"{len(tokenizer):,} tokens": {**environment(), "slow": what, "results": results}}
+    write_json(options.output, before | found)
 
 
 def measure(options: argparse.Namespace, sets: dict[str, tuple[str, str]], tokenizer: Any, slow: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Rows -> token ids and labels in an Arrow file (tokens.py): made once, by one process, whatever the number of runs."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once, enough for all threads; one document may be longer
 BATCH_ROWS = 1_000
+AS_JSON = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
 FORMAT = 3  # counted up when what is stored changes
 
 
@@ -202,7 +204,7 @@ def _make(
             tokenizer, contents, data_args.mask_history, data_args.train_on_prompt, threads=threads
         )
 
-    with whole_directory(directory) as partial:
+    with whole_directory(directory) as partial, _old_objects_left_alone():
         with (partial / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
 
             def reject(row: Row, reason: str) -> None:
@@ -229,6 +231,16 @@ def _make(
         counts["duplicates"] = len(hashes) - len(numpy.unique(hashes))
         about = {"settings": settings, "places": source.places(), "counts": counts}
         write_json(partial / "about.json", about)
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Python's collector looks at what is made from here on, not at the libraries' million objects again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _filtered(source: Source, counts: Counter[str]) -> Iterator[Row]:
@@ -261,7 +273,7 @@ def _usable(
             else:
                 messages = to_messages(source, row.values)
                 size = sum(len(message["content"].encode()) for message in messages)
-                data = json.dumps(messages, ensure_ascii=False).encode()
+                data = AS_JSON(messages).encode()
                 yield Usable(messages, size, text_hash(data), row.file, row.line)
         except BadRow as error:
             reject(row, str(error))

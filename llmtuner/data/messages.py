@@ -116,7 +116,10 @@ def _sharegpt(source: Source, values: Values) -> list[Message]:
 
 
 def _name(source: Source, role: str, values: Values) -> str | None:
-    return next((name for name in source.names(role) if name in values), None)
+    for name in source.names(role):
+        if name in values:
+            return name
+    return None
 
 
 def _required_name(source: Source, role: str, values: Values) -> str:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,10 +60,17 @@ class Source:
 
     def names(self, role: str) -> list[str]:
         """Names that the column with this role may have; none if the rows have no such column."""
-        configured = self.columns.get(role)
-        if not configured and (not self.columns or role == "messages"):
-            configured = DEFAULT_COLUMNS.get(role)
-        return configured if isinstance(configured, list) else [configured] if configured else []
+        if role not in self._names:
+            configured = self.columns.get(role)
+            if not configured and (not self.columns or role == "messages"):
+                configured = DEFAULT_COLUMNS.get(role)
+            self._names[role] = configured if isinstance(configured, list) else [configured] if configured else []
+        return self._names[role]
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """What `names` has answered: it is asked five times for each row."""
+        return {}
 
     def column(self, role: str, available: Any) -> str:
         """The name of the column that plays `role`, given the names there are.
@@ -93,7 +101,9 @@ class Source:
 
     def keeps(self, values: dict[str, Any]) -> bool:
         """Whether a row has the values that `keep_rows` asks for."""
-        return all(_equal(values.get(column), wanted) for column, wanted in self.keep_rows.items())
+        return not self.keep_rows or all(
+            _equal(values.get(column), wanted) for column, wanted in self.keep_rows.items()
+        )
 
     def fingerprint(self) -> str:
         """Changes when a file's path, size or date changes, or the way it is read."""
