@@ -133,8 +133,14 @@ def ours(job: Job, watch: Any) -> None:
             super().__init__(*args, **kwargs)
             self.add_callback(watch)
 
+    from benchmarks.peers import in_chance_order
     from llmtuner.train import workflow
 
+    def pack_sft(*args: Any) -> Any:
+        packed, *others = as_it_is(*args)
+        return in_chance_order(packed), *others
+
+    as_it_is, workflow.pack_sft = workflow.pack_sft, pack_sft
     workflow.PackedTrainer = Watched  # type: ignore[misc]
     settings = {**job["ours"], **shared(job), "overwrite_output_dir": True, **job["lora"], **job["variant"]}
     run_exp(settings)

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.training_costs import Values, medians, show, step6, varied_dialogues
 from llmtuner.console import InputError, heading, run_script, say, write_json
-from llmtuner.data.packing import PackedSequences, bin_segments, single_segments
+from llmtuner.data.packing import PackedSequences, Segments, bin_segments, single_segments
 from llmtuner.data.template import IGNORE
 from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
@@ -197,7 +197,7 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     packed = (
         workflow.pack_pt(data, training.seed, tokenizer)[0]
         if stage == "pt"
-        else workflow.pack_sft(data, training.seed, tokenizer)[0]
+        else in_chance_order(workflow.pack_sft(data, training.seed, tokenizer)[0])
     )
     rows["packed"] = {"batch": batch, **save(packed, range(options.steps * batch), scratch / "packed", batch)}
     if stage == "sft":
@@ -216,6 +216,15 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     )
     job |= dict(learning_rate=LEARNING_RATE, cpu=True, bf16=False, cutoff_len=window, lora=LORA, ours=settings)
     return job, rows
+
+
+def in_chance_order(sequences: PackedSequences) -> PackedSequences:
+    """The same sequences in an order of chance, as training takes them: dialogues are packed from the longest down."""
+    own = sequences.segments
+    number = numpy.random.default_rng(0).permutation(len(sequences))[own.sequence]
+    sorting = numpy.argsort(number, kind="stable")
+    parts = (values[sorting] for values in (own.rows, own.starts, own.stops, number))
+    return PackedSequences(sequences.pool, Segments(*parts), sequences.prefix, sequences.isolated)
 
 
 def save(sequences: PackedSequences, numbers: range, directory: Path, batch: int = 0) -> Values:

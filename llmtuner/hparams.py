@@ -161,7 +161,10 @@ TYPES: dict[str, Any] = {f.name: f.type for cls in CLASSES for f in fields(cls)}
 OLD_NAMES = {"evaluation_strategy": "eval_strategy", "gradient_checkpointing": "activation_checkpointing"}
 OLD_NAMES = {old: new for old, new in OLD_NAMES.items() if new in TYPES}  # some versions know only the old one
 CHECKPOINTING = OLD_NAMES.get("gradient_checkpointing", "gradient_checkpointing")
-TYPES |= {"warmup_ratio": float, "save_safetensors": bool}  # of older transformers, and translated
+TYPES["warmup_ratio"] = float  # of older transformers, and translated
+# Of older transformers or of LLaMA-Factory: taken with their one value (FIXED), which changes nothing.
+WITHOUT_EFFECT = ("save_safetensors", "trust_remote_code", "enable_liger_kernel", "use_unsloth")
+TYPES |= dict.fromkeys(WITHOUT_EFFECT, bool)
 IN_WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -171,10 +174,16 @@ IN_WORDS: dict[Any, str] = {
     list[float]: "numbers with commas, or a list of them",
 }
 SAFETENSORS = "weights are written as safetensors only"
+OWN_LEVERS = "its kernels have none for Glm; fused_layers, chunked_loss and flash_attn do their work"
 # What LLaMA-Factory or transformers would take and this trainer does not: the one value there is, and why.
 FIXED = {
     "export_legacy_format": (False, SAFETENSORS),
     "save_safetensors": (True, SAFETENSORS),
+    "trust_remote_code": (
+        False,
+        "no code of a model directory is run; convert the checkpoint: python -m llmtuner convert",
+    ),
+    **dict.fromkeys(("enable_liger_kernel", "use_liger_kernel", "use_unsloth"), (False, OWN_LEVERS)),
     "load_best_model_at_end": (False, "every checkpoint is kept up to save_total_limit; export the one you want"),
     "average_tokens_across_devices": (True, "the loss is normalised over all ranks"),
     "label_smoothing_factor": (0, "the loss is plain cross-entropy"),
@@ -456,7 +465,8 @@ def _as_transformers_takes_them(settings: dict[str, Any], for_export: bool) -> d
     """Settings without names of older transformers, with this trainer's defaults and what the machine asks for."""
     settings = {"logging_nan_inf_filter": False, "use_cpu": not torch.cuda.is_available(), **settings}
     settings["remove_unused_columns"] = False
-    settings.pop("save_safetensors", None)
+    for name in WITHOUT_EFFECT:
+        settings.pop(name, None)
     ratio, steps = settings.pop("warmup_ratio", None), settings.get("warmup_steps", 0)
     if 0 < steps < 1:
         say(

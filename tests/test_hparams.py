@@ -86,6 +86,9 @@ SINGLE_VALUES = [
     ("export_device", "tpu", "it can be cpu or auto"),
     ("export_legacy_format", True, "weights are written as safetensors only"),
     ("save_safetensors", False, "weights are written as safetensors only"),
+    ("trust_remote_code", True, "trust_remote_code: true is not supported: no code of a model directory is run"),
+    ("enable_liger_kernel", True, "fused_layers, chunked_loss and flash_attn do their work"),
+    ("use_liger_kernel", True, "fused_layers, chunked_loss and flash_attn do their work"),
     ("load_best_model_at_end", True, "load_best_model_at_end: true is not supported: every checkpoint is kept up to"),
     ("average_tokens_across_devices", False, "the loss is normalised over all ranks"),
     ("label_smoothing_factor", 0.1, "plain cross-entropy"),
@@ -185,6 +188,7 @@ def test_contradictions(good, capsys, changed, text):
         {"adapter_name_or_path": "x", "use_dora": True},
         {"warmup_steps": 0, "warmup_ratio": 0.1},
         {"max_steps": -1, "lora_dropout": 0, "max_rejected": 1, "export_device": "auto"},
+        {"trust_remote_code": False, "enable_liger_kernel": False, "use_unsloth": False, "use_liger_kernel": False},
         {"save_safetensors": True, "export_legacy_format": False, "load_best_model_at_end": False},
         {"max_samples": None, "save_total_limit": None, "eval_steps": None},
         {"deepspeed": None},
@@ -243,7 +247,6 @@ def test_an_unknown_setting_names_the_nearest(good, name, near):
 
 def test_an_unknown_setting_like_no_other(good):
     assert parts(problems_of({**good, "zzz": 1})) == ["unknown setting 'zzz'"]
-    assert "unknown setting 'trust_remote_code'" in problems_of({**good, "trust_remote_code": True})
     assert "unknown setting 'deepspeed_plugin'" in problems_of({**good, "deepspeed_plugin": 1})  # not for settings
     assert "unknown setting 'True'" in problems_of({**good, True: 1})  # YAML takes `on: 1` for it
 
