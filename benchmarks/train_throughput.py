@@ -120,7 +120,7 @@ def measure(stage: str, model: Path, window: int, options: argparse.Namespace, s
     accumulation = 1 if options.size == "mini" else max(1, tokens // (4 * window))
     settings |= dict(model_name_or_path=str(model), cutoff_len=window, gradient_accumulation_steps=accumulation)
     settings |= dict(per_device_train_batch_size=max(1, tokens // window // accumulation), max_steps=options.steps)
-    settings |= dict(val_size=0.02, cache_dir=str(constants.CACHE_DIR), max_eval_sequences=8)
+    settings |= dict(val_size=0.02, cache_dir=str(constants.CACHE_DIR))
     runs: dict[str, list[Values]] = {name: [] for name in options.variants}
     for seed in range(42, 42 + options.repeats):
         for name, own in runs.items():
@@ -139,7 +139,7 @@ def measure(stage: str, model: Path, window: int, options: argparse.Namespace, s
 
 def run_job(file: Path) -> None:
     job = json.loads(file.read_text(encoding="utf-8"))
-    result = train(job["settings"])
+    result = train(job["settings"], max_eval_sequences=8)
     losses, trainer = result.pop("losses"), TimedTrainer.latest
     result.pop("trained")
     norms = [step["gradient_norm"] for step in trainer.steps]

@@ -172,10 +172,10 @@ def train_in_turn(
     return {name: medians(own) for name, own in runs.items()}
 
 
-def train(settings: Values) -> Values:
+def train(settings: Values, max_eval_sequences: int = 10**9) -> Values:
     """What is measured of one run, and `losses` and `trained` tokens of its steps."""
     own = dict(save_strategy="no", plot_loss=False, logging_steps=1, eval_on_start=False)
-    own |= dict(eval_steps=settings["max_steps"], max_eval_sequences=10**9, data_seed=settings["seed"])
+    own |= dict(eval_steps=settings["max_steps"], max_eval_sequences=max_eval_sequences, data_seed=settings["seed"])
     timed, silent = (
         mock.patch.object(workflow, "PackedTrainer", TimedTrainer),
         contextlib.redirect_stdout(io.StringIO()),
