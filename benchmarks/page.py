@@ -76,6 +76,12 @@ def throughput(measured: Any, run: str) -> str:
     return table(["", *header, "data / forward / backward / optimizer"], lines)
 
 
+def levers(measured: Any, window: str) -> str:
+    columns = dict(ratio=".2f", milliseconds=".0f", loss=".5f")
+    lines = [[name, *cells(one, columns)] for name, one in measured["results"][f"{int(window):,}"].items()]
+    return table([f"windows of {int(window):,}", "times as fast", "ms a step", "first loss"], lines)
+
+
 def preparation(measured: Any, tokens: str) -> str:
     """`tokens`: how many the tokenizer knows."""
     columns = dict(mb=".1f", bare_mb_per_second=".1f", ours_mb_per_second=".1f")
@@ -127,6 +133,7 @@ def spread(values: list[float]) -> str:
 TABLES: dict[str, Callable[[Any, str], str]] = {
     "peers": peers,
     "train_throughput": throughput,
+    "levers": levers,
     "tokenize_throughput": preparation,
     "tokenizer_training": step1,
     "generate_throughput": answers,

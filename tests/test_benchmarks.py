@@ -24,7 +24,16 @@ def test_a_table_is_written_anew_and_the_rest_is_left_alone(tmp_path, monkeypatc
     page.main()
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[:3] == ["above", "", "<!-- generate_throughput -->"]
-    assert lines[5:] == ["| 8 at once | 1,234 | 2.3 | 3 |", "", "below", "", "<!-- peers pt -->", page.MISSING, "", "end"]
+    assert lines[5:] == [
+        "| 8 at once | 1,234 | 2.3 | 3 |",
+        "",
+        "below",
+        "",
+        "<!-- peers pt -->",
+        page.MISSING,
+        "",
+        "end",
+    ]
     (tmp_path / "README.md").write_text("<!-- peer pt -->\n")
     with pytest.raises(InputError, match="asks for the table 'peer pt'"):
         page.main()
