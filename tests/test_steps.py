@@ -143,6 +143,8 @@ def test_chat_model_that_is_damaged_or_something_else(tmp_path, words):
     (tmp_path / "work" / "chat_model").mkdir(parents=True)
     (tmp_path / "work" / "chat_model" / "adapter_config.json").write_text("{}")  # step 6's adapter, say
     message = "jp is unknown" if "jp" in words else "config.json"
+    if "--web" in words:
+        pytest.importorskip("gradio", reason="pip install -r requirements-optional.txt")
     refused(start("step7", tmp_path, *words), message)
 
 
