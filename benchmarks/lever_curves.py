@@ -2,8 +2,8 @@
 
     python -m benchmarks.lever_curves --work-dir runs/mini
 
-Step 3 must have finished in the work directory. Both runs see the same batches; a step's loss is rounded to four digits in the
-log. On a CPU in fp32 the levers change the order of additions alone, so curves part as rounding grows, not at once.
+Step 3 must have finished in the work directory. Both runs see the same batches. On a CPU in fp32 the
+levers change the order of additions alone, so curves part as rounding grows, not at once.
 """
 
 import argparse
