@@ -8,7 +8,6 @@ levers change the order of additions alone, so curves part as rounding grows, no
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy
 
+from benchmarks.miniature import use_steps_1_to_3
 from benchmarks.train_throughput import PLAIN
 from llmtuner.console import InputError, run_script, say, table, write_json
 from llmtuner.report.environment import environment
@@ -33,13 +33,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each run (default: all of step 5)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.work_dir:
-        os.environ["WORK_DIR"] = str(options.work_dir.resolve())
-    import constants
+    use_steps_1_to_3(options.work_dir)
     from step5_train_pt_single_gpu import BY_PROFILE, SETTINGS
 
-    constants.require(constants.ZERO_DIR)
-    constants.require_corpus()
     settings = {**SETTINGS, **BY_PROFILE["mini"], "save_strategy": "no", "plot_loss": False, "logging_steps": 1}
     if options.steps:
         settings["max_steps"] = options.steps

@@ -8,7 +8,6 @@ are not changed; a ratio is the median over the steps. For a CPU, in fp32.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.miniature import use_steps_1_to_3
+from benchmarks.train_throughput import LEVERS_OFF
 from llmtuner.console import run_script, say, table, write_json
 from llmtuner.data.packing import PackedCollator
 from llmtuner.hparams import ATTENTION, FinetuningArguments, get_train_args
@@ -32,14 +33,7 @@ from llmtuner.train.trainer import PackedTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "levers.json"
 UNTIMED, BATCHES = 3, 4  # first steps; different batches
-VARIANTS: dict[str, dict[str, Any]] = {
-    "all levers": {},
-    "attention with a mask (sdpa)": dict(flash_attn="sdpa"),
-    "attention in plain products": dict(flash_attn="disabled"),
-    "layers not fused": dict(fused_layers=False),
-    "loss not chunked": dict(chunked_loss=False),
-    "none": dict(flash_attn="sdpa", fused_layers=False, chunked_loss=False),
-}
+VARIANTS: dict[str, dict[str, Any]] = {"all levers": {}, **LEVERS_OFF}
 
 
 def main() -> None:
@@ -50,12 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help=f"with each setting; the first {UNTIMED} are not timed")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.work_dir:
-        os.environ["WORK_DIR"] = str(options.work_dir.resolve())
-    import constants
-
-    constants.require(constants.ZERO_DIR)
-    constants.require_corpus()
+    use_steps_1_to_3(options.work_dir)
     results = {}
     for window in options.windows:
         batches = batches_of(window, options.tokens)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from benchmarks.miniature import use_steps_1_to_3
 from benchmarks.training_costs import Values, medians, show, step6, varied_dialogues
 from llmtuner.console import InputError, heading, run_script, say, write_json
 from llmtuner.data.packing import PackedSequences, Segments, bin_segments, single_segments
@@ -94,12 +95,7 @@ def main() -> None:
         return install(options.install)
     if not options.environments or not (options.environments / "trl").is_dir():
         raise InputError("give --environments a directory that --install has filled.")
-    if options.work_dir:
-        os.environ["WORK_DIR"] = str(options.work_dir.resolve())
-    import constants
-
-    constants.require(constants.ZERO_DIR)
-    constants.require_corpus()
+    use_steps_1_to_3(options.work_dir)
     for name in options.jobs:
         with tempfile.TemporaryDirectory() as scratch:
             results = compare(name, options, Path(scratch))

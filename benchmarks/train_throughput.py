@@ -15,7 +15,6 @@ product measured in the same process and precision, 2,048 or, on a GPU, 8,192 on
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import numpy
 import torch
 
+from benchmarks.miniature import use_steps_1_to_3
 from benchmarks.training_costs import PARTS, UNTIMED, TimedTrainer, Values, clock, medians, show, train
 from llmtuner.console import InputError, run_script, say, write_json
 from llmtuner.model.merging import copy_tokenizer
@@ -34,13 +34,16 @@ from llmtuner.train.watching import memory_gb
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train_throughput.json"
 PLAIN = dict(flash_attn="sdpa", fused_layers=False, chunked_loss=False)
-VARIANTS: dict[str, Values] = {
-    "as it is": {},
+LEVERS_OFF: dict[str, Values] = {
     "attention with a mask (sdpa)": dict(flash_attn="sdpa"),
     "attention in plain products": dict(flash_attn="disabled"),
     "layers not fused": dict(fused_layers=False),
     "loss not chunked": dict(chunked_loss=False),
     "none of these": PLAIN,
+}
+VARIANTS: dict[str, Values] = {
+    "as it is": {},
+    **LEVERS_OFF,
     "gradient checkpointing": dict(gradient_checkpointing=True),
     "torch.compile": dict(torch_compile=True),
     "new rows only": dict(embedding_rows="new"),
@@ -65,12 +68,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.job:
         return run_job(options.job)
-    if options.work_dir:
-        os.environ["WORK_DIR"] = str(options.work_dir.resolve())
+    use_steps_1_to_3(options.work_dir)
     import constants
 
-    constants.require(constants.ZERO_DIR)
-    constants.require_corpus()
     if options.size != "mini" and not torch.cuda.is_available() and options.layers > 2:
         raise InputError("the full size is for a GPU. Without one, shorten it: --layers 1.")
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}

@@ -1,5 +1,6 @@
 """Sources, chat format and packing: every row is read, nothing becomes a special token, no document sees another."""
 
+import gc
 import hashlib
 import json
 import os
@@ -445,6 +446,14 @@ def corpus(tmp_path):
     lines(tmp_path / "dialogues.jsonl", [{"q": f"第{n}条河？", "in": "", "a": f"柳树 {n}"} for n in range(20)])
     info(tmp_path, documents=DOCUMENTS, dialogues=DIALOGUES)
     return tmp_path
+
+
+def test_the_collector_leaves_old_objects_alone_only_while_tokens_are_made(corpus, tokenizer, monkeypatch):
+    frozen, encode = [], Template.documents
+    monkeypatch.setattr(Template, "documents", lambda *args: frozen.append(gc.get_freeze_count()) or encode(*args))
+    load_examples("documents", "pt", tokenizer, settings(corpus))
+    assert min(frozen) > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_documents_are_stored_with_their_origin(corpus, tokenizer, monkeypatch):

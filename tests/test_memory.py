@@ -12,19 +12,23 @@ from llmtuner.model.growing import APPENDED_ROWS
 from llmtuner.train.memory import kept_for_backward, step_memory
 
 
-def prepared(layers=3, width=64, attention="eager", dtype=torch.float32):
+def glm(layers, width, heads, rows, intermediate, attention, dtype):
     config = GlmConfig(
-        vocab_size=256,
+        vocab_size=rows,
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         num_key_value_heads=2,
-        head_dim=width // 4,
+        head_dim=width // heads,
         attention_bias=True,
         pad_token_id=0,
     )
-    model = GlmForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
+    return GlmForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def prepared(layers=3, width=64, attention="eager", dtype=torch.float32):
+    model = glm(layers, width, 4, 256, 2 * width, attention, dtype)
     targets = dict(
         target_modules="all-linear", exclude_modules=["lm_head"], modules_to_save=["embed_tokens", "lm_head"]
     )
@@ -113,21 +117,9 @@ def test_living_tensors_are_counted_once_and_forgotten():
     assert living.now == 4000
 
 
-def whole_model(dtype, layers=6, width=256, **beside):
-    """A Glm wider and deeper than the others here, with the shares of ChatGLM3-6B, as the trainer prepares it."""
-    config = GlmConfig(
-        vocab_size=2048,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=width // 8,
-        attention_bias=True,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
-    base = GlmForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+def whole_model(dtype, **beside):
+    """A Glm wider and deeper than the others here, as the trainer prepares it."""
+    base = glm(6, 256, 8, 2048, 768, "sdpa", dtype)
     setattr(base.config, APPENDED_ROWS, [1800, 2000])
     return prepare_for_training(base, FinetuningArguments(lora_rank=16, **beside))
 
@@ -136,20 +128,20 @@ BOTH = dict(additional_target=["embed_tokens", "lm_head"])
 
 
 @pytest.mark.parametrize(
-    ("beside", "checkpointing", "dtype"),
+    ("beside", "checkpointing", "dtype", "above"),
     [
-        (BOTH, True, torch.bfloat16),
-        (BOTH, False, torch.float32),
-        (dict(**BOTH, embedding_rows="new"), False, torch.bfloat16),
-        ({}, True, torch.float32),
+        (BOTH, True, torch.bfloat16, 1.32),
+        (BOTH, False, torch.float32, 1.17),
+        (dict(**BOTH, embedding_rows="new"), False, torch.bfloat16, 1.11),
+        ({}, True, torch.float32, 1.24),
     ],
 )
-def test_the_estimate_is_not_below_the_height_of_a_real_step(beside, checkpointing, dtype):
+def test_the_estimate_is_not_below_the_height_of_a_real_step(beside, checkpointing, dtype, above):
     model = whole_model(dtype, **beside)
     estimate = step_memory(model, 2, 256, checkpointing, dtype, optimizer_bytes=0)
     real = follow_step(model, 2, 256, checkpointing, dtype)
-    # Above it, for not all parts are there at once: less so the deeper a model is.
-    assert 1.05 < estimate.total / max(real.values()) < 1.4
+    # As far above it as was once measured, for not all parts are there at once; less far the deeper a model is.
+    assert estimate.total / max(real.values()) == pytest.approx(above, abs=0.02)
     with without_content(model):
         # As elsewhere: without content, attention is not traced as the fused kernel.
         assert follow_step(model, 2, 256, checkpointing, dtype) == pytest.approx(real, rel=0.12)

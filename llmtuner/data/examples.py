@@ -235,7 +235,7 @@ def _make(
 
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """Python's collector looks at what is made from here on, not at the libraries' million objects again and again."""
+    """Python's collector looks at what is made from here on, not at the libraries' half a million objects again and again."""
     gc.freeze()
     try:
         yield

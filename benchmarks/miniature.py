@@ -1,0 +1,18 @@
+"""What benchmarks of training share: the work directory in which steps 1 to 3 have run."""
+
+import os
+from pathlib import Path
+
+
+def use_steps_1_to_3(work_dir: Path | None) -> None:
+    """Lets `constants` look into a work directory (None: as for the steps); to be called before it is imported.
+
+    Raises:
+        InputError: if steps 1 to 3 have not finished there.
+    """
+    if work_dir:
+        os.environ["WORK_DIR"] = str(work_dir.resolve())
+    import constants
+
+    constants.require(constants.ZERO_DIR)
+    constants.require_corpus()
