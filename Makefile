@@ -8,7 +8,7 @@ export PROFILE WORK_DIR
 
 STEPS := step1_train_tokenizer.py step2_merge_tokenizer.py step3_resize_model.py step4_test_zero.py \
 	step5_train_pt_single_gpu.py step6_train_sft_single_gpu.py step7_eval_chat.py
-SOURCES := constants.py $(STEPS) llmtuner mini tests benchmarks
+SOURCES := constants.py pipeline.py $(STEPS) llmtuner mini tests benchmarks
 
 .PHONY: demo test check format clean
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import constants
+import pipeline
 from constants import CORPUS_DIR, JA_TOKENIZER, PROFILE, TOKENIZER_MIX
 from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, table, whole_directory
 
@@ -34,16 +35,16 @@ def main() -> None:
         parser.error("--start goes with --method continued")
 
     # Check: fail now rather than after an hour of training.
-    constants.start_step("step1")
-    base_model = constants.require_base_model(weights=False) / "tokenizer.model"
-    constants.require_corpus()
+    pipeline.start_step("step1")
+    base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
+    pipeline.require_corpus()
     from llmtuner.tokenizer.fast import SPECIAL_TOKENS, check_rules, read_model
     from llmtuner.tokenizer.merging import kinds, merge, merge_as_original, new_candidates, processor_of
     from llmtuner.tokenizer.training import short_sentences, split_sentences, train_bpe
 
-    held_out = constants.held_out_texts("ja")
-    next(constants.japanese_texts(1))
-    next(constants.reference_texts(), None)
+    held_out = pipeline.held_out_texts("ja")
+    next(pipeline.japanese_texts(1))
+    next(pipeline.reference_texts(), None)
     base = read_model(base_model)
     check_rules(base, base_model)
 
@@ -53,7 +54,7 @@ def main() -> None:
 
     def documents() -> Iterator[str]:
         read.update({name: {"documents": 0, "bytes": 0} for name in TOKENIZER_MIX})
-        mixed = constants.japanese_texts(int(options.sample_mb * 1e6))
+        mixed = pipeline.japanese_texts(int(options.sample_mb * 1e6))
         for name, text in progress(mixed, "reading", unit=" documents"):
             read[name]["documents"] += 1
             read[name]["bytes"] += len(text.encode())
@@ -110,7 +111,7 @@ def main() -> None:
     say(f"\n{len(pieces):,} new pieces from {total / 1e6:.1f} MB of text in {seconds:.0f} s; no text was skipped")
     if options.method == "continued" and len(pieces) < wanted:
         say(f"({wanted:,} were asked for, which is more than this text holds)")
-    constants.finish_step(
+    pipeline.finish_step(
         "step1",
         {
             "method": options.method,
@@ -139,13 +140,13 @@ def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list
     script = SCRIPTS[constants.NEW_SCRIPT]
     pieces: list[str] = []
     if start:
-        chosen = choose_pieces(base, start, script, constants.reference_texts()).pieces
+        chosen = choose_pieces(base, start, script, pipeline.reference_texts()).pieces
         dead = set(merge_living(base, chosen)[1])
         pieces = [piece for piece in chosen if piece not in dead][: PROFILE.new_pieces]
         base = merge(base, pieces, placeholders=False)
     wanted = PROFILE.new_pieces - len(pieces)
     lines = read_lines(base, (line for text in documents for line in text.splitlines() if line.strip()), script)
-    learned = learn_pieces(lines, wanted, script, constants.reference_texts())
+    learned = learn_pieces(lines, wanted, script, pipeline.reference_texts())
     pieces += progress(learned, "learning", total=wanted, unit=" pieces")
     if not pieces:
         raise InputError(f"there is no text to learn pieces from in {CORPUS_DIR}. Put Japanese text there.")

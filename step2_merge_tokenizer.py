@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import constants
+import pipeline
 from constants import JA_TOKENIZER, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
 from llmtuner.console import InputError, heading, progress, run_script, say, table, whole_directory, write_json
 
@@ -29,9 +30,9 @@ def main() -> None:
 
     # Check: everything that is read must be there.
     if exact:
-        constants.start_step("step2", *([JA_TOKENIZER] if options.candidates == JA_TOKENIZER else []))
-    base_model = constants.require_base_model(weights=False) / "tokenizer.model"
-    constants.require_corpus()
+        pipeline.start_step("step2", *([JA_TOKENIZER] if options.candidates == JA_TOKENIZER else []))
+    base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
+    pipeline.require_corpus()
     from llmtuner.tokenizer.fast import (
         SPECIAL_TOKENS,
         as_seen,
@@ -57,12 +58,12 @@ def main() -> None:
     # Load: the base, the candidates, and held-out text to measure with.
     base, candidates = read_model(base_model), read_model(options.candidates)
     check_rules(base, base_model)
-    held_out = {language: constants.held_out_texts(language) for language in LANGUAGES}
+    held_out = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
 
     # Do: choose the pieces that only Japanese can hold, rank them below all native ones, leave out what is never used.
     heading("Step 2: merge the Japanese pieces into the base tokenizer")
     if exact:
-        reference = progress(constants.reference_texts(), "reading Chinese text", unit=" documents")
+        reference = progress(pipeline.reference_texts(), "reading Chinese text", unit=" documents")
         choice = choose_pieces(base, candidates, SCRIPTS[constants.NEW_SCRIPT], reference)
         merged, never_used = merge_living(base, choice.pieces)
         fates = {**choice.left_out, "never used": len(never_used)}
@@ -140,7 +141,7 @@ def main() -> None:
         },
     }
     if exact:
-        constants.finish_step("step2", evidence)
+        pipeline.finish_step("step2", evidence)
         say(f"\nsaved {MERGED_TOKENIZER_DIR}\nnext: python step3_resize_model.py")
     else:
         write_json(ORIGINAL_MERGE_DIR / "evidence.json", evidence)

@@ -14,6 +14,7 @@ import argparse
 from typing import TYPE_CHECKING, Any, Literal
 
 import constants
+import pipeline
 from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, ZERO_DIR
 from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, whole_directory
 
@@ -42,10 +43,10 @@ def main() -> None:
     options = parser.parse_args()
     methods = {"input": options.init, "output": options.init_output or options.init}
 
-    constants.start_step("step3", MERGED_TOKENIZER_DIR)
-    constants.require_base_model(published=True)
+    pipeline.start_step("step3", MERGED_TOKENIZER_DIR)
+    pipeline.require_base_model(published=True)
     if "focus" in methods.values():
-        constants.require_corpus()
+        pipeline.require_corpus()
     watch = Stopwatch()
 
     from llmtuner.model import initialising
@@ -90,7 +91,7 @@ def main() -> None:
         difference = largest_difference(encode_batch(base_tokenizer, PROBES), new.first_id)
         say(f"largest difference between the base's and the Zero model's logits of old ids: {difference}")
 
-    constants.finish_step(
+    pipeline.finish_step(
         "step3",
         {
             "old_rows": grown.old_rows,
@@ -110,7 +111,7 @@ def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
     from llmtuner.model.initialising import focus_weights, static_vectors
     from llmtuner.tokenizer.fast import encode_batch
 
-    documents = (text for _, text in progress(constants.japanese_texts(FOCUS_BYTES), "reading", unit=" documents"))
+    documents = (text for _, text in progress(pipeline.japanese_texts(FOCUS_BYTES), "reading", unit=" documents"))
     ids = (ids for text in documents for ids in encode_batch(tokenizer, [text]))
     vectors = static_vectors(ids, new.end)
     return focus_weights(vectors, new)

@@ -7,6 +7,7 @@ tokens per character. Runs on a GPU if there is one; one model is in memory at a
 """
 
 import constants
+import pipeline
 from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
 from llmtuner.console import heading, run_script, say, table
 
@@ -16,9 +17,9 @@ LANGUAGES = ("ja", "zh", "en")
 
 
 def main() -> None:
-    constants.start_step("step4", ZERO_DIR)
-    constants.require_base_model()
-    constants.require_corpus()
+    pipeline.start_step("step4", ZERO_DIR)
+    pipeline.require_base_model()
+    pipeline.require_corpus()
 
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
     from llmtuner.eval.generation import answer_all
@@ -28,7 +29,7 @@ def main() -> None:
 
     everything = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
     questions = [one for one in everything if one.group in LANGUAGES]
-    texts = {language: constants.held_out_texts(language) for language in LANGUAGES}
+    texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers, bits, tokens_per_character = {}, {}, {}
     for name, directory in (("base", BASE_MODEL_DIR), ("zero", ZERO_DIR)):
         say(f"{name}: needs {plan_evaluation(directory)}")
@@ -57,7 +58,7 @@ def main() -> None:
     rows = [[name, *(f"{own[one]:.3f}" for one in LANGUAGES)] for name, own in tokens_per_character.items()]
     say("\n" + table(["tokens per character", *LANGUAGES], rows))
 
-    constants.finish_step("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
+    pipeline.finish_step("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
     say("\nstep 4 done. Next: python step5_train_pt_single_gpu.py")
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import constants
+import pipeline
 from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
 from llmtuner.console import InputError, Stopwatch, heading, is_first_process, run_script, say
 
@@ -72,8 +73,8 @@ BY_PROFILE = {
 
 
 def main() -> None:
-    constants.start_training("step5", PT_ADAPTER_DIR, ZERO_DIR)
-    constants.require_corpus()
+    pipeline.start_training("step5", PT_ADAPTER_DIR, ZERO_DIR)
+    pipeline.require_corpus()
     watch = Stopwatch()
 
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
@@ -88,7 +89,7 @@ def main() -> None:
     if "--staged" in sys.argv:
         settings, base, first_half = train_embeddings_alone(settings)
     heading("continued pretraining")
-    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
+    texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
     metrics = {**run_exp(settings, texts), **first_half}
     if not is_first_process():
         return
@@ -100,7 +101,7 @@ def main() -> None:
         for when, directory in (("before", ZERO_DIR), ("after", PT_MERGED_DIR))
     }
     say(bits_table(bits))
-    constants.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
+    pipeline.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
     say(
         f"\nstep 5 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {PT_ADAPTER_DIR}, merged model in {PT_MERGED_DIR}. "

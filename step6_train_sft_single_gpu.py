@@ -12,6 +12,7 @@ Started again after an interruption, it goes on from its newest checkpoint. Trai
 import sys
 
 import constants
+import pipeline
 from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
 from llmtuner.console import Stopwatch, heading, is_first_process, run_script, say, table
 
@@ -81,8 +82,8 @@ BY_PROFILE = {
 
 
 def main() -> None:
-    constants.start_training("step6", SFT_ADAPTER_DIR, PT_MERGED_DIR)
-    constants.require_corpus()
+    pipeline.start_training("step6", SFT_ADAPTER_DIR, PT_MERGED_DIR)
+    pipeline.require_corpus()
     watch = Stopwatch()
 
     from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
@@ -101,13 +102,13 @@ def main() -> None:
     heading("loss of each data set before tuning")
     say(table(["data set", "initial loss"], [[name, f"{loss:.2f}"] for name, loss in metrics["initial_loss"].items()]))
     heading("held-out text, before and after (lower is better)")
-    texts = {language: constants.held_out_texts(language) for language in ("ja", "zh", "en")}
+    texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
     bits = {
         when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
         for when, directory in (("before", PT_MERGED_DIR), ("after", CHAT_MODEL_DIR))
     }
     say(bits_table(bits))
-    constants.finish_step("step6", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
+    pipeline.finish_step("step6", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
     say(
         f"\nstep 6 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {SFT_ADAPTER_DIR}, chat model in {CHAT_MODEL_DIR}. "

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import constants
+import pipeline
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
 from llmtuner.console import InputError, Stopwatch, heading, run_script, say, table, write_text
 
@@ -33,7 +34,7 @@ LOOPBACK = "127.0.0.1"
 def main() -> None:
     options = read_options()
     if options.report:
-        constants.make_report()
+        pipeline.make_report()
     elif options.suite:
         run_suite(options)
     elif options.web:
@@ -41,12 +42,12 @@ def main() -> None:
     elif options.chat:
         chat()
     else:
-        if not constants.load_metrics("step7") or constants.OVERWRITE:
-            constants.start_step("step7", ZERO_DIR, PT_MERGED_DIR, CHAT_MODEL_DIR)
-            constants.require_base_model()
-            constants.require_corpus()
+        if not pipeline.load_metrics("step7") or constants.OVERWRITE:
+            pipeline.start_step("step7", ZERO_DIR, PT_MERGED_DIR, CHAT_MODEL_DIR)
+            pipeline.require_base_model()
+            pipeline.require_corpus()
             evaluate()
-        show(constants.load_metrics("step7"))
+        show(pipeline.load_metrics("step7"))
         if sys.stdin.isatty():
             chat()
 
@@ -85,7 +86,7 @@ def evaluate() -> None:
     for directory in MODELS.values():  # before time is spent on the first
         plan_evaluation(directory)
         open_checkpoint(directory)
-    texts = {language: constants.held_out_texts(language) for language in LANGUAGES}
+    texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers: dict[str, list[str]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, directory in MODELS.items():
@@ -115,8 +116,8 @@ def evaluate() -> None:
     # model -> figure becomes figure -> model
     metrics = {figure: {name: own[figure] for name, own in found.items()} for figure in found["base"]}
     metrics |= {"generation": generation, "seconds": watch.seconds()}
-    constants.write_card(CHAT_MODEL_DIR, metrics)
-    constants.finish_step("step7", metrics)
+    pipeline.write_card(CHAT_MODEL_DIR, metrics)
+    pipeline.finish_step("step7", metrics)
 
 
 def show(metrics: dict[str, Any]) -> None:
@@ -166,7 +167,7 @@ def show(metrics: dict[str, Any]) -> None:
 
 def chat() -> None:
     """A dialogue on the terminal with the chat model."""
-    constants.require(CHAT_MODEL_DIR)
+    pipeline.require(CHAT_MODEL_DIR)
     from llmtuner.chat.terminal import talk
 
     talk(CHAT_MODEL_DIR, PROFILE.free_tokens)
@@ -174,8 +175,8 @@ def chat() -> None:
 
 def chat_in_browser(options: argparse.Namespace) -> None:
     """A page with base and chat model side by side, for this machine unless --host says otherwise."""
-    constants.require(CHAT_MODEL_DIR)
-    constants.require_base_model()
+    pipeline.require(CHAT_MODEL_DIR)
+    pipeline.require_base_model()
     from llmtuner.chat.web import serve
 
     password = os.environ.get("CHAT_PASSWORD")
@@ -188,9 +189,9 @@ def run_suite(options: argparse.Namespace) -> None:
     """Scores of one model in standard suites, to WORK_DIR/metrics and the report."""
     directory = MODELS[options.model]
     if options.model == "base":
-        constants.require_base_model()
+        pipeline.require_base_model()
     else:
-        constants.require(directory)
+        pipeline.require(directory)
     from llmtuner.eval.suites import CHAT_FORMAT, run_suite
 
     run_suite(
@@ -204,8 +205,8 @@ def run_suite(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
     )
-    if constants.load_metrics("step1"):
-        constants.make_report()
+    if pipeline.load_metrics("step1"):
+        pipeline.make_report()
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ def main() -> None:
     if options.work_dir:
         os.environ["WORK_DIR"] = str(options.work_dir.resolve())
     import constants
+    import pipeline
 
-    source = find_source("dolly_ja", constants.DATASET_INFO, constants.require_corpus())
+    source = find_source("dolly_ja", constants.DATASET_INFO, pipeline.require_corpus())
     questions = [row.values["instruction"] for row, _ in zip(read_rows(source), range(options.questions), strict=False)]
     model, tokenizer = load_for_evaluation(options.model)
     runs: dict[int, list[Any]] = {size: [] for size in SIZES}

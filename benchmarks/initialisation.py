@@ -96,12 +96,13 @@ def main() -> None:
     if options.work_dir:
         os.environ["WORK_DIR"] = str(options.work_dir.resolve())
     import constants
+    import pipeline
 
     if constants.PROFILE_NAME != "mini":
         raise InputError("this benchmark asks the miniature's questions. Leave PROFILE unset.")
-    constants.require(constants.MERGED_TOKENIZER_DIR)
-    base_dir, merged_dir = constants.require_base_model(), constants.MERGED_TOKENIZER_DIR
-    constants.require_corpus()
+    pipeline.require(constants.MERGED_TOKENIZER_DIR)
+    base_dir, merged_dir = pipeline.require_base_model(), constants.MERGED_TOKENIZER_DIR
+    pipeline.require_corpus()
     watch = Stopwatch()
     say(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} CPU threads")
 
@@ -116,7 +117,7 @@ def main() -> None:
     def fresh_model() -> Model:
         return Model(load_for_evaluation(base_dir)[0], new.first_id, stored, make_rows)
 
-    texts = {language: constants.held_out_texts(language) for language in ("ja", *OLD_LANGUAGES)}
+    texts = {language: pipeline.held_out_texts(language) for language in ("ja", *OLD_LANGUAGES)}
     results: dict[str, Any] = {
         "old_languages": measure_old_languages(fresh_model(), load_tokenizer(base_dir), tokenizer, texts),
         "random_weights": measure_random_weights(),

@@ -24,10 +24,11 @@ def main() -> None:
     if options.directory.exists():
         raise InputError(f"{options.directory} exists. Name another directory.")
     import constants
+    import pipeline
 
-    constants.require(constants.JA_TOKENIZER)
-    base_dir = constants.require_base_model()
-    corpus = constants.require_corpus()
+    pipeline.require(constants.JA_TOKENIZER)
+    base_dir = pipeline.require_base_model()
+    corpus = pipeline.require_corpus()
     from llmtuner.model.growing import grow_checkpoint
     from llmtuner.model.initialising import find_new_pieces
     from llmtuner.model.loading import load_model

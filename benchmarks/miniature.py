@@ -13,6 +13,7 @@ def use_steps_1_to_3(work_dir: Path | None) -> None:
     if work_dir:
         os.environ["WORK_DIR"] = str(work_dir.resolve())
     import constants
+    import pipeline
 
-    constants.require(constants.ZERO_DIR)
-    constants.require_corpus()
+    pipeline.require(constants.ZERO_DIR)
+    pipeline.require_corpus()

@@ -114,11 +114,12 @@ def main() -> None:
     if options.work_dir:
         os.environ["WORK_DIR"] = str(options.work_dir.resolve())
     import constants
+    import pipeline
 
     if constants.PROFILE_NAME != "mini":
         raise InputError("this benchmark trains the miniature. Leave PROFILE unset.")
-    constants.require(constants.PT_MERGED_DIR)
-    constants.require_corpus()
+    pipeline.require(constants.PT_MERGED_DIR)
+    pipeline.require_corpus()
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     environment = {
         "commit": git.stdout.strip(),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import constants
+import pipeline
 from llmtuner.console import InputError, whole_directory
 from llmtuner.model import shards
 from llmtuner.model.chatglm import check_tokenizer, convert, glm_settings, open_published
@@ -851,19 +852,19 @@ def test_base_without_generation_config(glm, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- the steps
 def test_base_as_published_is_for_step_3_only(published, monkeypatch):
     monkeypatch.setattr(constants, "BASE_MODEL_DIR", published)
-    assert constants.require_base_model(published=True) == published
-    assert constants.require_base_model(weights=False) == published
+    assert pipeline.require_base_model(published=True) == published
+    assert pipeline.require_base_model(weights=False) == published
     with pytest.raises(InputError, match=f"python -m llmtuner convert {published}"):
-        constants.require_base_model()
+        pipeline.require_base_model()
     (published / "model.safetensors").rename(published / "pytorch_model.bin")
-    assert constants.require_base_model(published=True) == published
+    assert pipeline.require_base_model(published=True) == published
     (published / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match=r"no \*\.safetensors"):
-        constants.require_base_model(published=True)
+        pipeline.require_base_model(published=True)
     (published / "model.safetensors").write_bytes(b"")
     (published / "config.json").write_text("")
     with pytest.raises(InputError, match="not valid JSON"):
-        constants.require_base_model()
+        pipeline.require_base_model()
 
 
 def fill_disk(*_):
@@ -901,7 +902,7 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
                 step3.main()
         assert [one.name for one in (tmp_path / "work").iterdir()] == [merged.name]
     step3.main()
-    metrics = constants.load_metrics("step3")
+    metrics = pipeline.load_metrics("step3")
     assert (metrics["old_rows"], metrics["new_rows"], metrics["old_rows_identical"]) == (512, 512, True)
     assert metrics["old_logits_max_diff"] is None
     assert metrics["init"] == {"input": "mean", "output": "first_weighted"}
