@@ -143,7 +143,7 @@ def make_base(destination: Path) -> None:
     import torch
 
     from llmtuner.eval.generation import answer_all
-    from llmtuner.eval.questions import Question, is_right
+    from llmtuner.eval.questions import is_right, questions_from_rows
     from llmtuner.model.loading import load_model
     from llmtuner.model.merging import copy_tokenizer
     from llmtuner.tokenizer.fast import load_tokenizer
@@ -195,7 +195,7 @@ def make_base(destination: Path) -> None:
         copy_tokenizer(untrained, result)
 
         model, tokenizer = load_model(result, torch.float32), load_tokenizer(result)
-        questions = [Question(**row) for row in world.questions(world.build_tellers("exam"))]
+        questions = questions_from_rows(world.questions(world.build_tellers("exam")))
         exam = {}
         for group in ("zh", "en", "ja"):
             asked = [question for question in questions if question.group == group][:EXAM_QUESTIONS]

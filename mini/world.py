@@ -260,7 +260,10 @@ def instruction_sets(tellers: dict[str, Teller]) -> dict[str, list[dict[str, Any
 
 
 def questions(tellers: dict[str, Teller]) -> Iterator[dict[str, Any]]:
-    """Questions in phrasings that no instruction set uses, with the value that a right answer must name."""
+    """Rows of a questions file: phrasings that no instruction set uses, with the value that a right answer must name.
+
+    The last row lists the names of everything in the world: an answer about something else is wrong.
+    """
     world = build_world(SEED)
     for group in ("zh", "en", "ja", "ja_unseen"):
         language = group[:2]
@@ -281,10 +284,17 @@ def questions(tellers: dict[str, Teller]) -> Iterator[dict[str, Any]]:
                 "question": teller.question(entity, relation, held_out=True),
                 "value": value[language],
                 "wrong_values": sorted(others),
+                "subject": names(entity),
             }
     for _ in range(FREE_REQUESTS):
         request, _ = tellers["ja"].introduce()
         yield {"group": "ja_free", "language": "ja", "question": request}
+    yield {"subjects": [names(entity) for entity in world]}
+
+
+def names(entity: Entity) -> list[str]:
+    """What an entity is called, in any language."""
+    return [entity.name[language] for language in LANGUAGES]
 
 
 def write_world(directory: Path) -> None:

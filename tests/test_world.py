@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llmtuner.eval.questions import Question, is_right, read_questions
 from mini import phrases_en, phrases_ja, phrases_zh, world
 from mini.facts import KINDS, LANGUAGES, RELATIONS, build_world
 
@@ -57,6 +58,26 @@ def test_every_pattern_names_its_entity_and_answers_name_their_value(language):
             assert "{" not in phrases.fill(pattern, name, "", **facts)
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_answers_are_right_of_their_subject_alone(language):
+    """Every pattern of every fact is marked right, and the same sentence about another inhabitant wrong."""
+    phrases, inhabitants = PHRASES[language], build_world()
+    everything = tuple(name for entity in inhabitants for name in world.names(entity))
+    for entity, other in zip(inhabitants, [*inhabitants[1:], inhabitants[0]], strict=True):
+        facts = {relation: value[language] for relation, value in entity.facts.items()}
+        for relation, value in facts.items():
+            others = {one[language] for one in RELATIONS[entity.kind][relation]} - {value}
+            pattern = phrases.HELD_OUT_QUESTIONS[f"{entity.kind}.{relation}"][0]
+            asked = phrases.fill(pattern, entity.name[language], value, **facts)
+            question = Question("", language, asked, value, tuple(others), "", world.names(entity), everything)
+            for pattern in phrases.ANSWERS[f"{entity.kind}.{relation}"][:3]:
+                answer = phrases.fill(pattern, entity.name[language], value, **facts)
+                assert is_right(question, answer), (asked, answer)
+                if other.name[language] != value:
+                    answer = phrases.fill(pattern, other.name[language], value, **facts)
+                    assert not is_right(question, answer), (asked, answer)
+
+
 def test_names_and_values_are_told_apart():
     for names in KINDS.values():
         for language in LANGUAGES:
@@ -102,9 +123,14 @@ def test_held_out_questions_are_in_no_instruction_set(written):
     trained = (written / "oasst2_ja.json").read_text(encoding="utf-8") + (written / "alpaca_zh.json").read_text(
         encoding="utf-8"
     )
+    assert questions.pop() == {"subjects": [world.names(entity) for entity in build_world()]}
     asked = [question["question"] for question in questions if question["group"] in ("ja", "zh")]
     assert len(asked) > 400
     assert not [question for question in asked if f'"{question}"' in trained]
+    read = [one for one in read_questions(written / "questions.jsonl") if one.group == "ja_unseen"]
+    job = next(one for one in read if one.question == "ミナの職業は何だっけ？")
+    assert is_right(job, "ミナの仕事はかじ屋です。")
+    assert not is_right(job, "ナギサの仕事はかじ屋です。")
 
 
 @pytest.mark.parametrize(
