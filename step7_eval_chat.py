@@ -6,8 +6,8 @@
     python step7_eval_chat.py --suite ja     standard suites: ja, zh or en (needs lm_eval)
     python step7_eval_chat.py --report       makes WORK_DIR/report.html anew, as every step does
 
-Counts right answers in Chinese, English and Japanese, in Japanese also about what was never described in Japanese;
-measures bits per byte, agreement with the base model, and repetition; chooses by these the chat model's own generation
+Counts right answers in Chinese, English and Japanese, in Japanese also about what was never described in Japanese, and
+answers in another language than their question's; measures bits per byte, agreement with the base model, and repetition; chooses by these the chat model's own generation
 settings and writes them, and a model card, into its directory. All answers go to WORK_DIR/answers.jsonl.
 """
 
@@ -28,6 +28,7 @@ MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR,
 LANGUAGES = ("ja", "zh", "en")
 QUESTIONS_PER_GROUP = 200
 SHOWN = 2
+RATES = ("response_pass_rate", "line_pass_rate")
 LOOPBACK = "127.0.0.1"
 
 
@@ -75,7 +76,7 @@ def read_options() -> argparse.Namespace:
 def evaluate() -> None:
     """Examines the four models, gives the chat model its settings and its card, and saves metrics and answers."""
     from llmtuner.eval.examination import FREE, agreement_with, choose_settings, examine, save_settings
-    from llmtuner.eval.questions import read_questions
+    from llmtuner.eval.questions import is_right, read_questions
     from llmtuner.model.loading import load_for_evaluation, plan_evaluation
     from llmtuner.model.shards import open_checkpoint
 
@@ -102,8 +103,16 @@ def evaluate() -> None:
 
     lines = []
     for index, one in enumerate(questions):
-        row = {"group": one.group, "language": one.language, "question": one.question, "right": one.value}
-        row |= {"wrong_values": one.wrong_values, **{name: answers[name][index] for name in MODELS}}
+        row: dict[str, Any] = {
+            "group": one.group,
+            "language": one.language,
+            "question": one.question,
+            "right": one.value,
+        }
+        row |= {"wrong_values": one.wrong_values, "subject": one.subject}
+        row |= {name: answers[name][index] for name in MODELS}
+        if one.value is not None:
+            row["correct"] = {name: is_right(one, answers[name][index]) for name in MODELS}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(WORK_DIR / "answers.jsonl", "".join(lines))
 
@@ -121,10 +130,11 @@ def evaluate() -> None:
 
 
 def show(metrics: dict[str, Any]) -> None:
-    """Prints the before/after table and the settings that were tried."""
+    """Prints the before/after table, the language of the answers and the settings that were tried."""
+    from llmtuner.report.claims import percent
 
     def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.0%}"
+        return "-" if value is None else percent(value)
 
     heading("before and after")
     groups = list(metrics["exact"]["base"])
@@ -142,6 +152,14 @@ def show(metrics: dict[str, Any]) -> None:
     say(table(header, rows))
     say("ja unseen: asked in Japanese about what only Chinese and English texts describe. ja repeated: 4-grams of free")
     say("Japanese answers that occurred before in the same answer.")
+
+    if confusion := metrics.get("language_confusion"):  # runs of earlier versions have not measured it
+        heading("answers in the language of their question")
+        groups = list(confusion["base"])
+        rows = [[name, *(share(confusion[name][group][rate]) for rate in RATES for group in groups)] for name in MODELS]
+        named = [group.replace("_", " ") for group in groups]
+        say(table(["share of answers in", *named, "of lines in " + named[0], *named[1:]], rows))
+        say("Answers without a line in another language, and lines; those whose characters do not tell are left out.")
 
     heading("free Japanese answers of the chat model")
     tried = metrics["generation"]["candidates"]

@@ -14,8 +14,9 @@ from llmtuner.console import InputError
 from llmtuner.data.template import Template
 from llmtuner.eval import examination
 from llmtuner.eval.bits_per_byte import Windows, bits_per_byte, document_bits, interval
-from llmtuner.eval.examination import choose_settings, save_settings
+from llmtuner.eval.examination import choose_settings, confusion_by_group, save_settings
 from llmtuner.eval.generation import Answer, Answers, answer_all
+from llmtuner.eval.language import answers_in_language, in_language, language_confusion
 from llmtuner.eval.questions import Question, agreement, is_right, read_questions, share_right
 from llmtuner.eval.repetition import describe, loops, repeated_ngrams
 from llmtuner.model.loading import load_for_evaluation, load_model
@@ -38,10 +39,160 @@ ROOT = Path(__file__).resolve().parent.parent
         ("en", "snow fox", (), "Snow foxes? The Snow Fox.", True),
         ("en", "tea", (), "They drink steam.", False),
         ("en", "1931", (), "It was in 1931.", True),
+        # ASCII letters and digits bound a word; Han and kana do not.
+        ("zh", "H2O", (), "水的化学式是H2O。", True),
+        ("zh", "H2O", (), "水的化学式是H2O2。", False),
+        ("zh", "Au", (), "金的元素符号是Au，银的是Ag。", True),
+        ("ja", "C++", (), "言語はC++です。", True),
+        ("en", "C++", (), "It is written in C++.", True),
+        ("en", "C++", (), "It is written in C.", False),
+        ("en", "Paris", (), "The Parisian way.", False),
+        # numbers
+        ("ja", "100", (), "水は100度で沸騰します。", True),
+        ("ja", "100", (), "水は100℃で沸騰します。", True),
+        ("ja", "100", (), "長さは100kmです。", True),
+        ("ja", "100", (), "100", True),  # a number is in no language
+        ("ja", "100", (), "1000度です。", False),
+        ("ja", "100", (), "1,100度です。", False),
+        ("ja", "100", (), "100.5度です。", False),
+        ("ja", "100", (), "マイナスではなく-100度です。", False),
+        ("ja", "100", (), "100万度です。", False),
+        ("en", "100", (), "About 100 million degrees.", False),
+        ("en", "1970", (), "In the 1970s.", False),
+        ("en", "2005", (), "From 2000-2005.", True),
+        ("zh", "2005年", (), "从2000年-2005年。", True),
+        ("ja", "1000", (), "1,000度です。", True),
+        ("ja", "1,000", (), "1000.0度です。", True),
+        ("ja", "百", (), "百度です。", True),
+        ("ja", "100", (), "百度です。", False),  # numerals are text
+        ("en", "4", (), "There are 42.", False),
+        ("en", "4", (), "There are 34.", False),
+        ("en", "4", (), "It is 4.5.", False),
+        ("en", "4", (), "It is 1.4.", False),
+        ("en", "4", (), "It is 4½.", False),
+        ("en", "4", (), "A4.", False),
+        ("en", "4", (), "There are 4.", True),
+        ("en", "4.5", (), "It is 4.50 m.", True),
+        # NFKC
+        ("ja", "H2O", (), "水はＨ２Ｏです。", True),
+        ("ja", "H2O", (), "水はH₂Oです。", True),
+        ("ja", "4年", ("34年",), "４年です。", True),
+        ("ja", "4年", ("34年",), "３４年です。", False),
+        ("ja", "ダンス", (), "ﾀﾞﾝｽが好きです。", True),
+        ("zh", "2000年", (), "出版于 2000 年。", True),
+        # the language, line by line
+        ("ja", "お茶", (), "青川はお茶です。\n青川以茶叶闻名。", False),
+        ("ja", "富士山", (), "富士山", False),  # could be Chinese
+        ("ja", "東京駅", (), "東京駅", True),  # 駅 could not
+        ("zh", "北京", (), "The capital is Beijing (北京).", False),
+        ("en", "Tokyo", (), "Tokyo (東京)", False),
     ],
 )
 def test_marking(language, value, wrong, answer, right):
     assert is_right(Question("g", language, "?", value, wrong), answer) is right
+
+
+WORLD = (
+    ("ミナ", "米娜", "Mina"),
+    ("ナギサ", "渚沙", "Nagisa"),
+    ("ルカ", "卢卡", "Luca"),
+    ("ナミイルカ", "浪海豚", "wave dolphin"),
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "answer", "right"),
+    [
+        ("かじ屋", "ミナの仕事はかじ屋です。", True),
+        ("かじ屋", "ナギサの仕事はかじ屋です。", False),
+        ("かじ屋", "Nagisaの仕事はかじ屋です。", False),
+        ("かじ屋", "かじ屋です。", True),  # of whom else
+        ("かじ屋", "Mina（米娜）の仕事はかじ屋です。", True),
+        ("かじ屋", "ナギサと同じく、ミナの仕事もかじ屋です。", True),
+        ("かじ屋", "ＮＡＧＩＳＡの仕事はかじ屋です。", False),
+        ("ナギサ", "友だちはナギサです。", True),  # the value is no other subject
+        ("ルカ", "ミナの友だちはルカです。", True),
+        ("ルカ", "ミナの友だちはナミイルカです。", False),  # a name inside a longer one
+    ],
+)
+def test_an_answer_about_another_subject_is_wrong(value, answer, right):
+    names = tuple(name for subject in WORLD for name in subject)
+    question = Question("ja", "ja", "ミナの職業は何だっけ？", value, subject=WORLD[0], all_subjects=names)
+    assert is_right(question, answer) is right
+    assert is_right(Question("ja", "ja", question.question, value), answer)  # nothing is known of subjects
+
+
+def test_subjects_of_a_questions_file(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"group": "ja", "language": "ja", "question": "？", "value": "かじ屋", "subject": WORLD[0]},
+        {"group": "ja", "language": "ja", "question": "誰？", "subject": WORLD[2]},
+        {"group": "zh", "language": "zh", "question": "？"},
+        {"subjects": WORLD[:2]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    first, *others = read_questions(path, 1)
+    assert first.subject == WORLD[0]
+    assert set(first.all_subjects) == {name for subject in WORLD[:3] for name in subject}
+    assert [(question.group, question.subject) for question in others] == [("zh", ())]
+    assert not is_right(first, "ルカの仕事はかじ屋です。")  # not listed, but asked about
+
+
+@pytest.mark.parametrize(
+    ("line", "ja", "zh", "en"),
+    [
+        ("ミナの仕事はかじ屋です。", True, False, False),
+        ("米娜是铁匠。", False, True, False),
+        ("我不知道。", False, True, False),
+        ("富士山", None, True, False),
+        ("富士山。", None, True, False),
+        ("東京駅", True, False, False),
+        ("我喜歡在圖書館裡看書", False, True, False),  # traditional
+        ("日本最高的山峰叫做富士山", False, True, False),  # no character tells, but it is no name
+        ("Mina is a blacksmith.", False, False, True),
+        ("ミナ works as a blacksmith in Milne.", False, False, False),
+        ("H2O", None, None, True),
+        ("1,931", None, None, None),
+        ("…！", None, None, None),
+        ("Привет", False, False, False),
+        ("ｶﾅ", True, False, False),
+    ],
+)
+def test_language_of_a_line(line, ja, zh, en):
+    assert [in_language(line, language) for language in ("ja", "zh", "en")] == [ja, zh, en]
+    assert in_language(line, "fr") is (None if line in ("1,931", "…！") else True)
+
+
+def test_language_confusion_counts_lines_and_answers():
+    answers = ["山です。\n\n川です。", "山です。\n这是山。", "富士山", "", "```\nprint(1)\n```\n関数です。"]
+    assert [answers_in_language(answer, "ja") for answer in answers] == [True, False, None, None, True]
+    assert language_confusion(answers, ["ja"] * 5) == {
+        "line_pass_rate": 0.8,
+        "lines": 5,
+        "undecided_lines": 1,
+        "response_pass_rate": 0.6667,
+        "responses": 3,
+        "undecided_responses": 2,
+    }
+    nothing = language_confusion(["7"], ["en"])
+    assert nothing["line_pass_rate"] is nothing["response_pass_rate"] is None
+
+
+def test_language_confusion_of_each_group():
+    questions = [
+        Question("zh", "zh", "你是谁"),
+        Question("zh", "zh", "把“今天天气很好”翻译成英文。", answer_language="en"),
+        Question("ja_free", "ja", "話して。"),
+    ]
+    found = confusion_by_group(questions, ["我是米娜。", "The weather is fine today.", "The weather."])
+    assert {group: one["response_pass_rate"] for group, one in found.items()} == {"zh": 1.0, "ja_free": 0.0}
+    assert found["zh"]["responses"] == 2
+
+
+def test_all_is_said_only_of_all():
+    questions = [Question("en", "en", "?", "tea")] * 30_000
+    assert share_right(questions, ["tea"] * 29_999 + ["no"], "en") == 0.9999
+    assert share_right(questions, ["tea"] * 30_000, "en") == 1
 
 
 def test_wrong_value_in_the_question_does_not_count():
@@ -103,7 +254,8 @@ def test_questions_file(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert [one.question for one in read_questions(path, 2)] == ["a0？", "a1？", "b0？", "b1？"]
-    for content, message in (("", "no question"), ("{", "damaged"), ('{"group": "a"}', "damaged")):
+    damaged = ("{", '{"group": "a"}', "[1]", "7", '{"subjects": 1}')
+    for content, message in (("", "no question"), *((content, "damaged") for content in damaged)):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=message):
             read_questions(path)
@@ -113,8 +265,12 @@ def test_questions_file(tmp_path):
 
 def test_questions_in_plain_text(tmp_path):
     path = tmp_path / "questions.txt"
-    path.write_text("# a remark\n[zh]\n你是谁\n\n[ja_free]\n 山は？ => 富士山 \n", encoding="utf-8")
-    assert read_questions(path) == [Question("zh", "zh", "你是谁"), Question("ja_free", "ja", "山は？", "富士山")]
+    path.write_text("# a remark\n[zh > en]\n茶？\n[zh]\n你是谁\n\n[ja_free]\n 山は？ => 富士山 \n", encoding="utf-8")
+    assert read_questions(path) == [
+        Question("zh", "zh", "茶？", answer_language="en"),
+        Question("zh", "zh", "你是谁"),
+        Question("ja_free", "ja", "山は？", "富士山"),
+    ]
     for content, message in (("", "no question"), ("# only this\n[zh]\n", "no question"), ("\n你是谁\n", "line 2")):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=message):
@@ -129,6 +285,11 @@ def test_questions_for_the_real_model_can_be_read():
     assert {one.group for one in questions} == {"zh", "en", "ja", "ja_free"}
     assert {"你是谁", "あなたは誰ですか"} <= {one.question for one in questions}  # the original's own are kept
     assert is_right(next(one for one in questions if one.value == "富士山"), "いちばん高い山は富士山です。")
+    assert is_right(next(one for one in questions if one.value == "H2O"), "水的化学式是H2O。")
+    assert not is_right(next(one for one in questions if one.value == "100"), "水は1000度で沸騰します。")
+    translations = [one for one in questions if "英" in one.question]
+    assert [one.language_of_answer for one in translations] == ["en", "en"]
+    assert {one.language_of_answer for one in questions if one not in translations} == {"zh", "en", "ja"}
 
 
 def test_bits_per_byte_equals_the_sum_by_hand(tiny_model_dir):

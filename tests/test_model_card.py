@@ -30,6 +30,7 @@ METRICS = {
     "step6": {"data": {"wikipedia_ja": {"planned_share": None, "share": 0.123}}},
     "step7": {
         "exact": {"base": {"zh": 1.0, "ja": 0.0}, "chat": {"zh": 0.99, "ja": 0.96, "ja_unseen": 0.045}},
+        "language_confusion": {"chat": {"zh": {"response_pass_rate": 0.9996}, "ja": {"response_pass_rate": None}}},
         "bits_per_byte": {"base": {"ja": 13.9787}, "zero": {"ja": 3.6648}, "chat": {"ja": 0.5811}},
         "repetition": {"chat": {"ja": 0.2087}},
         "free_answers": {"chat": {"ended": 0.75, "longest_loop": 1_234}},
@@ -132,6 +133,7 @@ def test_figures_stand_as_measured(directory):
         "right answers, Chinese": ["100%", "–", "–", "99%"],
         "right answers, Japanese": ["0%", "–", "–", "96%"],
         "right answers, Japanese, described elsewhere only": ["–", "–", "–", "4.5%"],
+        "in the language of the question, Chinese": ["–", "–", "–", "99.9%"],
         "bits per byte, Japanese": ["13.979", "3.665", "–", "0.581"],
         "Japanese answers: 4-grams repeated": ["–", "–", "–", "20.9%"],
         "free answers: ended by themselves": ["–", "–", "–", "75%"],
@@ -139,6 +141,7 @@ def test_figures_stand_as_measured(directory):
     }
     assert {name: table[name] for name in expected} == expected
     assert "right answers, English" not in table
+    assert "in the language of the question, Japanese" not in table  # nothing could be told
     assert "base model's: Chinese 50%." in body
     assert table["Japanese"] != table["Chinese"] == ["0.700", "0.700"]
     assert "| Japanese | 1.250 | 0.750 |" in body

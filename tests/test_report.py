@@ -16,7 +16,7 @@ from jinja2 import UndefinedError
 from llmtuner.console import InputError
 from llmtuner.report import environment as surroundings
 from llmtuner.report import page
-from llmtuner.report.claims import claims
+from llmtuner.report.claims import claims, percent
 from llmtuner.report.environment import environment
 from llmtuner.report.page import Step, write_report
 
@@ -34,6 +34,7 @@ STEPS = [
 MODELS = ("base", "zero", "pretrained", "chat")
 SENTENCE = ["▁", "私", "‹E3›", "‹81›", "‹AF›", " ", ATTACK]
 CANDIDATE = {"longest_loop": 9, "mean_loop": 1.5, "ended": 0.5, "tokens_per_second": 1234.5}
+CONFUSION = {"line_pass_rate": 0.99, "lines": 300, "undecided_lines": 5, "responses": 198, "undecided_responses": 2}
 METRICS = {
     "step1": {"skipped": 0, "new_pieces": 900, "input_bytes": 2_961_403},
     "step2": {
@@ -83,6 +84,7 @@ METRICS = {
         "bits_per_byte": {model: {"ja": 13.9787, "zh": 0.6136, "en": 0.6351} for model in MODELS},
         "bits_per_byte_interval": {model: {"ja": [13.5, 14.25]} for model in MODELS},
         "agreement": {model: {"zh": {"identical": 0.335, "similar": 0.7812}} for model in MODELS},
+        "language_confusion": {model: {"ja": CONFUSION | {"response_pass_rate": 0.9996}} for model in MODELS},
         "repetition": {model: {"ja": 0.1845} for model in MODELS},
         "free_answers": {model: {**CANDIDATE, "repeated": 0.1845} for model in MODELS},
         "generation": {
@@ -116,7 +118,7 @@ ANSWERS = [
         "zero": "",
         "pretrained": LOOP * 3,
     }
-    | {"chat": f"答えは木。{ATTACK}\u2028{'x' * 300}"},
+    | {"chat": f"答えは木。{ATTACK}\u2028{'X' * 300}"},
     {"group": "ja_free", "language": "ja", "question": "話して。", "right": None} | dict.fromkeys(MODELS, "はい\ud800"),
 ]
 LOG = [
@@ -178,7 +180,7 @@ def test_a_run_that_keeps_every_promise():
     made = claims(METRICS)
     assert all(claim.met for claim in made)
     count = {step.name: sum(claim.step == step.name for claim in made) for step in STEPS}
-    assert count == {"step1": 1, "step2": 5, "step3": 2, "step4": 2, "step5": 3, "step6": 2, "step7": 4}
+    assert count == {"step1": 1, "step2": 5, "step3": 2, "step4": 2, "step5": 3, "step6": 2, "step7": 5}
     assert len({(claim.step, claim.text) for claim in made}) == len(made)
 
 
@@ -204,6 +206,7 @@ def test_a_run_that_keeps_every_promise():
         ("step7/exact/chat/zh", 0.9499, "step7", "100% → 95% right"),
         ("step7/exact/chat/en", 0.9449, "step7", "99.5% → 94.5% right"),
         ("step7/exact/chat/ja", 0.5, "step7", "0% → 50% right"),
+        ("step7/language_confusion/chat/ja/response_pass_rate", 0.9499, "step7", "99.9% → 95% of answers"),
         ("step7/generation/candidates/penalty/repeated", 0.2001, "step7", "20% repeated, greedy 20%"),
     ],
 )
@@ -216,6 +219,7 @@ def test_a_promise_that_is_missed(path, value, step, figure):
     ("path", "value"),
     [
         ("step7/exact/chat/zh", 0.95),
+        ("step7/language_confusion/chat/ja/response_pass_rate", 0.95),
         ("step7/exact/chat/en", 0.945),
         ("step7/exact/chat/ja", 0.505),
         ("step2/token_ratio/ja", 0.999),
@@ -230,7 +234,10 @@ def test_a_promise_that_is_just_kept(path, value):
     [
         ("step1", 1), ("step2/changed_texts", 2), ("step2/texts", 0), ("step3/old_logits_max_diff", 1), ("step4/en", 1),
         ("step5/data", 1), ("step5/bits_per_byte/before", 1), ("step6", 2), ("step6/eval_loss", 0), ("step7/exact", 3),
-        ("step7/exact/base", 2), ("step7/generation", 1), ("step7/generation/candidates/greedy", 0),
+        ("step7/exact/base", 2),
+        ("step7/language_confusion", 1), ("step7/language_confusion/base", 0),
+        ("step7/language_confusion/chat/ja/response_pass_rate", 1),
+        ("step7/generation", 1), ("step7/generation/candidates/greedy", 0),
     ],
 )  # fmt: skip
 def test_what_was_not_measured_is_not_claimed(path, fewer):
@@ -357,7 +364,7 @@ def test_a_run_with_everything(work_dir):
     seen = words(text)
     sections = ["pipeline", "checks", "tokens", "models", "generation", "figures", "answers", "suites", "details"]
     assert re.findall(r'<section id="(\w+)">', text) == sections
-    assert seen.startswith(" ✓ 19 of 19 checks passed")
+    assert seen.startswith(" ✓ 20 of 20 checks passed")
     for part in (
         "Profile mini · 7 of 7 steps finished · made 20",
         "Japanese questions answered right 0% → 96%",
@@ -367,6 +374,7 @@ def test_a_run_with_everything(work_dir):
         "Japanese 13.97913.500–14.250",
         "Chinese 33.5%0.78 alike",
         "Repeated 4-grams 18.4% 18.4%",
+        "Answers in the language of their question no line in another Japanese 99.9%99% of lines, 2 undecided",
         "Tokens per second 1,234 1,234",
         "penalty ✓ chosenrepetition_penalty 1.1",
         "jnliacc 0.310 ± 0.066 503",
@@ -406,6 +414,23 @@ def test_answers(work_dir, no_figures):
     assert "はい?" in cards[3]  # half a surrogate pair
 
 
+def test_answers_are_marked_as_they_were_counted(work_dir, no_figures):
+    """Whose name is whose stands in the questions file alone; a run of an earlier version is marked without it."""
+    row = {"group": "ja", "language": "ja", "question": "ミナの職業は？", "right": "かじ屋", "wrong_values": []}
+    row |= dict.fromkeys(MODELS, "ナギサの仕事はかじ屋です。")
+    for marks, shown in ({}, 4), ({"correct": dict.fromkeys(MODELS, False) | {"base": True}}, 1):
+        (work_dir / "answers.jsonl").write_text(json.dumps(row | marks), encoding="utf-8")
+        assert report(work_dir).count("✓ right") == shown
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1, "100%"), (1.0, "100%"), (0.9999, "99.9%"), (0.9996, "99.9%"), (0.995, "99.5%"), (0.0004, "0.04%"), (0, "0%")],
+)
+def test_100_percent_is_all(share, text):
+    assert percent(share) == text
+
+
 def test_loops_of_the_chat_model_come_first(work_dir, no_figures):
     rows = [
         {"group": "ja_free", "language": "ja", "question": f"問{number}。", "right": None}
@@ -423,8 +448,8 @@ def test_missed_checks_are_named_first(work_dir, no_figures):
     text = report(work_dir)
     seen = words(text)
     assert text.count('aria-label="missed">✗<') == 1
-    assert text.count('aria-label="passed">✓<') == 18
-    assert seen.startswith(" ✗ 18 of 19 checks passed; missed: Every piece can be produced (step 2: 3 dead pieces)")
+    assert text.count('aria-label="passed">✓<') == 19
+    assert seen.startswith(" ✗ 19 of 20 checks passed; missed: Every piece can be produced (step 2: 3 dead pieces)")
     assert "missed: 3 dead pieces" in seen
 
 

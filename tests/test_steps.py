@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -219,6 +220,7 @@ def test_metrics_have_their_keys(run_of_all_steps):
         "step6": training | {"initial_loss"},
         "step7": {
             "exact",
+            "language_confusion",
             "bits_per_byte",
             "bits_per_byte_interval",
             "repetition",
@@ -324,7 +326,33 @@ def test_evaluation_finishes_the_chat_model(run_of_all_steps):
     assert "フィンの趣味を知りたいのですが。" in card
     rows = [json.loads(line) for line in (run_of_all_steps / "answers.jsonl").read_text().splitlines()]
     assert {"group", "language", "question", "right", "base", "zero", "pretrained", "chat"} <= rows[0].keys()
+    marks = [row["correct"]["base"] for row in rows if row["group"] == "zh"]
+    assert sum(marks) / len(marks) == metrics["exact"]["base"]["zh"]
+    confusion = metrics["language_confusion"]["base"]
+    assert confusion["zh"]["response_pass_rate"] > 0.9
+    assert confusion["ja"]["response_pass_rate"] < 0.1
     assert next(row["base"] for row in rows if row["group"] == "zh")
+
+
+def test_table_of_an_earlier_run_and_100_percent(capsys):
+    """Metrics from before language confusion was measured; 99.5 % is not rounded up."""
+    from step7_eval_chat import MODELS, show
+
+    tried = {"repeated": 0.1, "longest_loop": 0, "ended": 0.9996, "right": 0.995, "tokens_per_second": 1.0}
+    metrics = {
+        "exact": {model: {"zh": 1.0, "en": 0.995, "ja": None} for model in MODELS},
+        "bits_per_byte": {model: dict.fromkeys(("ja", "zh", "en"), 1.0) for model in MODELS},
+        "repetition": {model: {"ja": 0.1} for model in MODELS},
+        "generation": {"candidates": {"greedy": tried}, "chosen": "greedy"},
+    }
+    show(metrics)
+    table = capsys.readouterr().out
+    assert re.search(r"^base +100% +99\.5% +- ", table, re.MULTILINE)
+    assert re.search(r"^greedy +10% .* 99\.9% +99\.5% ", table, re.MULTILINE)
+    assert "language" not in table
+    rates = {"response_pass_rate": 0.9996, "line_pass_rate": None}
+    show(metrics | {"language_confusion": {model: {"zh": rates, "ja_free": rates} for model in MODELS}})
+    assert re.search(r"^chat +99\.9% +99\.9% +- +-$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from llmtuner.console import write_json
 from llmtuner.eval.bits_per_byte import Windows, document_bits, interval
 from llmtuner.eval.generation import GREEDY, answer_all
+from llmtuner.eval.language import language_confusion
 from llmtuner.eval.questions import Question, agreement, share_right
 from llmtuner.eval.repetition import describe
 
@@ -62,6 +63,7 @@ def examine(
     free = describe(told["free"])
     metrics = {
         "exact": {group: share_right(questions, answers, group) for group in GROUPS},
+        "language_confusion": confusion_by_group(questions, answers),
         "bits_per_byte": {one: round(float(bits[one].sum() / windows[one].bytes.sum()), 4) for one in texts},
         "bits_per_byte_interval": {one: interval(bits[one], windows[one].bytes) for one in texts},
         "repetition": {"ja": free["repeated"]},
@@ -69,6 +71,18 @@ def examine(
         "tokens_per_second": told["short"].tokens_per_second,
     }
     return metrics, answers
+
+
+def confusion_by_group(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`language_confusion` of the answers to each group of questions."""
+    found = {}
+    for group in (*GROUPS, FREE):
+        pairs = [(answer, one) for one, answer in zip(questions, answers, strict=True) if one.group == group]
+        if pairs:
+            found[group] = language_confusion(
+                [answer for answer, _ in pairs], [question.language_of_answer for _, question in pairs]
+            )
+    return found
 
 
 def agreement_with(

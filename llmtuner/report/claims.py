@@ -9,6 +9,7 @@ LITTLE_PADDING = 0.05  # share of the tokens; above it, packing has not done its
 MIX_TOLERANCE = 0.01  # one percentage point: a data set ends with a whole document
 KEPT = 0.05  # right answers that Chinese or English may lose
 LEARNED = 0.5  # far above a guess: a question has a dozen possible answers or more, and none of them is offered
+IN_JAPANESE = 0.95  # answers to Japanese questions without a line in another language
 LANGUAGES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 OLD_LANGUAGES = ("zh", "en")
 
@@ -34,8 +35,8 @@ def look_up(metrics: dict[str, Any], *path: str) -> Any:
 
 
 def percent(share: float) -> str:
-    """0.9649 -> 96.5%, three digits at most."""
-    return f"{share * 100:.3g}%"
+    """0.9649 -> 96.5%, three digits at most; 100% is all of them, so 0.9996 -> 99.9%."""
+    return f"{share * 100 if share >= 1 else min(share * 100, 99.9):.3g}%"
 
 
 def claims(metrics: dict[str, dict[str, Any]]) -> list[Claim]:
@@ -122,6 +123,12 @@ def _chat_model(metrics: dict[str, Any]) -> Iterator[Claim]:
     if after is not None:
         figure = f"{percent(after)} right" if before is None else f"{percent(before)} → {percent(after)} right"
         yield Claim("step7", "Japanese is learned", figure, after > LEARNED)
+    before, after = (look_up(step7, "language_confusion", one, "ja", "response_pass_rate") for one in ("base", "chat"))
+    if after is not None:
+        figure = (
+            f"{percent(after)} of answers" if before is None else f"{percent(before)} → {percent(after)} of answers"
+        )
+        yield Claim("step7", "Japanese questions are answered in Japanese", figure, after >= IN_JAPANESE)
     greedy = look_up(step7, "generation", "candidates", "greedy", "repeated")
     if greedy is None:
         greedy = look_up(step7, "free_answers", "chat", "repeated")

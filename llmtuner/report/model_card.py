@@ -134,14 +134,18 @@ def _before_after(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per figure, one column per model; a figure that no model has is left out."""
     kinds = [
         *((f"right answers, {name}", ("exact", group), percent) for group, name in GROUPS.items()),
+        *(
+            (f"in the language of the question, {name}", ("language_confusion", group, "response_pass_rate"), percent)
+            for group, name in GROUPS.items()
+        ),
         *((f"bits per byte, {name}", ("bits_per_byte", code), _decimals) for code, name in LANGUAGES.items()),
         ("Japanese answers: 4-grams repeated", ("repetition", "ja"), percent),
         ("free answers: ended by themselves", ("free_answers", "ended"), percent),
         ("free answers: longest loop, characters", ("free_answers", "longest_loop"), _count),
     ]
     rows = []
-    for name, (kind, key), shown in kinds:
-        figures = [look_up(metrics, "step7", kind, model, key) for model in MODELS]
+    for name, (kind, *path), shown in kinds:
+        figures = [look_up(metrics, "step7", kind, model, *path) for model in MODELS]
         if any(figure is not None for figure in figures):
             rows.append({"name": name, "figures": [UNKNOWN if one is None else shown(one) for one in figures]})
     return rows

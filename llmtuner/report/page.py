@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmtuner.console import InputError, write_text
-from llmtuner.eval.questions import HAN, KANA, Question, is_right
+from llmtuner.eval.language import HAN, KANA
+from llmtuner.eval.questions import Question, is_right
 from llmtuner.eval.repetition import loops
 from llmtuner.report.claims import LANGUAGES, claims, look_up, percent
 from llmtuner.report.figures import figures_of, read_log
@@ -157,8 +158,14 @@ def _telling(row: dict[str, Any]) -> tuple[bool, int]:
 def _question(row: dict[str, Any]) -> dict[str, Any]:
     language = row.get("language") or row["group"][:2]
     question = Question(row["group"], language, row["question"], row.get("right"), tuple(row.get("wrong_values") or ()))
+    marks = row.get("correct") or {}  # as they were counted; not in runs of earlier versions
     answers = [
-        {"model": model, "text": row[model], "parts": _parts(row[model]), "right": is_right(question, row[model])}
+        {
+            "model": model,
+            "text": row[model],
+            "parts": _parts(row[model]),
+            "right": marks[model] if model in marks else is_right(question, row[model]),
+        }
         for model in MODELS
         if row.get(model) is not None
     ]
