@@ -2,6 +2,7 @@
 # make test    the tests             make check   lint, formatting, types
 # make clean   forget the results of the demo, to start anew
 PYTHON ?= .venv/bin/python
+PYTHON3 ?= python3
 PROFILE ?= mini
 WORK_DIR ?= $(CURDIR)/runs/$(PROFILE)
 export PROFILE WORK_DIR
@@ -13,7 +14,8 @@ SOURCES := constants.py pipeline.py $(STEPS) llmtuner mini tests benchmarks
 .PHONY: demo test check format clean
 
 .venv/installed: requirements.txt
-	python3 -m venv .venv
+	$(PYTHON3) -c 'import llmtuner'
+	$(PYTHON3) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 

@@ -8,13 +8,18 @@ Nothing needs to be edited to try something. These variables are read:
     BASE_MODEL_DIR  the model to extend; default mini/base or models/chatglm3-6b
     OVERWRITE=1     let a step replace its finished result
     SKIP_FINISHED=1 let a step that has finished end at once, without an error (`make demo` goes on in this way)
+
+An empty variable counts as unset. Switches take 1, true, yes, on or 0, false, no, off.
 """
+
+import llmtuner  # noqa: F401, isort: skip  # first of all: it says so if this Python is too old
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtuner.console import stop
+from llmtuner.console import say, stop
+from llmtuner.env import env_flag, misspelled_variables
 
 ROOT = Path(__file__).resolve().parent
 
@@ -71,8 +76,16 @@ PROFILES = {
 
 def _directory(variable: str, default: Path) -> Path:
     value = os.environ.get(variable)
-    return Path(value).expanduser().resolve() if value else default
+    try:
+        return Path(value).expanduser().resolve() if value else default
+    except (OSError, RuntimeError) as error:  # no such user, a link to itself
+        stop(f"{variable}={value} is not a usable path ({error}). Set {variable} to a directory.")
 
+
+for given, meant in misspelled_variables(
+    ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_FINISHED")
+):
+    say(f"warning: the environment variable {given} is not read; did you mean {meant}?")
 
 PROFILE_NAME = os.environ.get("PROFILE") or "mini"
 if PROFILE_NAME not in PROFILES:
@@ -85,8 +98,8 @@ MINI_CORPUS_DIR = WORK_DIR / "corpus"  # the miniature's world, written by the f
 CORPUS_DIR = _directory("CORPUS_DIR", MINI_CORPUS_DIR if PROFILE_NAME == "mini" else ROOT / "corpora")
 DATASET_INFO = ROOT / "data" / "dataset_info.json"
 CACHE_DIR = WORK_DIR / "cache"  # tokenized data sets
-OVERWRITE = os.environ.get("OVERWRITE") == "1"
-SKIP_FINISHED = os.environ.get("SKIP_FINISHED") == "1"
+OVERWRITE = env_flag("OVERWRITE")
+SKIP_FINISHED = env_flag("SKIP_FINISHED")
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # processes that train together; torchrun sets it
 
 JA_TOKENIZER = WORK_DIR / "step1_ja_tokenizer" / "ja_bpe.model"

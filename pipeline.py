@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import constants
-from llmtuner.console import InputError, check_writable, is_first_process, say, write_json
+from llmtuner.console import InputError, check_writable, command, interpreter, is_first_process, say, write_json
 from llmtuner.train.checkpoints import forget
 
 # What each step does, takes and gives, for the report's drawing: what one step takes has the name under which another
@@ -56,7 +56,9 @@ def require(*needs: Path) -> None:
     """
     for path in needs:
         if not path.exists():
-            raise InputError(f"{path} is missing. It is made by {MADE_BY[path]}: run that first.")
+            raise InputError(
+                f"{path} is missing. It is made by step {MADE_BY[path][4]}: run {command(MADE_BY[path])} first."
+            )
 
 
 def start_step(step: str, *needs: Path) -> None:
@@ -117,7 +119,7 @@ def require_base_model(weights: bool = True, published: bool = False) -> Path:
         raise InputError(f"{constants.BASE_MODEL_DIR} has no *.safetensors weights. {how}")
     if not published and _model_type(constants.BASE_MODEL_DIR) == "chatglm":
         raise InputError(
-            f"{constants.BASE_MODEL_DIR} is the checkpoint as published. Convert it first: python -m llmtuner convert "
+            f"{constants.BASE_MODEL_DIR} is the checkpoint as published. Convert it first: {interpreter()} -m llmtuner convert "
             f"{constants.BASE_MODEL_DIR} {constants.BASE_MODEL_DIR}-glm, then set BASE_MODEL_DIR={constants.BASE_MODEL_DIR}-glm."
         )
     return constants.BASE_MODEL_DIR

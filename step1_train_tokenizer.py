@@ -19,7 +19,7 @@ from typing import Any
 import constants
 import pipeline
 from constants import CORPUS_DIR, JA_TOKENIZER, PROFILE, TOKENIZER_MIX
-from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, table, whole_directory
+from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say, table, whole_directory
 
 
 def main() -> None:
@@ -75,7 +75,8 @@ def main() -> None:
             model_file.write_bytes(merge(base, pieces, placeholders=False).SerializeToString())
         else:
             trained = train_bpe(sentences(), model_file, PROFILE.ja_vocab_size)
-            if skipped := trained.skipped:
+            skipped = trained.skipped
+            if skipped:
                 raise InputError(f"sentencepiece would leave out {skipped} sentences, which must not happen.")
             pieces = new_candidates(base, read_model(model_file))
         seconds = watch.seconds()
@@ -124,7 +125,7 @@ def main() -> None:
             "tokens_per_character": {name: round(value, 4) for name, value in per_character.items()},
         },
     )
-    say(f"\nsaved {JA_TOKENIZER}\nnext: python step2_merge_tokenizer.py")
+    say(f"\nsaved {JA_TOKENIZER}\nnext: {command('step2_merge_tokenizer.py')}")
 
 
 def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list[str]:

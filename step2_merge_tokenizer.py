@@ -15,7 +15,7 @@ from typing import Any
 import constants
 import pipeline
 from constants import JA_TOKENIZER, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
-from llmtuner.console import InputError, heading, progress, run_script, say, table, whole_directory, write_json
+from llmtuner.console import InputError, command, heading, progress, run_script, say, table, whole_directory, write_json
 
 LANGUAGES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 EXAMPLES = 5  # changed texts that are shown and saved for each language
@@ -88,7 +88,8 @@ def main() -> None:
             save_tokenizer(model_file, directory)
             tokenizer = load_tokenizer(directory)
             for texts in held_out.values():
-                if wrong := disagreements(tokenizer, after, texts):
+                wrong = disagreements(tokenizer, after, texts)
+                if wrong:
                     raise InputError(
                         f"tokenizer.json and tokenizer.model split this text differently: {wrong[0][:200]!r}"
                     )
@@ -142,7 +143,7 @@ def main() -> None:
     }
     if exact:
         pipeline.finish_step("step2", evidence)
-        say(f"\nsaved {MERGED_TOKENIZER_DIR}\nnext: python step3_resize_model.py")
+        say(f"\nsaved {MERGED_TOKENIZER_DIR}\nnext: {command('step3_resize_model.py')}")
     else:
         write_json(ORIGINAL_MERGE_DIR / "evidence.json", evidence)
         say(

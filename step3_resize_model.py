@@ -11,14 +11,16 @@ ChatGLM3 as published.
 """
 
 import argparse
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, heading, progress, run_script, say, whole_directory
+from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say, whole_directory
 
 if TYPE_CHECKING:
+    from typing import Literal
+
     import torch
 
 # the names of `initialising.METHODS`, which would import torch before anything is checked
@@ -61,7 +63,7 @@ def main() -> None:
     merged_tokenizer = load_tokenizer(MERGED_TOKENIZER_DIR)
     weights = usage_weights(merged_tokenizer, new) if "focus" in methods.values() else None
 
-    def make_rows(matrix: "torch.Tensor", which: Literal["input", "output"]) -> "torch.Tensor":
+    def make_rows(matrix: "torch.Tensor", which: 'Literal["input", "output"]') -> "torch.Tensor":
         # A longer output row would win against old ones: only input rows are scaled.
         scaled = options.norm_correction and which == "input"
         return initialising.new_rows(matrix, new, methods[which], scaled, seed=int(which == "output"), weights=weights)
@@ -103,7 +105,7 @@ def main() -> None:
             "seconds": watch.seconds(),
         },
     )
-    say(f"\nstep 3 done: the Zero model is in {ZERO_DIR}. Next: python step4_test_zero.py")
+    say(f"\nstep 3 done: the Zero model is in {ZERO_DIR}. Next: {command('step4_test_zero.py')}")
 
 
 def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":

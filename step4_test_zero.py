@@ -9,7 +9,7 @@ tokens per character. Runs on a GPU if there is one; one model is in memory at a
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
-from llmtuner.console import heading, run_script, say, table
+from llmtuner.console import command, heading, run_script, say, table
 
 QUESTIONS_PER_GROUP = 60
 SHOWN = 3
@@ -59,7 +59,7 @@ def main() -> None:
     say("\n" + table(["tokens per character", *LANGUAGES], rows))
 
     pipeline.finish_step("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
-    say("\nstep 4 done. Next: python step5_train_pt_single_gpu.py")
+    say(f"\nstep 4 done. Next: {command('step5_train_pt_single_gpu.py')}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import constants
 import pipeline
 from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, heading, is_first_process, run_script, say
+from llmtuner.console import InputError, Stopwatch, command, heading, is_first_process, run_script, say
 
 SETTINGS = dict(
     **constants.DATA_SETTINGS,
@@ -105,7 +105,7 @@ def main() -> None:
     say(
         f"\nstep 5 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {PT_ADAPTER_DIR}, merged model in {PT_MERGED_DIR}. "
-        "Next: python step6_train_sft_single_gpu.py"
+        f"Next: {command('step6_train_sft_single_gpu.py')}"
     )
 
 

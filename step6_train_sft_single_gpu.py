@@ -14,7 +14,7 @@ import sys
 import constants
 import pipeline
 from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
-from llmtuner.console import Stopwatch, heading, is_first_process, run_script, say, table
+from llmtuner.console import Stopwatch, command, heading, is_first_process, run_script, say, table
 
 DATASETS = [
     "oasst2_ja",
@@ -112,7 +112,7 @@ def main() -> None:
     say(
         f"\nstep 6 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {SFT_ADAPTER_DIR}, chat model in {CHAT_MODEL_DIR}. "
-        "Next: python step7_eval_chat.py"
+        f"Next: {command('step7_eval_chat.py')}"
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, heading, run_script, say, table, write_text
+from llmtuner.console import InputError, Stopwatch, command, heading, run_script, say, table, write_text
 
 MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR, "chat": CHAT_MODEL_DIR}
 LANGUAGES = ("ja", "zh", "en")
@@ -179,7 +179,7 @@ def show(metrics: dict[str, Any]) -> None:
     say(f"The chat model's own settings are now: {chosen} (least repetition for at most 2 points of right answers).")
     say(
         f"\nstep 7 done: everything is in {WORK_DIR} (report.html, metrics/, answers.jsonl, chat_model/). "
-        "Chat: python step7_eval_chat.py --chat, or --web"
+        f"Chat: {command('step7_eval_chat.py')} --chat, or --web"
     )
 
 

@@ -1,10 +1,10 @@
 """The trainer and the converter on the command line; `USAGE` lists the commands."""
 
-import os
 import sys
 from pathlib import Path
 
 from llmtuner.console import InputError, run_script
+from llmtuner.env import env_flag
 
 USAGE = """usage: python -m llmtuner COMMAND, which is one of
   train [FILE.yaml] [--name value ...]               a training run
@@ -32,7 +32,7 @@ def main() -> None:
         case ["convert", source, destination]:
             from llmtuner.model.chatglm import convert
 
-            convert(Path(source), Path(destination), overwrite=os.environ.get("OVERWRITE") == "1")
+            convert(Path(source), Path(destination), overwrite=env_flag("OVERWRITE"))
         case ["gguf", source, destination]:
             from llmtuner.model.gguf import write_gguf
 

@@ -1,8 +1,10 @@
 """What every script shares with the person at the terminal: clear errors, outcome lines, metrics, outputs that appear whole."""
 
 import errno
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -14,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 Item = TypeVar("Item")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+ROOT = Path(__file__).resolve().parent.parent
 LITTLE_ROOM = 2**24  # bytes on a disk that count as none
 
 
@@ -40,6 +43,8 @@ def stop(message: str) -> NoReturn:
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
+    if importlib.util.find_spec("torch") is None:  # before anything is done that the wrong Python cannot finish
+        stop(missing_package("torch"))
     try:
         main()
         _part_from_other_processes()
@@ -49,9 +54,46 @@ def run_script(main: Callable[[], None]) -> None:
         say(f"\n{stopped}")
         _part_from_other_processes()
         raise SystemExit(stopped.exit_code) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if (ROOT / package).exists() or (ROOT / f"{package}.py").exists():  # a mistake of our own
+            raise
+        stop(missing_package(str(error.name)))
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def missing_package(module: str) -> str:
+    """Says that a module is not installed for this Python, and which command to type instead."""
+    venv = ROOT / ".venv"
+    if (venv / "bin" / "python").exists() and Path(sys.prefix).resolve() != venv.resolve():
+        how = f"Type: {shlex.join([_short(venv / 'bin' / 'python'), *_script(), *sys.argv[1:]])}"
+    else:
+        requirements = shlex.quote(_short(ROOT / "requirements.txt"))
+        how = f"Install it: {interpreter()} -m pip install -r {requirements} (`make demo` does so, into .venv)."
+    return f"{module} is not installed for this Python ({sys.executable}). {how}"
+
+
+def _script() -> list[str]:
+    """What is running, as it was typed behind the interpreter."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+
+
+def _short(path: Path) -> str:
+    """A path as one types it: relative to the current directory if that is shorter."""
+    return min(os.path.relpath(path), str(path), key=len)
+
+
+def interpreter() -> str:
+    """What to type for the Python that is running: `python` if that is the one, else its path."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(_short(Path(sys.executable)))
+
+
+def command(script: str) -> str:
+    """What to type to run a script of this project with the Python that is running: `.venv/bin/python step4_test_zero.py`."""
+    return f"{interpreter()} {shlex.quote(_short(ROOT / script))}"
 
 
 def _part_from_other_processes() -> None:

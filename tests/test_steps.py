@@ -56,7 +56,7 @@ def test_unknown_profile(tmp_path):
 
 @pytest.mark.parametrize("step", list(STEPS)[1:])
 def test_step_before_its_forerunner(tmp_path, step):
-    refused(start(step, tmp_path), "is missing", "run that first", str(tmp_path / "work"))
+    refused(start(step, tmp_path), "is missing", "It is made by step", str(tmp_path / "work"))
 
 
 def test_work_dir_that_cannot_be_written(tmp_path):

@@ -1,0 +1,36 @@
+"""Environment variables: switches that are on or off, and names that are almost right."""
+
+import difflib
+import os
+from collections.abc import Iterable
+
+from llmtuner.console import stop
+
+ON = ("1", "true", "yes", "on")
+OFF = ("", "0", "false", "no", "off")
+# How alike two names must be: CORPUSDIR and BASE_MODEL are reported, AWS_PROFILE and WORKSPACE_DIR are not.
+SIMILARITY = 0.85
+
+
+def env_flag(name: str) -> bool:
+    """Reads a switch such as OVERWRITE; unset and empty are off. A value that is neither on nor off ends the program."""
+    value = os.environ.get(name, "").strip().lower()
+    if value not in ON + OFF:
+        stop(f"{name}={os.environ[name]} is neither on nor off. Set {name}=1, or leave it out.")
+    return value in ON
+
+
+def misspelled_variables(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Finds variables of the environment that nobody reads but that are named almost like one of `names`.
+
+    Returns:
+        (name in the environment, name that was probably meant), unless the latter is set as well.
+    """
+    plain = {name.replace("_", ""): name for name in names}
+    found = []
+    for name in sorted(os.environ):
+        spelled = name.upper().replace("_", "").replace("-", "")
+        for near in difflib.get_close_matches(spelled, plain, n=1, cutoff=SIMILARITY):
+            if name not in plain.values() and plain[near] not in os.environ:
+                found.append((name, plain[near]))
+    return found

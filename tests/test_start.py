@@ -1,0 +1,180 @@
+"""How scripts start: an old Python, a Python without the packages, misspelled variables, what --help says."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("step*.py"))
+STARTED_BY_OLD_PYTHON = ["llmtuner/__init__.py", "constants.py", *SCRIPTS]
+COMMANDS = [*([name] for name in SCRIPTS), ["-m", "llmtuner", "train"]]
+
+
+def start(words, python=(sys.executable,), cwd=ROOT, **variables):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    return subprocess.run(
+        [*python, *words], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+
+def refused(result, *parts):
+    """One line of message, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("\nerror: ")
+    assert result.stderr.count("\n") == 2
+    assert result.stdout == ""
+    for part in parts:
+        assert part in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- the interpreter
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_old_python_is_named_before_anything_else(words, tmp_path):
+    """As Python 3.10: sys.version_info says so from the first moment on."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 10, 9, 'final', 0)\n")
+    refused(start(words, PYTHONPATH=str(tmp_path)), "Python 3.10", "too old", "3.11 or newer")
+
+
+@pytest.mark.parametrize("name", STARTED_BY_OLD_PYTHON)
+def test_old_python_can_parse_what_it_reads_before_the_message(name):
+    ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 6))
+
+
+@pytest.mark.parametrize("python", sorted(Path.home().glob(".pyenv/versions/3.[6789].*/bin/python")), ids=str)
+def test_old_pythons_of_this_machine(python):
+    for words in COMMANDS:
+        refused(start(words, [str(python)]), "too old")
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_python_without_the_packages_names_the_one_that_has_them(words):
+    """-S leaves out site-packages, as an interpreter beside .venv does."""
+    result = start(words, [sys.executable, "-S"])
+    refused(result, "torch is not installed for this Python", sys.executable)
+    in_venv = Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()
+    assert ("pip install -r requirements.txt" if in_venv else ".venv/bin/python") in result.stderr
+
+
+def test_command_for_a_python_without_the_packages(monkeypatch, tmp_path):
+    from llmtuner import console
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["step7_eval_chat.py", "--suite", "ja", "--tasks", "a b"])
+    monkeypatch.setattr(console, "_script", lambda: sys.argv[:1])
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3.12")
+    assert "/usr/bin/python3.12 -m pip install -r requirements.txt" in console.missing_package("torch")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    assert "Type: .venv/bin/python step7_eval_chat.py --suite ja --tasks 'a b'" in console.missing_package("torch")
+
+
+def test_a_missing_package_is_a_message_and_a_missing_module_of_ours_a_traceback():
+    def run(module):
+        return start(["-c", f"from llmtuner.console import run_script\nrun_script(lambda: __import__('{module}'))"])
+
+    refused(run("absent_package.part"), "absent_package")
+    assert "Traceback" in run("llmtuner.absent").stderr
+
+
+def test_commands_name_the_interpreter_that_runs(monkeypatch):
+    from llmtuner import console
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "executable", str(ROOT / ".venv" / "bin" / "python"))
+    monkeypatch.setattr(console.shutil, "which", lambda name: "/usr/bin/python")
+    assert console.command("step4_test_zero.py") == ".venv/bin/python step4_test_zero.py"
+    monkeypatch.setattr(console.shutil, "which", lambda name: sys.executable)  # .venv is activated
+    assert console.command("step4_test_zero.py") == "python step4_test_zero.py"
+    monkeypatch.chdir(ROOT / "tests")
+    assert console.command("step4_test_zero.py") == "python ../step4_test_zero.py"
+
+
+def test_scripts_tell_commands_through_that_function_only():
+    """A literal `python step...` in a message names the wrong Python outside an activated environment."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("llmtuner/**/*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documentation = {
+            node.body[0].value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documentation:
+                assert "python step" not in node.value, f"{path}:{node.lineno}"
+
+
+# --------------------------------------------------------------------------------------------------- the environment
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "on"])
+def test_switch_that_is_on(value, monkeypatch):
+    from llmtuner.env import env_flag
+
+    monkeypatch.setenv("OVERWRITE", value)
+    assert env_flag("OVERWRITE")
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "No", "off"])
+def test_switch_that_is_off(value, monkeypatch):
+    from llmtuner.env import env_flag
+
+    monkeypatch.setenv("OVERWRITE", value)
+    assert not env_flag("OVERWRITE")
+
+
+@pytest.mark.parametrize("name", ["OVERWRITE", "SKIP_FINISHED"])
+def test_switch_that_is_neither(name):
+    refused(start(["step1_train_tokenizer.py"], **{name: "ture"}), f"{name}=ture", f"{name}=1")
+
+
+def test_overwrite_true_is_not_ignored(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "step1.json").write_text("{}")
+    further = dict(WORK_DIR=str(tmp_path), BASE_MODEL_DIR=str(tmp_path / "nowhere"))
+    refused(start(["step1_train_tokenizer.py"], **further), "finished already")
+    refused(start(["step1_train_tokenizer.py"], **further, OVERWRITE="true"), "nowhere does not exist")
+
+
+def test_misspelled_variables(monkeypatch):
+    from llmtuner.env import misspelled_variables
+
+    names = ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_FINISHED")
+    wrong = {
+        "CORPUSDIR": "CORPUS_DIR",
+        "WORKDIR": "WORK_DIR",
+        "WORK-DIR": "WORK_DIR",
+        "work_dir": "WORK_DIR",
+        "BASE_MODEL": "BASE_MODEL_DIR",
+        "OVERWRTE": "OVERWRITE",
+        "SKIP_FINISH": "SKIP_FINISHED",
+        "PROFIL": "PROFILE",
+    }
+    others = ("AWS_PROFILE", "WORKSPACE", "WORK", "HOME", "MODEL", "CORPUS_NAME", "DIR", "GIT_WORK_TREE", "WORKERS")
+    monkeypatch.setattr(os, "environ", {**dict.fromkeys(wrong, "x"), **dict.fromkeys(others, "x")})
+    assert dict(misspelled_variables(names)) == wrong
+    monkeypatch.setattr(os, "environ", {"CORPUSDIR": "x", "CORPUS_DIR": "y"})
+    assert misspelled_variables(names) == []
+
+
+def test_misspelled_variable_is_reported_by_a_step(tmp_path):
+    result = start(["step4_test_zero.py"], WORK_DIR=str(tmp_path), CORPUSDIR="texts")
+    assert "CORPUSDIR" in result.stdout
+    assert "did you mean CORPUS_DIR" in result.stdout
+    assert start(["step4_test_zero.py"], WORK_DIR=str(tmp_path)).stdout == ""
+
+
+def test_empty_directories_are_unset(monkeypatch):
+    code = "import constants; print(constants.CORPUS_DIR, constants.WORK_DIR, constants.BASE_MODEL_DIR)"
+    empty = dict.fromkeys(("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR"), "")
+    for name in empty:
+        monkeypatch.delenv(name, raising=False)
+    assert start(["-c", code], **empty).stdout == start(["-c", code]).stdout != ""
+
+
+def test_directory_of_nobody():
+    refused(start(["step1_train_tokenizer.py"], WORK_DIR="~nobody-of-that-name/x"), "WORK_DIR=~nobody")
