@@ -353,6 +353,57 @@ def tokenizer(tiny_tokenizer_dir):
     return load_tokenizer(tiny_tokenizer_dir)
 
 
+def other_tokenizer(tokens, **special):
+    """A tokenizer of another model: these tokens, numbered from 0."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token=special.get("unk_token")))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "special", "message"),
+    [
+        # As Qwen2's: nothing stands for what is unknown.
+        (
+            ["<|endoftext|>", "a"],
+            dict(eos_token="<|endoftext|>"),
+            r"no special token \[gMASK\].*sop.*<\|observation\|>",
+        ),
+        # As Llama's: <unk> does.
+        (["<unk>", "<s>", "</s>"], dict(unk_token="<unk>", eos_token="</s>"), r"no special token \[gMASK\].*sop"),
+        # As GLM-4's, where sop is an ordinary piece of text.
+        (
+            ["[gMASK]", "sop", *ROLES, "</s>"],
+            dict(eos_token="</s>", additional_special_tokens=["[gMASK]", *ROLES]),
+            "template: it has no special token sop. Documents",
+        ),
+        (["[gMASK]", "sop", *ROLES], dict(additional_special_tokens=["[gMASK]", "sop", *ROLES]), "end-of-sequence"),
+        (
+            ["[gMASK]", "sop", *ROLES],
+            dict(eos_token="<|user|>", additional_special_tokens=["[gMASK]", "sop", *ROLES]),
+            r"<\|user\|> and end-of-sequence \(eos_token\) share the id 3",
+        ),
+    ],
+)
+def test_a_tokenizer_without_the_templates_tokens_is_refused(tokens, special, message):
+    with pytest.raises(InputError, match=message) as error:
+        Template.of(other_tokenizer(tokens, **special))
+    assert "convert ChatGLM3-6B" in str(error.value)
+
+
+def test_a_tokenizer_with_the_templates_tokens_serves(tokenizer):
+    names = ["[gMASK]", "sop", *ROLES]
+    own = other_tokenizer([*names, "</s>"], eos_token="</s>", additional_special_tokens=names)
+    assert Template.of(own) == Template(0, 1, 6, {"system": 2, "user": 3, "assistant": 4, "observation": 5})
+
+
 def test_dialogue_trains_answers_and_end_marks_only(tokenizer):
     template = Template.of(tokenizer)
     [(ids, labels)] = template.dialogues(tokenizer, [FOUR])

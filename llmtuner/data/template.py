@@ -1,14 +1,17 @@
 """ChatGLM3's chat format, built from ids so that no text can ever become a role or an end mark."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
+from llmtuner.console import InputError
 from llmtuner.tokenizer.fast import encode_batch, encode_by_backend
 
+ROLES = ("system", "user", "assistant", "observation")
 IGNORE = -100  # label of a token that is read but not trained
 Message = dict[str, str]  # {"role": system | user | assistant | observation, "content": text}
 Ids = numpy.ndarray  # int32, one dimension
@@ -29,10 +32,32 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Template":
-        """Looks the ids up in a tokenizer with ChatGLM3's special tokens."""
-        ids = tokenizer.convert_tokens_to_ids
-        roles = {role: ids(f"<|{role}|>") for role in ("system", "user", "assistant", "observation")}
-        return cls(ids("[gMASK]"), ids("sop"), tokenizer.eos_token_id, roles)
+        """Looks up the ids of the template's special tokens.
+
+        Raises:
+            InputError: if the tokenizer lacks one of them, or two of them share an id.
+        """
+        ids: dict[str, Any] = {
+            name: _special_id(tokenizer, name) for name in ("[gMASK]", "sop", *(f"<|{role}|>" for role in ROLES))
+        }
+        ids["end-of-sequence (eos_token)"] = tokenizer.eos_token_id
+        missing = [name for name, index in ids.items() if index is None]
+        problems = [f"it has no special token {', '.join(missing)}"] if missing else []
+        for index, count in Counter(ids.values()).items():
+            if index is not None and count > 1:
+                problems.append(
+                    f"{' and '.join(name for name, own in ids.items() if own == index)} share the id {index}"
+                )
+        if problems:
+            where = getattr(tokenizer, "name_or_path", "")
+            raise InputError(
+                f"the tokenizer {where or type(tokenizer).__name__} does not fit the chatglm3 template: "
+                f"{'; '.join(problems)}. Documents and dialogues are wrapped in these tokens. Use a model with ChatGLM3's "
+                "tokenizer: convert ChatGLM3-6B (python -m llmtuner convert), or take the result of "
+                "step2_merge_tokenizer.py or a later step."
+            )
+        gmask, sop, *roles, eos = ids.values()
+        return cls(gmask, sop, eos, dict(zip(ROLES, roles, strict=True)))
 
     @property
     def prefix(self) -> list[int]:
@@ -97,6 +122,13 @@ class Template:
         trained_ids = numpy.repeat(numpy.array(trained_parts, dtype=bool), [len(part) for part in parts])
         labels = numpy.where(trained_ids, ids, numpy.int32(IGNORE))
         return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(places)]
+
+
+def _special_id(tokenizer: Any, name: str) -> int | None:
+    """The id of a special token; None where it is unknown, for which tokenizers give None, 0 or the id of <unk>."""
+    index = tokenizer.convert_tokens_to_ids(name)
+    is_special = index in tokenizer.all_special_ids and tokenizer.convert_ids_to_tokens(index) == name
+    return index if is_special else None
 
 
 def _ids(ids: Sequence[int]) -> Ids:
