@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import json
 import math
 import os
 import platform
@@ -398,8 +399,26 @@ def _problems_of_single_values(settings: dict[str, Any]) -> Iterator[Problem]:
             yield (name,), f"{name} is {value}; it must be {LIMITS[name][1]}"
         elif name == "deepspeed" and isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
             yield (name,), f"deepspeed names the file {value}, which does not exist"
+        elif name == "deepspeed" and (stage := _zero_stage(value)) not in (0, 1, 2):
+            yield (
+                (name,),
+                f"deepspeed: zero_optimization.stage is {stage!r}; ZeRO-3, which shards the weights themselves, is not supported: "
+                "the loss reads the whole output matrix. Set it to 2, as ds_config_zero2.json does",
+            )
         elif name == "adapter_name_or_path" and "," in value:
             yield (name,), f"adapter_name_or_path is {value}; it can be one directory only"
+
+
+def _zero_stage(deepspeed: dict[str, Any] | str) -> Any:
+    """zero_optimization.stage of a DeepSpeed configuration: a dict, JSON or a JSON file; 0 where it has none."""
+    try:
+        if isinstance(deepspeed, str):
+            text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
+            deepspeed = json.loads(text)
+        stage = deepspeed.get("zero_optimization", {}).get("stage", 0)  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return 0  # transformers says what is wrong with the file
+    return int(stage) if str(stage).isdigit() else stage
 
 
 def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Problem]:

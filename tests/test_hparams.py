@@ -424,6 +424,26 @@ def test_deepspeed_in_one_process_sets_what_torchrun_would(good, tmp_path, monke
     assert environment == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
+@pytest.mark.parametrize("stage", [3, "3", "auto"])
+@pytest.mark.parametrize("form", [dict, json.dumps, "file"])
+def test_sharded_weights_are_refused_before_anything_starts(good, tmp_path, monkeypatch, stage, form):
+    from llmtuner import hparams
+
+    monkeypatch.setattr(hparams, "_start_as_one_process", None)
+    config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    given = str(tmp_path / "zero.json") if form == "file" else form(config)
+    assert "ZeRO-3, which shards the weights themselves, is not supported" in problems_of({**good, "deepspeed": given})
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 2}}, {"zero_optimization": {}}])
+def test_other_stages_of_zero_are_not(config):
+    from llmtuner import hparams
+
+    assert not list(hparams._problems_of_single_values({"deepspeed": config}))
+    assert not list(hparams._problems_of_single_values({"deepspeed": json.dumps(config)}))
+
+
 def test_deepspeed_under_torchrun_keeps_its_environment(good, monkeypatch):
     from llmtuner import hparams
 
