@@ -146,6 +146,17 @@ def test_collator_pads_without_training_the_padding():
     assert [rows.tolist() for rows in batch["rows"]] == [[4], [4], []]
 
 
+def test_filled_up_ends_where_its_size_says():
+    """Whoever loops over it without an iterator of its own, as samplers do, goes on until an IndexError."""
+    filled = FilledUp([{"input_ids": numpy.arange(3)}] * 3, 4)
+    assert [len(one["input_ids"]) for one in filled] == [3, 3, 3, 0]
+    assert len(filled[-1]["input_ids"]) == 0
+    assert len(filled[-4]["input_ids"]) == 3
+    for number in (4, -5, 400):
+        with pytest.raises(IndexError):
+            filled[number]
+
+
 # ------------------------------------------------------------------------------------------------------ nothing leaks
 def packed_and_alone(stage, model, isolated=True):
     """A packed batch of five examples of random ids, and each example's place in it."""

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from test_hparams import PT_FILE, SFT_FILE
 
 from llmtuner.console import InputError, Stopped
+from llmtuner.data.packing import PackedSequences
+from llmtuner.data.template import IGNORE
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
@@ -81,6 +83,7 @@ def test_training_learns_and_merges_to_the_same_logits(tiny_run, tiny_model_dir,
         dict(bf16=True, gradient_checkpointing=True),
         dict(packing=False),
         dict(neat_packing=False),
+        dict(additional_target="input_layernorm,norm"),
     ],
 )
 def test_other_ways_to_train_learn_too(tiny_run, how, monkeypatch):
@@ -236,6 +239,55 @@ def in_two_processes(settings, directory):
     output, _ = started.communicate(timeout=300)
     assert started.returncode == 0, output[-12000:]
     return output
+
+
+@pytest.mark.parametrize("chunked_loss", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_target_tokens_has_loss_0(tiny_run, tmp_path, monkeypatch, accumulation, chunked_loss):
+    """Such as one of the last tokens of documents that are one token longer than a sequence."""
+    original = PackedSequences.__getitem__
+
+    def without_targets(self, number):
+        sequence = original(self, number)
+        if number in (4, 5):
+            sequence["labels"][:] = IGNORE
+        return sequence
+
+    monkeypatch.setattr(PackedSequences, "__getitem__", without_targets)
+    settings = {**tiny_run, "eval_strategy": "no", "eval_on_start": False, "plot_loss": False, "max_steps": 8}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+    run_exp({**settings, "chunked_loss": chunked_loss, "train_sampling_strategy": "sequential"})
+    losses = losses_of(tmp_path / "adapter")
+    empty = {4 // accumulation, 5 // accumulation}
+    assert [loss == 0 for loss in losses] == [step in empty for step in range(8)]
+    assert all(loss >= 0 for loss in losses)  # numbers, that is
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize(("stage", "dataset"), STAGES)
+def test_sequences_of_like_length_can_share_a_batch(tiny_run, tmp_path, strategy, stage, dataset):
+    """All sequences are met once in an epoch; the empty ones behind them, which fill the last batch up, do no harm."""
+    settings = {
+        **tiny_run,
+        "stage": stage,
+        "dataset": dataset,
+        "packing": False,
+        "num_train_epochs": 1,
+        "max_steps": -1,
+    }
+    settings |= {"eval_strategy": "no", "eval_on_start": False, "plot_loss": False}
+    plain = run_exp({**settings, "output_dir": str(tmp_path / "plain")})
+    grouped = run_exp({**settings, "train_sampling_strategy": strategy})
+
+    def without_padding(metrics):
+        return round(metrics["tokens"] * (1 - metrics["padding_share"]))
+
+    assert grouped["steps"] == plain["steps"] > 3
+    assert without_padding(grouped) == pytest.approx(without_padding(plain), abs=1)
+    # Rebalancing is among processes, and here is one.
+    assert (grouped["padding_share"] < plain["padding_share"]) == (strategy == "group_by_length")
 
 
 def test_batch_accumulated_or_shared_by_processes_learns_the_same(tiny_run, tmp_path):

@@ -205,6 +205,7 @@ class FilledUp(TorchDataset):
         return self.size
 
     def __getitem__(self, number: int) -> Sequence:
+        number = range(self.size)[number]  # an IndexError ends a loop over a data set that has no iterator
         if number < len(self.dataset):
             return self.dataset[number]
         nothing = numpy.zeros(0, dtype=numpy.int64)

@@ -17,7 +17,8 @@ def fuse_layers(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module) is LoraLinear:
             module.__class__ = MergedLoraLinear
-        elif type(module) is GlmRMSNorm and not module.weight.requires_grad:
+        # Of a norm that is trained in full, peft keeps the original beside it, emptied by `prepare_for_training`.
+        elif type(module) is GlmRMSNorm and module.weight is not None and not module.weight.requires_grad:
             module.__class__ = FusedRMSNorm
 
 

@@ -128,11 +128,9 @@ def check_model_fits(directory: Path | str, tokenizer: Any, length: int) -> None
     """
     config = _read_config(directory)
     _check_rows(config.vocab_size, tokenizer, directory)
-    if length > config.max_position_embeddings:
-        raise InputError(
-            f"cutoff_len is {length:,}, but {directory} reads at most {config.max_position_embeddings:,} tokens. Make it "
-            "smaller."
-        )
+    most = getattr(config, "max_position_embeddings", None)  # not every model counts positions
+    if most is not None and length > most:
+        raise InputError(f"cutoff_len is {length:,}, but {directory} reads at most {most:,} tokens. Make it smaller.")
 
 
 def check_rows(model: PreTrainedModel, tokenizer: Any, directory: Path | str) -> None:

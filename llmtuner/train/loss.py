@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, linear
 
 LOGITS_AT_ONCE = 2**25  # fp32 numbers: 128 MB
 LOGITS_AT_ONCE_ON_CPU = 2**22  # what its caches hold in part
@@ -62,19 +61,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def summed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunked: bool = True
-) -> torch.Tensor:
-    """Sum over tokens of the cross-entropy in nats; products in autocast's precision where it is on.
+def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the cross-entropy in nats of logits `hidden @ weight.T`.
 
     Args:
         hidden: what the output layer reads, [tokens, width].
         weight: the output layer's, [vocabulary, width].
         targets: the ids to be predicted, [tokens].
-        chunked: false forms all logits at once, by PyTorch's own functions.
     """
-    if not chunked:
-        return cross_entropy(linear(hidden, weight.to(hidden.dtype)).float(), targets, reduction="sum")
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, dtype)
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, compute_dtype(weight))
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The precision of a matrix product with `weight`: autocast's where it is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
 from llmtuner.console import InputError, write_json
@@ -74,9 +75,10 @@ class PackedTrainer(Trainer):
         self.meter = Meter()
         self.micro_batches: list[MicroBatch] = []  # of the step at hand
         self.ending = False
-        causal_lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.hidden: torch.Tensor
-        causal_lm.base_model.register_forward_hook(self._keep_hidden)
+        if finetuning.chunked_loss:
+            causal_lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            causal_lm.base_model.register_forward_hook(self._keep_hidden)
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -90,25 +92,25 @@ class PackedTrainer(Trainer):
             loss = summed / trained.clamp(min=1)
         else:
             # Gradients are averaged over ranks afterwards, so each rank's share counts once per rank.
-            loss = summed / num_items_in_batch * self.accelerator.num_processes
+            loss = summed / max(num_items_in_batch, 1) * self.accelerator.num_processes  # 0 of a batch without targets
         self._watch(loss, inputs, trained)
         return (loss, None) if return_outputs else loss
 
     def _summed_loss(self, model: Any, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy summed over the trained tokens of a micro-batch, and how many they are."""
-        ids, positions, trained = inputs["input_ids"], inputs["position_ids"], inputs["trained"]
-        attention = getattr(self.model.config, "_attn_implementation", "")
-        if attention.startswith("flash"):
-            # Flash attention reads packed documents off the positions of one row only.
-            ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
-        apart = {"documents": inputs["documents"]} if attention == DOCUMENTS else {}
-        # The decoder's output is caught by `_keep_hidden`; logits are formed below, where they are trained.
-        none = torch.zeros(0, dtype=torch.long, device=ids.device)
-        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=none, **apart)
-        hidden, self.hidden = self.hidden.flatten(0, 1).index_select(0, trained), none
+        trained = inputs["trained"]
         targets = inputs["labels"].flatten().index_select(0, trained + 1)
-        weight, chunked = output_weight(self.model), self.finetuning.chunked_loss
-        return summed_cross_entropy(hidden, weight, targets, chunked), ids.new_tensor(len(trained))
+        attention = getattr(self.model.config, "_attn_implementation", "")
+        if self.finetuning.chunked_loss:
+            # The decoder's output is caught by `_keep_hidden`; logits are formed chunk by chunk, where there is a target.
+            none = trained.new_zeros(0)
+            run_model(model, attention, inputs, logits_to_keep=none)
+            hidden, self.hidden = self.hidden.flatten(0, 1).index_select(0, trained), none
+            summed = summed_cross_entropy(hidden, output_weight(self.model), targets)
+        else:
+            logits = run_model(model, attention, inputs).logits.flatten(0, 1).index_select(0, trained)
+            summed = cross_entropy(logits.float(), targets, reduction="sum")
+        return summed, trained.new_tensor(len(trained))
 
     def _keep_hidden(self, _: Any, __: Any, outputs: Any) -> None:
         self.hidden = outputs.last_hidden_state
@@ -293,6 +295,21 @@ class InitialLoss(TrainerCallback):
             self.trainer.log(
                 {f"initial_loss/{name}": round(self.trainer.loss_on(one), 4) for name, one in self.samples.items()}
             )
+
+
+def run_model(model: Any, attention: str, inputs: dict, **options: Any) -> Any:
+    """A forward pass over a packed batch.
+
+    Args:
+        attention: transformers' name of the kernel; flash attention gets the batch [sequences, tokens] as one row.
+    """
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
+    if attention.startswith("flash"):
+        # Flash attention reads packed documents off the positions of one row only.
+        ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
+    if attention == DOCUMENTS:
+        options["documents"] = inputs["documents"]
+    return model(input_ids=ids, position_ids=positions, use_cache=False, **options)
 
 
 def output_weight(model: Any) -> torch.Tensor:

@@ -34,6 +34,7 @@ from llmtuner.model.loading import best_attention, check_model_fits, load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.checkpoints import find_damage, forget, newest_whole, same_run
 from llmtuner.train.memory import USABLE, free_memory, step_memory
+from llmtuner.train.self_check import SelfCheck
 from llmtuner.train.trainer import InitialLoss, PackedTrainer
 from llmtuner.train.watching import StopSignal
 
@@ -213,10 +214,13 @@ def _train(
             train_dataset=FilledUp(train, _total_batch(training_args)),
             eval_dataset=_first(held_out, data_args.max_eval_sequences) if len(held_out) else None,
         )
+        check = SelfCheck(trainer, tokenizer, packed=data_args.packing and data_args.neat_packing)
         if not training_args.do_train:
+            check.run()
             return {"eval_loss": trainer.evaluate()["eval_loss"]}
         small = {name: _first(one, SEQUENCES_FOR_INITIAL_LOSS) for name, one in (samples or {}).items()}
-        trainer.add_callback(InitialLoss(trainer, small))
+        for callback in (check, InitialLoss(trainer, small)):
+            trainer.add_callback(callback)
         if checkpoint:
             trainer.go_on_from(checkpoint)
         else:

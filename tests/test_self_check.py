@@ -1,0 +1,192 @@
+"""The self-check before the first step: which model families train, which are refused, and by which setting they then train."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from llmtuner.console import InputError
+from llmtuner.model import fused
+from llmtuner.model.merging import copy_tokenizer
+from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.train import self_check
+from llmtuner.train.tuner import run_exp
+
+ROOT = Path(__file__).resolve().parent.parent
+WHOLE_LINE = re.compile(r"^self-check: loss [\d.]+, .* to (\S+); documents isolated to (\S+); (\d+) ms$", re.MULTILINE)
+
+CHUNKED, PACKED = {"chunked_loss": False}, {"packing": False}
+SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
+GATED = dict(**SIZES, intermediate_size=128)
+GROUPED = dict(**GATED, num_key_value_heads=2)
+FAMILIES = {  # name -> configuration class, its arguments, and the settings without which it is refused
+    "Llama": ("LlamaConfig", GROUPED, {}),
+    "Qwen3": ("Qwen3Config", dict(**GROUPED, head_dim=16), {}),
+    "Gemma2": ("Gemma2Config", dict(**GROUPED, head_dim=16, final_logit_softcapping=5.0), CHUNKED),
+    "Gemma3": ("Gemma3TextConfig", dict(**GROUPED, head_dim=16), {}),
+    "Granite": ("GraniteConfig", dict(**GROUPED, logits_scaling=8.0), CHUNKED),
+    "Cohere": ("CohereConfig", GROUPED, CHUNKED),
+    "Phi": ("PhiConfig", GATED, CHUNKED),
+    "Falcon": ("FalconConfig", SIZES, PACKED),
+    "Bloom": ("BloomConfig", dict(hidden_size=64, n_layer=2, n_head=4), PACKED),
+    "Mamba": ("MambaConfig", dict(hidden_size=64, num_hidden_layers=2, state_size=8), PACKED),
+    "OPT": ("OPTConfig", dict(**SIZES, ffn_dim=128, word_embed_proj_dim=32), CHUNKED | PACKED),
+    "GPT-NeoX": ("GPTNeoXConfig", GATED, {}),
+}
+HARD = {"std": 0.3}  # weights as large as trained ones: nothing hides behind logits that are nearly 0
+
+
+@pytest.fixture
+def family_run(tiny_run, tiny_tokenizer_dir, tmp_path):
+    """Settings that train a tiny model of a family in full, with the tests' ChatGLM3-like tokenizer."""
+
+    def settings(name):
+        config_class, sizes, _ = FAMILIES[name]
+        ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        rows = -(-len(load_tokenizer(tiny_tokenizer_dir)) // 64) * 64
+        config = getattr(transformers, config_class)(vocab_size=rows, **ids, **sizes)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, **HARD)
+        model.save_pretrained(str(tmp_path / "model"))
+        copy_tokenizer(tiny_tokenizer_dir, tmp_path / "model")
+        small = dict(model_name_or_path=str(tmp_path / "model"), finetuning_type="full", additional_target=[])
+        return {**tiny_run, **small, "plot_loss": False, "learning_rate": 1e-3}
+
+    return settings
+
+
+def refusal(settings):
+    """The message with which the self-check refuses a run before its first step; None where it trains."""
+    try:
+        run_exp(settings)
+    except InputError as error:
+        return str(error) if str(error).startswith("self-check") else pytest.fail(str(error))
+    return None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_trains_or_refusal_with_the_setting_that_helps(family_run, name, capsys, tmp_path):
+    settings, needed = family_run(name), FAMILIES[name][2]
+    refused = refusal(settings)
+    assert (refused is not None) == bool(needed)
+    assert list(tmp_path.glob("adapter/*.safetensors")) == [] or not needed
+    for setting, other in (("chunked_loss", PACKED), ("packing", CHUNKED)):
+        assert (f"Set {setting}: false" in (refused or "")) == (setting in needed)
+        if len(needed) > 1:  # one of two settings is not enough
+            assert f"Set {setting}: false" in refusal({**settings, **other})
+    if needed:
+        capsys.readouterr()
+        metrics = run_exp({**settings, **needed})
+        assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
+    [(loss, moved, milliseconds)] = WHOLE_LINE.findall(capsys.readouterr().out)
+    assert float(loss) < 1e-6
+    assert float(moved) == 0
+    assert int(milliseconds) < 5_000
+    if table := os.environ.get("SELF_CHECK_TABLE"):
+        with Path(table).open("a", encoding="utf-8") as lines:
+            how = ", ".join(f"`{setting}: false`" for setting in needed)
+            print(f"| {name} | {'refused' if needed else 'trains'} | {how} | {milliseconds} |", file=lines)
+
+
+def test_documents_that_may_see_each_other_are_not_compared(family_run):
+    assert refusal({**family_run("Falcon"), "neat_packing": False, "max_steps": 1}) is None
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("plain", [{}, {"fused_layers": False, "chunked_loss": False, "flash_attn": "sdpa"}])
+def test_glm_with_lora_and_embeddings_passes(tiny_run, monkeypatch, capsys, stage, bf16, plain):
+    monkeypatch.setattr("llmtuner.hparams.cpu_computes_bf16", lambda: True)
+    dataset = {"pt": "documents", "sft": "dialogues"}[stage]
+    short = dict(max_steps=1, eval_strategy="no", eval_on_start=False, plot_loss=False)
+    run_exp({**tiny_run, **short, **plain, "stage": stage, "dataset": dataset, "bf16": bf16, "lora_dropout": 0.1})
+    [(loss, moved, _)] = WHOLE_LINE.findall(capsys.readouterr().out)
+    assert float(loss) < (5e-4 if bf16 else 1e-6)
+    assert float(moved) == 0
+
+
+def test_the_check_leaves_no_trace_in_the_run(tiny_run, tmp_path, monkeypatch):
+    """Weights after dropout and shuffling are bit for bit those of a run without it; no gradient is left behind."""
+    settings = {**tiny_run, "lora_dropout": 0.2, "plot_loss": False}
+    original, states = self_check.self_check, []
+
+    def watched(trainer, *args):
+        trainer.model.train()
+        original(trainer, *args)
+        states.append([trainer.model.training, *(parameter.grad for parameter in trainer.model.parameters())])
+
+    monkeypatch.setattr(self_check, "self_check", watched)
+    run_exp({**settings, "output_dir": str(tmp_path / "with")})
+    assert set(states[0]) == {True, None}
+    monkeypatch.setattr(self_check, "self_check", lambda *_: None)
+    run_exp({**settings, "output_dir": str(tmp_path / "without")})
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("with", "without")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_runs_on_every_start(tiny_run, tmp_path, capsys):
+    settings = {**tiny_run, "save_strategy": "steps", "save_steps": 3, "plot_loss": False}
+    run_exp(settings)
+    shutil.rmtree(tmp_path / "adapter" / "checkpoint-6")
+    run_exp(settings)  # resumes after step 3
+    assert len(WHOLE_LINE.findall(capsys.readouterr().out)) == 2
+    run_exp(
+        {**settings, "output_dir": str(tmp_path / "eval"), "do_eval": True, "do_train": False, "eval_on_start": False}
+    )
+    assert len(WHOLE_LINE.findall(capsys.readouterr().out)) == 1
+
+
+def test_fused_layers_that_compute_another_thing_are_named(tiny_run, monkeypatch):
+    monkeypatch.setattr(fused, "linear", lambda x, weight, bias: torch.nn.functional.linear(x, weight))  # no bias
+    assert "Set fused_layers: false" in refusal(tiny_run)
+    run_exp({**tiny_run, "fused_layers": False, "max_steps": 1, "eval_strategy": "no"})
+
+
+def test_all_processes_end_if_one_refuses(tiny_run, tmp_path):
+    """Under ZeRO-2 in two processes; a rank that waited for the other would run into the time limit."""
+    settings = {**tiny_run, "deepspeed": str(ROOT / "ds_config_zero2.json"), "per_device_train_batch_size": 1}
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os
+from llmtuner.console import run_script
+from llmtuner.train import self_check
+from llmtuner.train.tuner import run_exp
+
+if os.environ["RANK"] == "1":
+    logits = self_check._logits
+    self_check._logits = lambda *args, **options: logits(*args, **options) * 1.5
+run_script(lambda: run_exp({settings!r}))
+""",
+        encoding="utf-8",
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, str(script)],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert "error: self-check" in result.stderr
+    assert "from the model's own logits" in result.stderr
+    assert (
+        not (tmp_path / "adapter" / "log.jsonl").exists()
+        or "loss" not in (tmp_path / "adapter" / "log.jsonl").read_text()
+    )
