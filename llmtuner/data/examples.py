@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llmtuner.console import InputError, say, whole_directory, write_json
 from llmtuner.data.messages import BadRow, check_columns, to_document, to_messages
-from llmtuner.data.sources import Row, Source, find_source, read_rows, text_hash
+from llmtuner.data.sources import Row, Source, file_kind, find_source, read_rows, text_hash
 from llmtuner.data.template import Ids, Message, Template
 from llmtuner.data.tokens import SCHEMA, Examples, TokenTable
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once, enough for all threads; one document may be longer
 BATCH_ROWS = 1_000
+ROWS_THAT_SHOW_COLUMNS = 1_000  # if none of them has a column that every row needs, its name is wrong
 AS_JSON = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
 FORMAT = 3  # counted up when what is stored changes
 
@@ -145,6 +146,8 @@ def _open(name: str, directory: Path, settings: dict[str, Any]) -> Examples:
             f"data set {name}: {directory} was made with other settings ({'; '.join(changed)}). Set overwrite_cache: true "
             "to make it again, or name another tokenized_path."
         )
+    for note in about.get("notes", []):
+        say(f"{name}: {note}")
     return Examples(name, table, tuple(about["places"]), about["counts"], directory)
 
 
@@ -197,6 +200,8 @@ def _make(
         dict.fromkeys(["read", "filtered", "rejected", "empty", "kept", "tokens", "bytes"], 0)
     )
 
+    columns: dict[str, None] = {}
+
     def encode(contents: list[Any]) -> list[tuple[Ids, Ids]]:
         if stage == "pt":
             return [(ids, ids[:0]) for ids in template.documents(tokenizer, contents, threads)]
@@ -214,7 +219,7 @@ def _make(
 
             limit = min(data_args.max_samples or sys.maxsize, source.num_samples or sys.maxsize)
             rows = itertools.islice(_filtered(source, counts), limit)
-            usable = _usable(rows, source, stage, counts, reject)
+            usable = _usable(rows, source, stage, counts, reject, columns)
             with (
                 pyarrow.OSFile(str(partial / "examples.arrow"), "wb") as file,
                 pyarrow.ipc.new_file(file, SCHEMA) as writer,
@@ -226,10 +231,19 @@ def _make(
                     counts["bytes"] += sum(row.size for row in batch)
                     counts["tokens"] += len(record_batch["input_ids"].values)
                     writer.write_batch(record_batch)
+        if columns:
+            check_columns(source, stage, columns, complete=counts["read"] - counts["filtered"] < limit)
         _check(source.name, partial, counts, data_args.max_rejected)
-        hashes = TokenTable(partial / "examples.arrow").column("hash")
+        notes = []
+        if stage == "sft" and (tools := source.names("tools")) and not columns.keys() & {*tools}:
+            notes.append(f"no row has a column {' or '.join(map(repr, tools))}: no tools are trained")
+        table = TokenTable(partial / "examples.arrow")
+        hashes = table.column("hash")
         counts["duplicates"] = len(hashes) - len(numpy.unique(hashes))
-        about = {"settings": settings, "places": source.places(), "counts": counts}
+        if texts := [number for number, file in enumerate(source.files) if file_kind(file) == ".txt"]:
+            count = numpy.isin(table.column("file"), texts).sum()
+            notes.append(f"{source.sample_note()}: {count:,} documents from {len(texts):,} files")
+        about = {"settings": settings, "places": source.places(), "counts": counts, "notes": notes}
         write_json(partial / "about.json", about)
 
 
@@ -253,16 +267,24 @@ def _filtered(source: Source, counts: Counter[str]) -> Iterator[Row]:
 
 
 def _usable(
-    rows: Iterable[Row], source: Source, stage: str, counts: Counter[str], reject: Callable[[Row, str], None]
+    rows: Iterable[Row],
+    source: Source,
+    stage: str,
+    counts: Counter[str],
+    reject: Callable[[Row, str], None],
+    columns: dict[str, None],
 ) -> Iterator[Usable]:
-    checked = False
+    """Rows that can be trained on; fills `columns` with the names that the rows have."""
+    number = 0
     for row in rows:
         if row.problem:
             reject(row, row.problem)
             continue
-        if not checked:
-            check_columns(source, stage, row.values)
-            checked = True
+        if row.values.keys() - columns.keys():
+            columns |= dict.fromkeys(row.values)
+        number += 1
+        if number == ROWS_THAT_SHOW_COLUMNS:
+            check_columns(source, stage, columns)
         try:
             if stage == "pt":
                 data = to_document(source, row.values)

@@ -3,20 +3,30 @@
 import csv
 import glob
 import hashlib
+import io
 import json
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-from llmtuner.console import InputError
+from llmtuner.console import InputError, say
 
 FILE_KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of all kinds but parquet, which compresses by itself
+KINDS_TEXT = f"{', '.join(FILE_KINDS)}; all but parquet also with {' or '.join(COMPRESSIONS)}"
 FORMATTINGS = ("alpaca", "sharegpt")
+# What one document of a .txt file is; names and default are those of Hugging Face's text loader.
+SAMPLE_BY = {"line": "a line", "paragraph": "a block of lines between blank ones", "document": "a whole file"}
+MAX_READ_ERRORS = 0.05  # share of a corpus's rows that `read_texts` leaves out because they cannot be read
+MAX_CSV_ROW = 1 << 26  # characters; a longer row is taken for an unclosed quote, so that memory stays bounded
+HUB_TIMEOUT = 10  # seconds
+SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 1 << 16  # of each file, what the cache's fingerprint reads
 # What LLaMA-Factory takes where an entry says nothing else.
 DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 DEFAULT_TAGS = {
@@ -25,9 +35,10 @@ DEFAULT_TAGS = {
     "user_tag": "human",
     "assistant_tag": "gpt",
     "observation_tag": "observation",
+    "function_tag": "function_call",
     "system_tag": "system",
 }
-KNOWN_COLUMNS = (*DEFAULT_COLUMNS, "history", "system")
+KNOWN_COLUMNS = (*DEFAULT_COLUMNS, "history", "system", "tools")
 KINDS: dict[type, str] = {int: "a whole number above 0", dict: "an object of the form {KEY: VALUE}", str: "text"}
 # Hubs that are not asked, and a checksum that LLaMA-Factory does not insist on: they may stand beside a place to read.
 PASSED_OVER = ("ms_hub_url", "om_hub_url", "file_sha1")
@@ -50,13 +61,15 @@ class Source:
     num_samples: int | None = None
     """At most this many rows are used."""
     formatting: str = "alpaca"
-    """`alpaca` (columns prompt, query, response, system, history) or `sharegpt` (a list of messages)."""
+    """`alpaca` (columns prompt, query, response, history) or `sharegpt` (a list of messages); both: system, tools."""
     columns: dict[str, Any] = field(default_factory=dict)
     """role of a column -> its name in the files, or a list of names of which the first that exists is taken."""
     tags: dict[str, str] = field(default_factory=dict)
     """Names used inside sharegpt messages, where they are not `DEFAULT_TAGS`."""
     keep_rows: dict[str, Any] = field(default_factory=dict)
     """Only rows with these column values are used."""
+    sample_by: str = "line"
+    """What one document of a .txt file is: `line`, `paragraph` (lines between blank lines) or `document` (the file)."""
 
     def names(self, role: str) -> list[str]:
         """Names that the column with this role may have; none if the rows have no such column."""
@@ -99,6 +112,12 @@ class Source:
     def where(self) -> str:
         return ", ".join(self.places())
 
+    def sample_note(self) -> str:
+        """Says what one document of the .txt files is; empty if there are none."""
+        if not any(file_kind(file) == ".txt" for file in self.files):
+            return ""
+        return f"one document of a .txt file is {SAMPLE_BY[self.sample_by]} (sample_by: {', '.join(SAMPLE_BY)})"
+
     def keeps(self, values: dict[str, Any]) -> bool:
         """Whether a row has the values that `keep_rows` asks for."""
         return not self.keep_rows or all(
@@ -106,12 +125,30 @@ class Source:
         )
 
     def fingerprint(self) -> str:
-        """Changes when a file's path, size or date changes, or the way it is read."""
+        """Changes with a file's path, size, date or content (of files above 1 MiB a sample), or the way it is read."""
         files = [Path(file) for file in self.files]
         if not files and self.hf_hub_url and Path(self.hf_hub_url).is_dir():
             files = sorted(path for path in Path(self.hf_hub_url).rglob("*") if path.is_file())
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, _content_sample(file)) for file in files]
         return hashlib.sha256(json.dumps([stats, repr(self)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content_sample(file: Path) -> str:
+    """SHA-256 over the head, the tail and evenly spaced blocks of a file; over all of it up to 1 MiB.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    last = max(0, file.stat().st_size - SAMPLE_BYTES)  # where the last block begins
+    try:
+        with file.open("rb") as stream:
+            for number in range(SAMPLE_BLOCKS):
+                stream.seek(last * number // (SAMPLE_BLOCKS - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
+    return digest.hexdigest()
 
 
 class Row(NamedTuple):
@@ -129,9 +166,15 @@ class Row(NamedTuple):
 def find_source(name: str, dataset_info: Path, corpus_dir: Path) -> Source:
     """Looks a data set up: files in `corpus_dir` first, then the hub.
 
+    `REMOTE:ORG/NAME`, or `ORG/NAME` where the directory of `dataset_info` is called ONLINE, is a data set of the hub
+    with LLaMA-Factory's default columns; it needs no entry.
+
     Raises:
-        InputError: if the name is unknown, its entry cannot be followed, or there is neither a file nor a hub id.
+        InputError: if the name is unknown, its entry cannot be followed, there is neither a file nor a hub id, or
+            `corpus_dir` holds no file of any entry: then the wrong directory was set, and the hub is not asked.
     """
+    if name.startswith("REMOTE:") or str(dataset_info.parent) == "ONLINE":
+        return Source(name=name, files=(), hf_hub_url=name.removeprefix("REMOTE:"))
     entries = _read_dataset_info(dataset_info)
     if name not in entries:
         import difflib
@@ -141,19 +184,49 @@ def find_source(name: str, dataset_info: Path, corpus_dir: Path) -> Source:
         raise InputError(f"data set {name!r} is not described in {dataset_info}.{hint}")
     entry = _known_keys(entries[name], f"{dataset_info}: entry {name!r}")
     pattern = entry.pop("file_name", None)
-    files = _local_files(corpus_dir, pattern) if pattern else ()
+    files, skipped = _local_files(corpus_dir, pattern) if pattern else ((), "")
+    place, where_else = f"{corpus_dir}/{pattern}", "corpus_dir (in the steps: CORPUS_DIR)"
     if not files and not entry.get("hf_hub_url"):
         raise InputError(
-            f"data set {name}: no file {corpus_dir}/{pattern} (of kind {', '.join(FILE_KINDS)}). "
-            f"Put it there, or change corpus_dir (in the steps: CORPUS_DIR) or {dataset_info}."
+            f"data set {name}: no file {place} (of kind {KINDS_TEXT}).{skipped} "
+            f"Put it there, or change {where_else} or {dataset_info}."
         )
+    if not files and pattern and not _holds_any(corpus_dir, entries, dataset_info):
+        raise InputError(
+            f"data set {name}: no file {place} (of kind {KINDS_TEXT}), nor one of any other data set in "
+            f"{dataset_info}.{skipped} Put files there, or set {where_else} to another directory; the hub is read where "
+            "there is no such directory, and for data sets that are missing beside others."
+        )
+    if skipped:
+        _say_once(f"data set {name}: {place}:{skipped} Kinds that are read: {KINDS_TEXT}.")
+    if pattern and not files:
+        _say_once(f"data set {name}: no file {place}; reading {entry['hf_hub_url']} from the hub")
     return Source(name=name, files=files, looked_for=f"{corpus_dir}/{pattern}" if pattern else "", **entry)
+
+
+@cache
+def _say_once(message: str) -> None:
+    """Prints what concerns a data set once, however often it is looked up."""
+    say(message)
+
+
+def _holds_any(corpus_dir: Path, entries: dict[str, Any], dataset_info: Path) -> bool:
+    """False if a directory was named for texts, beside that of `dataset_info`, and holds no file of any entry."""
+    if not corpus_dir.is_dir() or corpus_dir.resolve() == dataset_info.parent.resolve():
+        return True
+    names = [entry.get("file_name") for entry in entries.values() if isinstance(entry, dict)]
+    return any(_local_files(corpus_dir, name)[0] for name in names if isinstance(name, str))
 
 
 def _read_dataset_info(path: Path) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if str(path).startswith("REMOTE:"):
+            raise InputError(
+                f"dataset_dir {path.parent}: a dataset_info.json on the hub is not read. Download it and set dataset_dir "
+                "to its directory, or set dataset to REMOTE:ORG/NAME for a single data set of the hub."
+            ) from error
         raise InputError(
             f"{path} does not exist. It describes the data sets; set dataset_dir to its directory."
         ) from error
@@ -193,21 +266,33 @@ def _known_keys(entry: Any, place: str) -> dict[str, Any]:
         kind: type = int if key == "num_samples" else dict if key in ("columns", "tags", "keep_rows") else str
         if type(value) is not kind or (isinstance(value, int) and value < 1):
             raise InputError(f"{place}: {key} is {value!r}; it must be {KINDS[kind]}.")
-    if entry.get("formatting", "alpaca") not in FORMATTINGS:
-        raise InputError(f"{place}: formatting {entry['formatting']!r} is unknown; use {' or '.join(FORMATTINGS)}.")
+    for key, known_values in (("formatting", FORMATTINGS), ("sample_by", tuple(SAMPLE_BY))):
+        if entry.get(key, known_values[0]) not in known_values:
+            raise InputError(f"{place}: {key} {entry[key]!r} is unknown; use {' or '.join(known_values)}.")
     return entry
 
 
-def _local_files(corpus_dir: Path, file_name: str) -> tuple[str, ...]:
-    """Files that a file, a directory or a pattern names, in order of their names."""
+def _local_files(corpus_dir: Path, file_name: str) -> tuple[tuple[str, ...], str]:
+    """Files that a file, a directory or a pattern names, in order of their names; and a sentence on those of other kinds."""
     place = corpus_dir / file_name
     if place.is_dir():
-        found = [str(path) for path in place.iterdir()]
+        found = [str(path) for path in place.iterdir() if not path.name.startswith(".")]
     elif place.is_file():
         found = [str(place)]
     else:
         found = glob.glob(os.path.join(glob.escape(str(corpus_dir)), file_name), recursive=True)
-    return tuple(sorted(path for path in found if Path(path).suffix in FILE_KINDS))
+    found = sorted(path for path in found if os.path.isfile(path))
+    others = [os.path.basename(path) for path in found if file_kind(path) not in FILE_KINDS]
+    listed = ", ".join(others[:5]) + (f" and {len(others) - 5:,} more" if others[5:] else "")
+    files = tuple(path for path in found if file_kind(path) in FILE_KINDS)
+    return files, f" Not read, being of another kind: {listed}." if others else ""
+
+
+def file_kind(path: str | Path) -> str:
+    """Suffix of a file in lower case, without that of a compression: `.jsonl` for `A.JSONL.gz`."""
+    name, last = os.path.splitext(str(path).lower())
+    kind = os.path.splitext(name)[1]
+    return kind if last in COMPRESSIONS and kind != ".parquet" else last
 
 
 def read_rows(source: Source) -> Iterator[Row]:
@@ -233,13 +318,31 @@ def _equal(value: Any, wanted: Any) -> bool:
 def read_texts(source: Source) -> Iterator[str]:
     """Yields the documents of a text corpus: its `prompt` column, empty ones left out.
 
+    Rows that cannot be read are left out as well and reported in one line, up to `MAX_READ_ERRORS` of all.
+
     Raises:
-        InputError: as `read_rows`; also at the first row that cannot be read, lacks the column or holds no text in it.
+        InputError: as `read_rows`; if more rows cannot be read; at the first row that lacks the column or holds no text
+            in it.
     """
-    for row in read_rows(source):
-        place = f"data set {source.name}: {source.places()[row.file]}, line {row.line},"
+    problems: list[str] = []
+    number = 0
+    if note := source.sample_note():
+        _say_once(f"data set {source.name}: {note}")
+
+    def check() -> None:
+        if len(problems) > MAX_READ_ERRORS * number:
+            raise InputError(
+                f"data set {source.name}: {len(problems):,} of {number:,} rows cannot be read, more than "
+                f"{MAX_READ_ERRORS:.0%}:\n  " + "\n  ".join(problems[:3])
+            )
+
+    for number, row in enumerate(read_rows(source), start=1):
+        place = f"{source.places()[row.file]}, line {row.line},"
         if row.problem:
-            raise InputError(f"{place} {row.problem}.")
+            problems.append(f"{place} {row.problem}")
+            if number >= 1_000:
+                check()
+            continue
         if not source.keeps(row.values):
             continue
         column = source.column("prompt", row.values)
@@ -247,11 +350,16 @@ def read_texts(source: Source) -> Iterator[str]:
         if text is None:
             continue
         if not isinstance(text, str):
-            raise InputError(f"{place} holds no text in {column!r}.")
+            raise InputError(f"data set {source.name}: {place} holds no text in {column!r}.")
         if has_half_character(text):
-            raise InputError(f"{place} holds half a character (a lone surrogate) in {column!r}.")
+            raise InputError(
+                f"data set {source.name}: {place} holds half a character (a lone surrogate) in {column!r}."
+            )
         if text.strip():
             yield text
+    check()
+    if problems:
+        _say_once(f"data set {source.name}: {len(problems):,} of {number:,} rows cannot be read, first: {problems[0]}")
 
 
 def has_half_character(text: str) -> bool:
@@ -269,14 +377,12 @@ def _rows_of_files(source: Source) -> Iterator[Row]:
         ".jsonl": _read_json_lines,
         ".json": _read_json,
         ".csv": _read_csv,
-        ".txt": _read_text,
+        ".txt": lambda file: _read_text(file, source.sample_by),
     }
     for number, file in enumerate(map(Path, source.files)):
         try:
-            for line, values in readers[file.suffix](file):
+            for line, values in readers[file_kind(file)](file):
                 yield Row(number, line, {}, values) if isinstance(values, str) else Row(number, line, values)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 text ({error}). Convert it: iconv -f ENCODING -t UTF-8.") from error
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
 
@@ -285,24 +391,52 @@ def _rows_of_files(source: Source) -> Iterator[Row]:
 Numbered = Iterator[tuple[int, dict[str, Any] | str]]
 
 
+def _open_text(file: Path, newline: str | None = None) -> TextIO:
+    """Opens a text file, compressed or not; a byte that is not UTF-8 becomes a lone surrogate, see `_encoding_error`."""
+    import pyarrow
+
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    binary = pyarrow.input_stream(str(file), compression=compression) if compression else file.open("rb")
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _encoding_error(text: str) -> str:
+    """Says which byte of a text from `_open_text` is not UTF-8; empty if all are."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"is not UTF-8 text (byte 0x{ord(text[error.start]) - 0xDC00:02x} at character {error.start + 1})"
+    return ""
+
+
 def _read_parquet(file: Path) -> Numbered:
     import pyarrow
     import pyarrow.parquet
+
+    def rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | str]:
+        try:
+            return batch.to_pylist()
+        except UnicodeDecodeError as error:
+            if len(batch) == 1:
+                return [f"is not UTF-8 text ({error})"]
+            return [values for place in range(len(batch)) for values in rows(batch.slice(place, 1))]
 
     try:
         # Read in pieces: a file may be a single row group. One column holds nearly all of a row, so more threads would
         # only take cores from the tokenizer.
         content = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         batches = content.iter_batches(batch_size=256, use_threads=False)
-        yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
+        yield from enumerate((values for batch in batches for values in rows(batch)), start=1)
     except pyarrow.ArrowException as error:
         raise InputError(f"{file} is not a readable parquet file: {error}. Fetch or make it again.") from error
 
 
 def _read_json_lines(file: Path) -> Numbered:
-    with file.open(encoding="utf-8-sig") as lines:
+    with _open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
+            if problem := _encoding_error(line):
+                yield number, problem
+            elif line.strip():
                 try:
                     yield number, _as_object(json.loads(line))
                 except json.JSONDecodeError as error:
@@ -320,7 +454,7 @@ def _read_json(file: Path) -> Numbered:
     decoder = json.JSONDecoder()
     between = re.compile(r"[\s,]*")
     size = 1 << 20
-    with file.open(encoding="utf-8-sig") as stream:
+    with _open_text(file) as stream:
         buffer = stream.read(size).lstrip()
         if not buffer.startswith("["):
             yield from _read_json_lines(file)
@@ -329,7 +463,8 @@ def _read_json(file: Path) -> Numbered:
         while True:
             place = between.match(buffer, place).end()  # type: ignore[union-attr]  # it matches nothing too
             if buffer.startswith("]", place):
-                return
+                break
+            start = place
             try:
                 value, place = decoder.raw_decode(buffer, place)
             except (ValueError, RecursionError) as error:
@@ -342,45 +477,124 @@ def _read_json(file: Path) -> Numbered:
                 buffer, place = buffer[place:] + more, 0
                 continue
             number += 1
-            yield number, _as_object(value)
+            yield number, _encoding_error(buffer[start:place]) or _as_object(value)
+        behind = buffer[place + 1 :].strip()
+        while not behind and (more := stream.read(size)):
+            behind = more.strip()
+        if behind:
+            raise InputError(
+                f"{file}: more text stands behind the array of {number:,} rows: {behind[:60]!r}. A .json file holds one "
+                "array of objects, or one object a line; put everything into one of these forms."
+            )
+
+
+class _CsvLines:
+    """Lines of a CSV file, of which those that a broken row has swallowed can be given back."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.returned: deque[str] = deque()
+        self.row: list[str] = []
+        """Lines of the row that is being read."""
+        self.number = 0
+        """Lines before that row."""
+        self.size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.returned.popleft() if self.returned else next(self.stream)
+        self.row.append(line)
+        self.size += len(line)
+        if self.size > MAX_CSV_ROW and len(self.row) > 1:
+            raise csv.Error("row too long")
+        return line
+
+    def begin_row(self) -> int:
+        """Number of the line on which the next row begins, from 1."""
+        self.number += len(self.row)
+        self.row, self.size = [], 0
+        return self.number + 1
+
+    def give_back(self) -> None:
+        """Keeps the first line of the row; the others will be read again."""
+        self.returned.extendleft(reversed(self.row[1:]))
+        del self.row[1:]
 
 
 def _read_csv(file: Path) -> Numbered:
+    """A quote that is not closed costs the row in which it was opened: the lines behind it are read as rows of their own."""
     csv.field_size_limit(sys.maxsize)  # a document is longer than the 128 kB that are usual
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
-        try:
-            header = next(reader, [])
-            line = reader.line_num + 1
-            for cells in reader:
-                if len(cells) > len(header):
-                    yield line, f"has {len(cells)} cells where the header has {len(header)}"
-                elif cells:
-                    yield line, dict.fromkeys(header) | dict(zip(header, cells, strict=False))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise InputError(f"{file}, line {reader.line_num}, is not valid CSV: {error}.") from error
+    with _open_text(file, newline="") as stream:
+        lines = _CsvLines(stream)
+        header: list[str] | None = None
+        reader = csv.reader(lines, strict=True)
+        broken = False  # between an unclosed quote and the next row that has all its cells
+        while True:
+            line, problem = lines.begin_row(), ""
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                reader = csv.reader(lines, strict=True)
+                # Text behind a closing quote is read as part of its cell, but only within one line: over several, the
+                # closing quote is one that should have opened another cell. A quote that is still open takes in the "\n".
+                rows = list(csv.reader([*lines.row, "\n"])) if len(lines.row) == 1 else []
+                if len(rows) == 2:
+                    cells = rows[0]
+                else:
+                    more = f" (it would take in {len(lines.row) - 1:,} more lines)" if lines.row[1:] else ""
+                    problem = f"opens a quote that is not closed{more}"
+                    cells, broken = [], True
+                    lines.give_back()
+            problem = problem or _encoding_error("".join(cells))
+            if header is None:
+                if problem:
+                    raise InputError(f"{file}, line {line}: the header {problem}. Mend it.")
+                header = cells
+            elif problem:
+                yield line, problem
+            elif len(cells) > len(header):
+                yield line, f"has {len(cells)} cells where the header has {len(header)}"
+            elif cells and broken and len(cells) < len(header):
+                yield line, f"has {len(cells)} cells where the header has {len(header)}, behind an unclosed quote"
+            elif cells:
+                broken = False
+                yield line, dict.fromkeys(header) | dict(zip(header, cells, strict=False))
 
 
-def _read_text(file: Path) -> Numbered:
-    """A plain text file is one document per block of lines, blocks being separated by an empty line."""
+def _read_text(file: Path, sample_by: str) -> Numbered:
+    """Documents of a plain text file: lines, blocks of lines between blank ones, or all of it; see `SAMPLE_BY`."""
     block: list[str] = []
-    number = 0
-    with file.open(encoding="utf-8-sig") as stream:
+    first = number = 0
+    with _open_text(file) as stream:
         for number, line in enumerate(stream, start=1):
-            if line.strip():
-                block.append(line.rstrip("\n"))
-            elif block:
-                yield number - len(block), {"text": "\n".join(block)}
+            blank = not line.strip()
+            if block and (sample_by == "line" or (sample_by == "paragraph" and blank)):
+                yield first, _as_document(block)
                 block = []
+            if not blank or (block and sample_by == "document"):
+                first = first if block else number
+                block.append(line)
     if block:
-        yield number - len(block) + 1, {"text": "\n".join(block)}
+        yield first, _as_document(block)
+
+
+def _as_document(lines: list[str]) -> dict[str, Any] | str:
+    text = "".join(lines).rstrip("\n")
+    return _encoding_error(text) or {"text": text}
 
 
 def _rows_of_hub(source: Source) -> Iterator[Row]:
+    import huggingface_hub
     from datasets import load_dataset
 
     try:
+        if not huggingface_hub.is_offline_mode() and not Path(str(source.hf_hub_url)).exists():
+            # load_dataset tries again for half a minute where there is no network
+            huggingface_hub.HfApi().dataset_info(str(source.hf_hub_url), timeout=HUB_TIMEOUT)
         rows = load_dataset(
             source.hf_hub_url, name=source.subset, data_dir=source.folder, split=source.split, streaming=True
         )

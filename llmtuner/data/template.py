@@ -13,7 +13,9 @@ from llmtuner.tokenizer.fast import encode_batch, encode_by_backend
 
 ROLES = ("system", "user", "assistant", "observation")
 IGNORE = -100  # label of a token that is read but not trained
-Message = dict[str, str]  # {"role": system | user | assistant | observation, "content": text}
+# {"role": system | user | assistant | observation, "content": text}; a call of a tool is an assistant's message that has
+# the tool's name under "metadata" too.
+Message = dict[str, str]
 Ids = numpy.ndarray  # int32, one dimension
 
 
@@ -21,8 +23,9 @@ Ids = numpy.ndarray  # int32, one dimension
 class Template:
     """The ids around a document or a dialogue.
 
-    A document is `[gMASK] sop text </s>`. A dialogue is `[gMASK] sop`, then for each message its role's id, an empty
-    metadata line, the content; an assistant's message ends where the next role's id stands, the last one with `</s>`.
+    A document is `[gMASK] sop text </s>`. A dialogue is `[gMASK] sop`, then for each message its role's id, a metadata
+    line (empty, or the name of the tool that is called), the content; an assistant's message ends where the next role's
+    id stands, the last one with `</s>`, or with `<|observation|>` if it calls a tool.
     """
 
     gmask: int
@@ -77,10 +80,11 @@ class Template:
 
     def prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
         """Ids of a dialogue so far, ready for the assistant to speak."""
-        metadata, *contents = encode_batch(tokenizer, ["\n", *(message["content"] for message in messages)])
+        texts = [text for message in messages for text in (f"{message.get('metadata', '')}\n", message["content"])]
+        encoded = iter(encode_batch(tokenizer, texts))
         ids = list(self.prefix)
-        for message, content in zip(messages, contents, strict=True):
-            ids += [self.roles[message["role"]], *metadata, *content]
+        for message in messages:
+            ids += [self.roles[message["role"]], *next(encoded), *next(encoded)]
         return [*ids, self.roles["assistant"]]
 
     def dialogues(
@@ -91,15 +95,19 @@ class Template:
         train_on_prompt: bool = False,
         threads: int = 1,
     ) -> list[tuple[Ids, Ids]]:
-        """Ids and labels of whole dialogues; trained are the assistant's words and what ends each of its turns.
+        """Ids and labels of whole dialogues; target tokens are the assistant's words and what ends each of its turns.
+
+        Its words are metadata and content: to call a tool is to write the tool's name and the call.
 
         Args:
             mask_history: only the last turn is trained.
             train_on_prompt: the other side's words and all roles are trained too; the prefix never is.
         """
         texts = [message["content"] for messages in dialogues for message in messages]
-        metadata, *contents = _encode(tokenizer, ["\n", *texts], threads)
-        remaining = iter(contents)
+        tools = sorted({message["metadata"] for messages in dialogues for message in messages if "metadata" in message})
+        newline, *encoded = _encode(tokenizer, ["\n", *(f"{tool}\n" for tool in tools), *texts], threads)
+        metadata = dict(zip(["", *tools], [newline, *encoded], strict=False))
+        contents = iter(encoded[len(tools) :])
         prefix, eos = _ids(self.prefix), _ids([self.eos])
         roles = {role: _ids([one]) for role, one in self.roles.items()}
         parts: list[Ids] = []
@@ -112,10 +120,10 @@ class Template:
             ends_trained = False  # an id that ends a trained answer is trained
             for number, message in enumerate(messages):
                 trained = number >= first and (train_on_prompt or message["role"] == "assistant")
-                parts += (roles[message["role"]], metadata, next(remaining))
+                parts += (roles[message["role"]], metadata[message.get("metadata", "")], next(contents))
                 trained_parts += (ends_trained or (trained and train_on_prompt), trained, trained)
                 ends_trained = trained
-            parts.append(eos)
+            parts.append(roles["observation"] if "metadata" in messages[-1] else eos)
             trained_parts.append(ends_trained)
             ends.append(len(parts))
         ids, places = _joined(parts, ends)
