@@ -153,7 +153,8 @@ def show(metrics: dict[str, Any]) -> None:
     say("ja unseen: asked in Japanese about what only Chinese and English texts describe. ja repeated: 4-grams of free")
     say("Japanese answers that occurred before in the same answer.")
 
-    if confusion := metrics.get("language_confusion"):  # runs of earlier versions have not measured it
+    confusion = metrics.get("language_confusion")
+    if confusion:  # runs of earlier versions have not measured it
         heading("answers in the language of their question")
         groups = list(confusion["base"])
         rows = [[name, *(share(confusion[name][group][rate]) for rate in RATES for group in groups)] for name in MODELS]
