@@ -56,7 +56,9 @@ def test_python_without_the_packages_names_the_one_that_has_them(words):
     result = start(words, [sys.executable, "-S"])
     refused(result, "torch is not installed for this Python", sys.executable)
     there = (ROOT / ".venv" / "bin" / "python").exists()  # with -S it does not count as the one that runs
-    assert (f"Type: .venv/bin/python {' '.join(words)}" if there else "pip install -r requirements.txt") in result.stderr
+    assert (
+        f"Type: .venv/bin/python {' '.join(words)}" if there else "pip install -r requirements.txt"
+    ) in result.stderr
 
 
 def test_command_for_a_python_without_the_packages(monkeypatch, tmp_path):

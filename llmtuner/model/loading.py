@@ -8,11 +8,13 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import InputError
 from llmtuner.model.attention import NAME as DOCUMENTS
+from llmtuner.model.shards import check_not_quantized, check_weight_files
 from llmtuner.tokenizer.fast import load_tokenizer
 
 # What libraries would print and nobody could act on: bars for reading one file, peft's call of an old name, and
@@ -40,6 +42,7 @@ def load_model(
     """
     path = Path(directory)
     _read_config(path)
+    check_weight_files(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -49,7 +52,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the model in {path} cannot be loaded: {error}. Make or fetch it again.") from error
     return model.eval()
 
@@ -97,8 +100,9 @@ def plan_evaluation(directory: Path | str) -> Plan:
     fp16, in which ChatGLM3 is published, is slow on most CPUs, so it is not used there.
 
     Raises:
-        InputError: if the directory holds no model.
+        InputError: if the directory holds no model, or a file of its weights is missing or damaged.
     """
+    check_weight_files(Path(directory))
     numbers = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) // 2
     config = _read_config(directory)
     if config.dtype == torch.float32:
@@ -124,9 +128,11 @@ def check_model_fits(directory: Path | str, tokenizer: Any, length: int) -> None
     """Makes sure, before weights are loaded, that a model has a row for every id and room for `length` tokens.
 
     Raises:
-        InputError: if it has not, or is no model.
+        InputError: if it has not, is no model or a quantized one, or a file of its weights is missing or damaged.
     """
     config = _read_config(directory)
+    check_weight_files(Path(directory))
+    check_not_quantized(Path(directory))
     _check_rows(config.vocab_size, tokenizer, directory)
     most = getattr(config, "max_position_embeddings", None)  # not every model counts positions
     if most is not None and length > most:

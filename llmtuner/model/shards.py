@@ -106,8 +106,10 @@ def open_checkpoint(directory: Path) -> dict[str, LazyTensor]:
     """All tensors of a model directory by name: one file or shards with an index; safetensors, or else PyTorch's .bin.
 
     Raises:
-        InputError: if there are no weights, files are missing or damaged, or the shards are not what the index says.
+        InputError: if there are no weights, files are missing or damaged, the weights are quantized, or the shards are not what
+            the index says.
     """
+    check_not_quantized(directory)
     pickles: dict[Path, dict[str, torch.Tensor]] = {}
     for file_name, open_file in (
         ("model.safetensors", open_safetensors),
@@ -121,6 +123,50 @@ def open_checkpoint(directory: Path) -> dict[str, LazyTensor]:
     raise InputError(
         f"{directory} holds no weights: no model.safetensors, pytorch_model.bin, or index (.index.json) of shards. "
         "Fetch the whole checkpoint."
+    )
+
+
+def check_weight_files(directory: Path) -> None:
+    """Reads the headers of a model's safetensors files, so that a damaged one is named before anything heavy is done.
+
+    Raises:
+        InputError: if a file that the index names is missing, or one is damaged or cut off.
+    """
+    index = directory / "model.safetensors.index.json"
+    named = read_json(index).get("weight_map") if index.is_file() else None
+    files = (
+        set(named.values()) if isinstance(named, dict) else {file.name for file in directory.glob("model*.safetensors")}
+    )
+    if missing := sorted(name for name in files if not (directory / name).is_file()):
+        raise InputError(f"{index} names files that are not there: {_some(missing)}. Fetch them.")
+    for name in sorted(files):
+        _read_header(directory / name)
+
+
+def check_not_quantized(directory: Path) -> None:
+    """Makes sure that a model's weights are numbers that can be trained, grown or merged.
+
+    Raises:
+        InputError: if config.json or the weights say that it is quantized.
+    """
+    config = directory / "config.json"
+    quantization = read_json(config).get("quantization_config") if config.is_file() else None
+    reason = f"config.json has a quantization_config ({_method(quantization)})" if quantization else None
+    for file in sorted(directory.glob("model*.safetensors")):
+        for name, entry in _read_header(file)[0].items():
+            # Masks and positions may be integers, weights may not.
+            if name.endswith("weight") and entry["dtype"] not in DTYPES:
+                reason = reason or f"{name} in {file.name} is {entry['dtype']}"
+    if reason:
+        raise InputError(
+            f"the model in {directory} is quantized: {reason}. Its weights are codes, not numbers that can be trained, "
+            "grown or merged. Take the checkpoint in full or half precision."
+        )
+
+
+def _method(quantization: Any) -> str:
+    return str(
+        quantization.get("quant_method", "of an unnamed method") if isinstance(quantization, dict) else quantization
     )
 
 
@@ -162,15 +208,7 @@ def open_safetensors(file: Path) -> dict[str, LazyTensor]:
     Raises:
         InputError: if it is missing or damaged, or holds anything but floating-point numbers.
     """
-    try:
-        with safe_open(file, framework="pt"):  # the library judges header, offsets and length
-            pass
-        with file.open("rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(header_bytes))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} is damaged or cut off ({error}). Fetch it again.") from error
-    header.pop("__metadata__", None)
+    header, header_bytes = _read_header(file)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
@@ -180,6 +218,20 @@ def open_safetensors(file: Path) -> dict[str, LazyTensor]:
         read_rows = partial(_read_rows, file, first_byte, shape[1:], dtype)
         tensors[name] = LazyTensor(name, shape, dtype, read_rows, f"{name} in {file}")
     return tensors
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a safetensors file by tensor, and the bytes that they take."""
+    try:
+        with safe_open(file, framework="pt"):  # the library judges header, offsets and length
+            pass
+        with file.open("rb") as opened:
+            header_bytes = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(header_bytes))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is damaged or cut off ({error}). Fetch or make it again.") from error
+    header.pop("__metadata__", None)
+    return header, header_bytes
 
 
 def _read_rows(
