@@ -19,6 +19,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmtuner.console import InputError, say
+from llmtuner.packages import missing_packages
 
 
 @dataclass
@@ -295,6 +296,8 @@ def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, 
     settings = {name: _convert(name, value) for name, value in given.items() if name not in unknown}
     problems: list[Problem] = [((name,), _unknown(name)) for name in unknown]
     problems += _problems_of_single_values(settings)
+    if not for_export:
+        problems += [((name,), text) for name, value in settings.items() for text in missing_packages(name, value)]
     usable = _without(settings, problems)
     bad = settings.keys() - usable.keys()
     problems += [problem for problem in _contradictions(usable, for_export) if bad.isdisjoint(problem[0])]

@@ -52,7 +52,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"the model in {path} cannot be loaded: {error}. Make or fetch it again.") from error
     return model.eval()
 
