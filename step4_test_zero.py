@@ -6,6 +6,8 @@ Asks the base and the Zero model the same questions, compares their answers word
 tokens per character. Runs on a GPU if there is one; one model is in memory at a time.
 """
 
+import argparse
+
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
@@ -17,6 +19,7 @@ LANGUAGES = ("ja", "zh", "en")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pipeline.start_step("step4", ZERO_DIR)
     pipeline.require_base_model()
     pipeline.require_corpus()

@@ -11,13 +11,13 @@ LoRA on all linear layers and full training of both embedding matrices at once; 
 one step, set a breakpoint in `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
-import sys
 from pathlib import Path
 
 import constants
 import pipeline
 from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
 from llmtuner.console import InputError, Stopwatch, command, heading, is_first_process, run_script, say
+from llmtuner.settings_help import parse_step
 
 SETTINGS = dict(
     **constants.DATA_SETTINGS,
@@ -73,6 +73,8 @@ BY_PROFILE = {
 
 
 def main() -> None:
+    settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
+    options, arguments = parse_step(str(__doc__), settings, {"--staged": "train the embeddings alone, then LoRA alone"})
     pipeline.start_training("step5", PT_ADAPTER_DIR, ZERO_DIR)
     pipeline.require_corpus()
     watch = Stopwatch()
@@ -83,10 +85,9 @@ def main() -> None:
     from llmtuner.model.merging import merge_adapter
     from llmtuner.train.tuner import run_exp
 
-    words = [word for word in sys.argv[1:] if word != "--staged"]
-    settings = override({**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}, words)
+    settings = override(settings, arguments)
     base, first_half = ZERO_DIR, {}
-    if "--staged" in sys.argv:
+    if options.staged:
         settings, base, first_half = train_embeddings_alone(settings)
     heading("continued pretraining")
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}

@@ -9,12 +9,11 @@ Started again after an interruption, it goes on from its newest checkpoint. Trai
 `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
-import sys
-
 import constants
 import pipeline
 from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
 from llmtuner.console import Stopwatch, command, heading, is_first_process, run_script, say, table
+from llmtuner.settings_help import parse_step
 
 DATASETS = [
     "oasst2_ja",
@@ -27,7 +26,6 @@ DATASETS = [
     "code_alpaca",
     "python_code",
 ]
-LORA_ONLY = "--lora-only" in sys.argv
 
 SETTINGS = dict(
     **constants.DATA_SETTINGS,
@@ -37,7 +35,7 @@ SETTINGS = dict(
     output_dir=str(SFT_ADAPTER_DIR),
     finetuning_type="lora",
     lora_target="all",
-    additional_target=[] if LORA_ONLY else ["embed_tokens", "lm_head"],
+    additional_target=["embed_tokens", "lm_head"],
     dataset=DATASETS,
     cutoff_len=PROFILE.window,
     val_size=constants.VALIDATION_SHARE,
@@ -82,6 +80,10 @@ BY_PROFILE = {
 
 
 def main() -> None:
+    settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
+    options, arguments = parse_step(str(__doc__), settings, {"--lora-only": "leave the embeddings as step 5 left them"})
+    if options.lora_only:
+        settings["additional_target"] = []
     pipeline.start_training("step6", SFT_ADAPTER_DIR, PT_MERGED_DIR)
     pipeline.require_corpus()
     watch = Stopwatch()
@@ -92,9 +94,8 @@ def main() -> None:
     from llmtuner.model.merging import merge_adapter
     from llmtuner.train.tuner import run_exp
 
-    heading("instruction tuning" + (" (LoRA only)" if LORA_ONLY else ""))
-    words = [word for word in sys.argv[1:] if word != "--lora-only"]
-    metrics = run_exp(override({**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}, words))
+    heading("instruction tuning" + (" (LoRA only)" if options.lora_only else ""))
+    metrics = run_exp(override(settings, arguments))
     if not is_first_process():
         return
     merge_adapter(PT_MERGED_DIR, SFT_ADAPTER_DIR, CHAT_MODEL_DIR)

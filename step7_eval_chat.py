@@ -30,6 +30,11 @@ QUESTIONS_PER_GROUP = 200
 SHOWN = 2
 RATES = ("response_pass_rate", "line_pass_rate")
 LOOPBACK = "127.0.0.1"
+# What an option goes with, and its default.
+BELONGS_TO: dict[str, dict[str, Any]] = {
+    "suite": dict(model="chat", tasks=None, task_dir=None, limit=None, num_fewshot=None, batch_size=16),
+    "web": dict(port=7860, host=LOOPBACK),
+}
 
 
 def main() -> None:
@@ -61,16 +66,27 @@ def read_options() -> argparse.Namespace:
     task.add_argument("--web", action="store_true", help="a chat in the browser, on this machine only")
     task.add_argument("--suite", metavar="LANGUAGE", help="standard suites: ja, zh or en")
     task.add_argument("--report", action="store_true", help="makes report.html anew")
-    parser.add_argument("--model", choices=MODELS, default="chat", help="with --suite: which model (default: chat)")
+    parser.add_argument("--model", choices=MODELS, help="with --suite: which model (default: chat)")
     parser.add_argument("--tasks", help="with --suite: these tasks of the harness instead, with commas between")
     parser.add_argument("--task_dir", type=Path, help="with --suite: a directory with task files of your own")
     parser.add_argument("--limit", type=int, help="with --suite: so many questions of each task")
     parser.add_argument("--num_fewshot", type=int, help="with --suite: examples before each question")
-    parser.add_argument("--batch_size", type=int, default=16, help="with --suite: requests read at once")
-    parser.add_argument("--port", type=int, default=7860, help="with --web: the port")
-    parser.add_argument("--host", default=LOOPBACK, help="with --web: an address of this machine, to let others in; "
+    parser.add_argument("--batch_size", type=int, help="with --suite: requests read at once (default: 16)")
+    parser.add_argument("--port", type=int, help="with --web: the port (default: 7860)")
+    parser.add_argument("--host", help="with --web: an address of this machine, to let others in; "
                         "asks for a password, or takes it from CHAT_PASSWORD")  # fmt: skip
-    return parser.parse_args()
+    options = parser.parse_args()
+    for task, defaults in BELONGS_TO.items():
+        for name, default in defaults.items():
+            if getattr(options, name) is None:
+                setattr(options, name, default)
+            elif getattr(options, task) in (None, False):
+                parser.error(f"--{name} goes with --{task}")
+    for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+    return options
 
 
 def evaluate() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llmtuner.console import InputError, run_script
 from llmtuner.env import env_flag
+from llmtuner.settings_help import list_settings
 
 USAGE = """usage: python -m llmtuner COMMAND, which is one of
   train [FILE.yaml] [--name value ...]               a training run
@@ -17,6 +18,9 @@ USAGE = """usage: python -m llmtuner COMMAND, which is one of
 def main() -> None:
     """Runs the command that the first argument names."""
     match sys.argv[1:]:
+        case words if not {"-h", "--help"}.isdisjoint(words):
+            listed = words[0] in ("train", "show", "export")
+            print(USAGE + (f"\n\nsettings and their defaults:\n{list_settings()}" if listed else ""))
         case ["train", *words]:
             from llmtuner.train.tuner import run_exp
 

@@ -180,3 +180,98 @@ def test_empty_directories_are_unset(monkeypatch):
 
 def test_directory_of_nobody():
     refused(start(["step1_train_tokenizer.py"], WORK_DIR="~nobody-of-that-name/x"), "WORK_DIR=~nobody")
+
+
+# ------------------------------------------------------------------------------------------------------------- --help
+@pytest.mark.parametrize(
+    "words",
+    [["step5_train_pt_single_gpu.py"], ["step6_train_sft_single_gpu.py"], ["-m", "llmtuner", "train"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_all_settings_and_loads_nothing(words, flag, tmp_path):
+    """torch and transformers may be found, but not imported; and nothing has been made that a step needs."""
+    for package in ("torch", "transformers"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('imported')")
+    import transformers
+
+    (tmp_path / "transformers" / "training_args.py").symlink_to(
+        Path(transformers.__file__).with_name("training_args.py")
+    )
+    result = start([*words, flag], WORK_DIR=str(tmp_path / "work"), PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for group in ("model", "data", "finetuning", "training"):
+        assert f"\n{group}" in result.stdout
+    rank = "8" if "-m" in words else "32"  # a step shows its own value
+    assert f"  --lora_rank  int = {rank}\n        Rank of the adapters' matrices.\n" in result.stdout
+    assert "  --learning_rate  float = " in result.stdout
+    assert "        The initial learning rate for the optimizer." in result.stdout
+    assert not (tmp_path / "work").exists()
+
+
+def test_help_agrees_with_the_dataclasses():
+    from dataclasses import MISSING, fields
+
+    from llmtuner import hparams
+    from llmtuner.settings_help import GROUPS, MOST_USED, read_settings
+
+    for module, class_name in GROUPS.values():
+        read = {setting.name: setting for setting in read_settings(module, class_name)}
+        own = {field.name: field for field in fields(getattr(hparams, class_name))}
+        assert own.keys() <= read.keys()
+        shown = MOST_USED if class_name == "TrainingArguments" else own
+        for name in shown:
+            assert read[name].help, name
+            default = own[name].default if own[name].default is not MISSING else own[name].default_factory
+            if default is MISSING:
+                assert read[name].default == ""
+            elif not callable(default) and name != "optim":
+                assert ast.literal_eval(read[name].default) == default
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.endswith(".py")])
+def test_every_step_has_help_and_refuses_what_it_does_not_know(script, tmp_path):
+    assert start([script, "--help"]).returncode == 0
+    result = start([script, "--nonsens", "1"], WORK_DIR=str(tmp_path))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    if script[4] in "12347":  # steps 5 and 6 take settings, and need step 3 before they read them
+        assert "unrecognized arguments: --nonsens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--limit", "5"], "--limit goes with --suite"),
+        (["--chat", "--tasks", "x"], "--tasks goes with --suite"),
+        (["--model", "base"], "--model goes with --suite"),
+        (["--web", "--batch_size", "16"], "--batch_size goes with --suite"),
+        (["--num_fewshot", "0"], "--num_fewshot goes with --suite"),
+        (["--task_dir", "."], "--task_dir goes with --suite"),
+        (["--port", "7860"], "--port goes with --web"),
+        (["--suite", "ja", "--host", "0.0.0.0"], "--host goes with --web"),
+        (["--suite", "ja", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--suite", "ja", "--batch_size", "-1"], "--batch_size is -1; it must be at least 1"),
+        (["--web", "--port", "x"], "--port: invalid int value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_of_step_7_that_do_not_go_together(words, message, tmp_path):
+    result = start(["step7_eval_chat.py", *words], WORK_DIR=str(tmp_path / "work"))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "work").exists()
+
+
+def test_flags_of_training_steps_are_parsed(monkeypatch):
+    """A flag's name as the value of a setting is not the flag."""
+    from llmtuner.settings_help import parse_step
+
+    monkeypatch.setattr(sys, "argv", ["step5", "--learning_rate", "1e-4", "--staged", "--bf16", "rank=3"])
+    options, arguments = parse_step("", {}, {"--staged": ""})
+    assert options.staged
+    assert arguments == ["--learning_rate", "1e-4", "--bf16", "rank=3"]
+    monkeypatch.setattr(sys, "argv", ["step5", "--run_name=--staged"])
+    assert not parse_step("", {}, {"--staged": ""})[0].staged
