@@ -259,7 +259,7 @@ def test_compressed_files_give_the_same_texts(tmp_path, kind, compression):
 def test_files_of_other_kinds_are_named_once(tmp_path, capsys):
     for name in ("p1.jsonl", "p2.jsonl.gz", "p3.jsonl.zst", "p4.JSONL", "p5.xlsx", "p6.parquet.gz", "p7.gz"):
         (tmp_path / name).write_bytes(b"")
-    (tmp_path / "p8.jsonl").mkdir()
+    (tmp_path / "p8").mkdir()
     path = info(tmp_path, all={"file_name": "p*"}, table={"file_name": "*.xlsx"})
     for _ in range(2):
         found = [Path(file).name for file in find_source("all", path, tmp_path).files]
@@ -935,7 +935,7 @@ def test_settings_that_change_the_ids_make_another_cache(corpus, tokenizer, tiny
     other_pieces.sentencepiece = processor_of(model)
     others.append(directory(tokenizer=other_pieces))
     other_ends = load_tokenizer(tiny_tokenizer_dir)
-    other_ends.eos_token = "<|user|>"
+    other_ends.eos_token = "eop"
     others.append(directory(tokenizer=other_ends))
     by_backend = load_tokenizer(tiny_tokenizer_dir)
     by_backend.sentencepiece = None
@@ -1149,6 +1149,7 @@ import json, pathlib, sys, time
 from types import SimpleNamespace
 from sentencepiece import SentencePieceProcessor
 from llmtuner.data import examples
+from llmtuner.tokenizer.fast import SPECIAL_TOKENS
 directory, model_file, settings, number = sys.argv[1:]
 directory = pathlib.Path(directory)
 make = examples._make
@@ -1161,6 +1162,8 @@ tokenizer = SimpleNamespace(  # a real one takes seconds to import
     sentencepiece=SentencePieceProcessor(model_file),
     backend_tokenizer=SimpleNamespace(get_added_tokens_decoder=dict),
     convert_tokens_to_ids=len,
+    convert_ids_to_tokens={len(name): name for name in SPECIAL_TOKENS}.get,
+    all_special_ids=range(20),
     eos_token_id=2,
 )
 (directory / f"ready-{number}").touch()

@@ -281,8 +281,8 @@ def _local_files(corpus_dir: Path, file_name: str) -> tuple[tuple[str, ...], str
         found = [str(place)]
     else:
         found = glob.glob(os.path.join(glob.escape(str(corpus_dir)), file_name), recursive=True)
-    found = sorted(path for path in found if os.path.isfile(path))
-    others = [os.path.basename(path) for path in found if file_kind(path) not in FILE_KINDS]
+    found.sort()
+    others = [os.path.basename(path) for path in found if file_kind(path) not in FILE_KINDS and os.path.isfile(path)]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5:,} more" if others[5:] else "")
     files = tuple(path for path in found if file_kind(path) in FILE_KINDS)
     return files, f" Not read, being of another kind: {listed}." if others else ""
