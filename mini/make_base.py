@@ -195,7 +195,7 @@ def make_base(destination: Path) -> None:
         copy_tokenizer(untrained, result)
 
         model, tokenizer = load_model(result, torch.float32), load_tokenizer(result)
-        questions = questions_from_rows(world.questions(world.build_tellers("exam")))
+        questions = questions_from_rows([*world.questions(world.build_tellers("exam")), world.subjects()])
         exam = {}
         for group in ("zh", "en", "ja"):
             asked = [question for question in questions if question.group == group][:EXAM_QUESTIONS]

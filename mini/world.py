@@ -260,10 +260,7 @@ def instruction_sets(tellers: dict[str, Teller]) -> dict[str, list[dict[str, Any
 
 
 def questions(tellers: dict[str, Teller]) -> Iterator[dict[str, Any]]:
-    """Rows of a questions file: phrasings that no instruction set uses, with the value that a right answer must name.
-
-    The last row lists the names of everything in the world: an answer about something else is wrong.
-    """
+    """Questions in phrasings that no instruction set uses, with the value that a right answer must name."""
     world = build_world(SEED)
     for group in ("zh", "en", "ja", "ja_unseen"):
         language = group[:2]
@@ -289,7 +286,11 @@ def questions(tellers: dict[str, Teller]) -> Iterator[dict[str, Any]]:
     for _ in range(FREE_REQUESTS):
         request, _ = tellers["ja"].introduce()
         yield {"group": "ja_free", "language": "ja", "question": request}
-    yield {"subjects": [names(entity) for entity in world]}
+
+
+def subjects() -> dict[str, Any]:
+    """A row of a questions file with the names of everything in the world: an answer about something else is wrong."""
+    return {"subjects": [names(entity) for entity in build_world(SEED)]}
 
 
 def names(entity: Entity) -> list[str]:
@@ -317,7 +318,8 @@ def write_world(directory: Path) -> None:
                 write_json_lines(partial / f"{name}.jsonl", rows)
             else:
                 _write_json(partial / f"{name}.json", rows)
-        write_json_lines(partial / "questions.jsonl", list(questions(build_tellers(f"questions-{SEED}"))))
+        asked = questions(build_tellers(f"questions-{SEED}"))
+        write_json_lines(partial / "questions.jsonl", [*asked, subjects()])
 
 
 def _write_corpus(directory: Path, stem: str, texts: list[str]) -> None:

@@ -123,7 +123,8 @@ def test_held_out_questions_are_in_no_instruction_set(written):
     trained = (written / "oasst2_ja.json").read_text(encoding="utf-8") + (written / "alpaca_zh.json").read_text(
         encoding="utf-8"
     )
-    assert questions.pop() == {"subjects": [world.names(entity) for entity in build_world()]}
+    assert questions.pop() == world.subjects()
+    assert len(world.subjects()["subjects"]) == len(build_world())
     asked = [question["question"] for question in questions if question["group"] in ("ja", "zh")]
     assert len(asked) > 400
     assert not [question for question in asked if f'"{question}"' in trained]
