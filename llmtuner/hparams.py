@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin
 import torch
 from transformers import TrainingArguments
 
+from llmtuner import hparams_compat
 from llmtuner.console import InputError, say
 from llmtuner.packages import missing_packages
 
@@ -35,6 +36,8 @@ class ModelArguments:
     """Keep all activations for the backward pass; false computes them again there. Left out: false if memory asks for it."""
     adapter_name_or_path: str | None = None
     """Directory of one trained adapter: training goes on from its weights, an export merges it."""
+    create_new_adapter: bool = False
+    """Merge adapter_name_or_path into the model in memory and train a new adapter; an export then merges both."""
     export_dir: str | None = None
     """Where an export writes the merged model."""
     export_size: int = 2
@@ -79,10 +82,16 @@ class DataArguments:
     """Tokens in one sequence; a longer document goes on in the next, a longer dialogue is cut."""
     max_samples: int | None = None
     """Reads at most this many rows of each data set."""
+    default_system: str | None = None
+    """System message of dialogues that have none (sft). The model does not keep it: give it again when chatting."""
+    disable_shuffling: bool = False
+    """Take rows in the order of the files, data set after data set or in the mix of interleave_probs."""
     val_size: float = 0.0
     """Held out for the eval loss: below 1 a share; an integer from 1 up: that many rows of each data set."""
     max_eval_sequences: int = 512
     """At most this many sequences are used for the eval loss."""
+    eval_on_each_dataset: bool = False
+    """Log eval_<dataset>_loss beside eval_loss, over max_eval_sequences of each data set."""
     preprocessing_num_workers: int = 1
     """Threads that tokenize."""
     train_on_prompt: bool = False
@@ -100,7 +109,7 @@ class FinetuningArguments:
     stage: str = "pt"
     """`pt`: continued pretraining on documents; `sft`: instruction tuning on dialogues."""
     finetuning_type: str = "lora"
-    """`lora`: adapters, and additional_target in full; `full`: every parameter; `freeze`: additional_target alone."""
+    """`lora`: adapters, and additional_target in full; `full`: every parameter; `freeze`: some layers or modules alone."""
     lora_rank: int = 8
     """Rank of the adapters' matrices."""
     lora_alpha: float | None = None
@@ -111,6 +120,14 @@ class FinetuningArguments:
     """Modules that get an adapter: names, or `all` linear layers except the output layer."""
     additional_target: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapter, such as embed_tokens and lm_head."""
+    freeze_trainable_layers: int | None = None
+    """With freeze: the last n layers are trained, the first -n if negative. Left out: 2; none with additional_target."""
+    freeze_trainable_modules: list[str] = field(default_factory=lambda: ["all"])
+    """With freeze: which modules of those layers, such as self_attn or mlp; `all` of them."""
+    freeze_extra_modules: list[str] = field(default_factory=list)
+    """With freeze: modules outside the layers that are trained too; the same as additional_target there."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+ (arXiv 2402.12354): the B matrices' learning rate is learning_rate times this."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732): keeps high ranks learning."""
     use_dora: bool = False
@@ -123,6 +140,8 @@ class FinetuningArguments:
     """On a CPU in fp32: LoRA as one product, RMSNorm in fewer passes; false computes both as peft and transformers do."""
     chunked_loss: bool = True
     """Form logits and their gradients some rows at a time; false forms all at once, as PyTorch does."""
+    early_stopping_steps: int | None = None
+    """Stop once eval_loss has not improved for so many evaluations; the adapter is that of the last step."""
     plot_loss: bool = False
     """Draw training_loss.png and eval_loss.png into output_dir."""
     overwrite_output_dir: bool = False
@@ -164,9 +183,6 @@ OLD_NAMES = {"evaluation_strategy": "eval_strategy", "gradient_checkpointing": "
 OLD_NAMES = {old: new for old, new in OLD_NAMES.items() if new in TYPES}  # some versions know only the old one
 CHECKPOINTING = OLD_NAMES.get("gradient_checkpointing", "gradient_checkpointing")
 TYPES["warmup_ratio"] = float  # of older transformers, and translated
-# Of older transformers or of LLaMA-Factory: taken with their one value (FIXED), which changes nothing.
-WITHOUT_EFFECT = ("save_safetensors", "trust_remote_code", "enable_liger_kernel", "use_unsloth")
-TYPES |= dict.fromkeys(WITHOUT_EFFECT, bool)
 IN_WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -175,17 +191,9 @@ IN_WORDS: dict[Any, str] = {
     list[str]: "names with commas, or a list of them",
     list[float]: "numbers with commas, or a list of them",
 }
-SAFETENSORS = "weights are written as safetensors only"
-OWN_LEVERS = "its kernels have none for Glm; fused_layers, chunked_loss and flash_attn do their work"
-# What LLaMA-Factory or transformers would take and this trainer does not: the one value there is, and why.
+# Values of settings of this trainer or of transformers that are not supported: the one value there is, and why.
 FIXED = {
-    "export_legacy_format": (False, SAFETENSORS),
-    "save_safetensors": (True, SAFETENSORS),
-    "trust_remote_code": (
-        False,
-        "no code of a model directory is run; convert the checkpoint: python -m llmtuner convert",
-    ),
-    **dict.fromkeys(("enable_liger_kernel", "use_liger_kernel", "use_unsloth"), (False, OWN_LEVERS)),
+    "export_legacy_format": (False, "weights are written as safetensors only"),
     "load_best_model_at_end": (False, "every checkpoint is kept up to save_total_limit; export the one you want"),
     "average_tokens_across_devices": (True, "the loss is normalised over all ranks"),
     "label_smoothing_factor": (0, "the loss is plain cross-entropy"),
@@ -199,10 +207,12 @@ BELOW_1: Limit = (lambda value: 0 <= value < 1, "from 0 to below 1")
 LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "export_size"), AT_LEAST_1),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "lora_rank", "max_samples"), AT_LEAST_1),
-    **dict.fromkeys(("max_eval_sequences", "preprocessing_num_workers"), AT_LEAST_1),
+    **dict.fromkeys(("max_eval_sequences", "preprocessing_num_workers", "early_stopping_steps"), AT_LEAST_1),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "lora_alpha"), ABOVE_0),
+    "loraplus_lr_ratio": ABOVE_0,
     **dict.fromkeys(("learning_rate", "embedding_learning_rate", "weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("lora_dropout", "warmup_ratio"), BELOW_1),
+    "freeze_trainable_layers": (lambda value: value != 0, "the number of the last layers, or of the first if negative"),
     "cutoff_len": (lambda value: value >= 8, "at least 8 tokens"),
     "max_rejected": (lambda value: 0 <= value <= 1, "a share, from 0 to 1"),
     "max_steps": (lambda value: value == -1 or value >= 1, "a number of steps, or left out to train num_train_epochs"),
@@ -213,7 +223,14 @@ LIMITS: dict[str, Limit] = {
 HARMLESS = (
     *("logging_*", "log_*", "save_*", "eval_*", "max_eval_sequences", "per_device_eval_batch_size", "*_full_eval"),
     *("report_to", "run_name", "project", "trackio_*", "hub_*", "push_to_hub", "plot_loss", "disable_tqdm", "debug"),
-    *("preprocessing_num_workers", "max_rejected", "overwrite_cache", "overwrite_output_dir", "output_dir"),
+    *(
+        "early_stopping_steps",
+        "preprocessing_num_workers",
+        "max_rejected",
+        "overwrite_cache",
+        "overwrite_output_dir",
+        "output_dir",
+    ),
     *("cache_dir", "tokenized_path", "corpus_dir", "resume_from_checkpoint", "do_train", "do_eval", "export_*"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "ddp_timeout", "ddp_backend", "local_rank", "use_cpu"),
@@ -292,9 +309,11 @@ def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, 
         InputError: one message with every problem found.
     """
     given = {OLD_NAMES.get(str(name), str(name)): value for name, value in read_args(args).items()}
+    compat = hparams_compat.sort_out(given)
+    given = compat.remaining
     unknown = [name for name in given if name not in TYPES]
     settings = {name: _convert(name, value) for name, value in given.items() if name not in unknown}
-    problems: list[Problem] = [((name,), _unknown(name)) for name in unknown]
+    problems: list[Problem] = [*compat.problems, *(((name,), _unknown(name)) for name in unknown)]
     problems += _problems_of_single_values(settings)
     if not for_export:
         problems += [((name,), text) for name, value in settings.items() for text in missing_packages(name, value)]
@@ -313,6 +332,8 @@ def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, 
             problems.append(((), str(error)))
     if problems:
         raise InputError("settings:\n  - " + "\n  - ".join(text for _, text in problems))
+    for note in compat.notes:
+        say(note)
     return _build(ModelArguments, usable), _build(DataArguments, usable), training, _build(FinetuningArguments, usable)
 
 
@@ -333,7 +354,7 @@ def _build(cls: type, settings: dict[str, Any]) -> Any:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, [*TYPES, *OLD_NAMES], n=1)
+    near = difflib.get_close_matches(name, [*TYPES, *OLD_NAMES, *hparams_compat.names()], n=1)
     return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
@@ -357,7 +378,7 @@ def _convert(name: str, value: Any) -> Any:
             value = [part.strip() for part in str(value).split(",") if part.strip()]
         if list[float] in kinds and isinstance(value, list):
             value = [_number(one) for one in value]
-        if name in ("lora_target", "additional_target") and _fits(value, list[str]):
+        if name in ("lora_target", "additional_target", "freeze_extra_modules") and _fits(value, list[str]):
             value = list(dict.fromkeys(own for one in value for own in MODULE_NAMES.get(one, [one])))
     elif str not in kinds and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML takes 1e-4 for text, because it has no dot; people write it so
@@ -427,7 +448,7 @@ def _zero_stage(deepspeed: dict[str, Any] | str) -> Any:
 def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Problem]:
     """What does not go together, among settings that are each right by themselves."""
     ours = vars(ModelArguments("")) | vars(DataArguments()) | vars(FinetuningArguments()) | settings
-    required = ("adapter_name_or_path", "export_dir") if for_export else ("dataset", "output_dir")
+    required = ("export_dir",) if for_export else ("dataset", "output_dir")
     for name in ("model_name_or_path", *required):
         if not ours.get(name):
             yield (name,), f"{name} is not given"
@@ -454,13 +475,25 @@ def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Prob
             ("eval_dataset", "dataset"),
             f"{name} is in dataset and in eval_dataset; hold out a val_size of it instead",
         )
-    for name in ("eval_strategy", "do_eval", "eval_on_start"):
+    for name in ("eval_strategy", "do_eval", "eval_on_start", "eval_on_each_dataset"):
         value = settings.get(name)
         if value not in (None, "no", False) and not (share or sets):
             text = f"{name} is {str(value).lower()}, but nothing is held out: give val_size or eval_dataset"
             yield (name, "val_size", "eval_dataset"), text
     if settings.get("do_train") is False and not settings.get("do_eval"):
         yield ("do_train", "do_eval"), "do_train is false and do_eval is not true: there is nothing to do"
+    if ours["early_stopping_steps"]:
+        if settings.get("eval_strategy") in (None, "no"):
+            text = "early_stopping_steps is given, but nothing is evaluated: set eval_strategy and eval_steps"
+            yield ("early_stopping_steps", "eval_strategy"), text
+        if settings.get("metric_for_best_model") not in (None, "loss", "eval_loss") or settings.get(
+            "greater_is_better"
+        ):
+            text = "early_stopping_steps watches eval_loss, the smaller the better; leave the other two out"
+            yield ("early_stopping_steps", "metric_for_best_model", "greater_is_better"), text
+    if ours["disable_shuffling"] and settings.get("train_sampling_strategy") not in (None, "random", "sequential"):
+        text = "disable_shuffling is true, but train_sampling_strategy asks for another order; leave one of them out"
+        yield ("disable_shuffling", "train_sampling_strategy"), text
     if settings.get("packing") is False and settings.get("neat_packing"):
         yield ("packing", "neat_packing"), "neat_packing is true, but packing is false"
     if settings.get("fp16") and settings.get("bf16"):
@@ -473,11 +506,19 @@ def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Prob
         yield ("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given; set one of them to 0"
 
     kind, modules = ours["finetuning_type"], ours["additional_target"]
-    for name in ("use_dora", "use_rslora", *(() if for_export else ("adapter_name_or_path",))):
+    of_lora = ("use_dora", "use_rslora", "loraplus_lr_ratio", "create_new_adapter")
+    for name in (*of_lora, *(() if for_export else ("adapter_name_or_path",))):
         if ours[name] and kind != "lora":
             yield (name, "finetuning_type"), f"{name} is given, but finetuning_type {kind} has no adapters"
-    if kind == "freeze" and not modules:
-        yield ("finetuning_type", "additional_target"), "finetuning_type freeze needs additional_target: what it trains"
+    for name, default in {"freeze_trainable_layers": 2, "freeze_trainable_modules": ["all"]}.items():
+        if kind != "freeze" and ours[name] not in (None, default):
+            yield (
+                (name, "finetuning_type"),
+                f"{name} is given, but finetuning_type {kind} does not train some layers alone",
+            )
+    if kind != "freeze" and ours["freeze_extra_modules"]:
+        text = f"freeze_extra_modules is given, but finetuning_type is {kind}; name them in additional_target"
+        yield ("freeze_extra_modules", "finetuning_type"), text
     if ours["embedding_rows"] == "new" and (kind != "lora" or EMBEDDINGS.isdisjoint(modules)):
         text = "embedding_rows new needs finetuning_type lora, and embed_tokens or lm_head in additional_target"
         yield ("embedding_rows", "finetuning_type", "additional_target"), text
@@ -487,8 +528,6 @@ def _as_transformers_takes_them(settings: dict[str, Any], for_export: bool) -> d
     """Settings without names of older transformers, with this trainer's defaults and what the machine asks for."""
     settings = {"logging_nan_inf_filter": False, "use_cpu": not torch.cuda.is_available(), **settings}
     settings["remove_unused_columns"] = False
-    for name in WITHOUT_EFFECT:
-        settings.pop(name, None)
     ratio, steps = settings.pop("warmup_ratio", None), settings.get("warmup_steps", 0)
     if 0 < steps < 1:
         say(
@@ -543,7 +582,12 @@ def settings_to_save(arguments: Arguments) -> dict[str, Any]:
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Which settings that change what is learned differ, as lines of the form `learning_rate: 0.0001 -> 5e-05`."""
+    """Which settings that change what is learned differ, as lines of the form `learning_rate: 0.0001 -> 5e-05`.
+
+    What was saved before a setting existed was made with its default.
+    """
+    defaults = vars(ModelArguments("")) | vars(DataArguments()) | vars(FinetuningArguments())
+    before = {name: defaults[name] for name in after if defaults.get(name) is not None} | before
     return [
         f"{name}: {before.get(name, 'not set')} -> {after.get(name, 'not set')}"
         for name in sorted({*before, *after})

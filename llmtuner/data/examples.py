@@ -20,7 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from llmtuner.console import InputError, say, whole_directory, write_json
-from llmtuner.data.messages import BadRow, check_columns, to_document, to_messages
+from llmtuner.data.messages import BadRow, check_columns, to_document, to_messages, with_system
 from llmtuner.data.sources import Row, Source, file_kind, find_source, read_rows, text_hash
 from llmtuner.data.template import Ids, Message, Template
 from llmtuner.data.tokens import SCHEMA, Examples, TokenTable
@@ -101,6 +101,8 @@ def _settings(name: str, stage: str, tokenizer: Any, data_args: "DataArguments")
     if stage == "sft":
         for setting in ("template", "mask_history", "train_on_prompt"):
             settings[setting] = getattr(data_args, setting)
+        if data_args.default_system:  # left out where it is not set: what was tokenized before it existed stays valid
+            settings["default_system"] = data_args.default_system
     return settings | {"tokenizer": _fingerprint(tokenizer)}
 
 
@@ -206,7 +208,11 @@ def _make(
         if stage == "pt":
             return [(ids, ids[:0]) for ids in template.documents(tokenizer, contents, threads)]
         return template.dialogues(
-            tokenizer, contents, data_args.mask_history, data_args.train_on_prompt, threads=threads
+            tokenizer,
+            with_system(contents, data_args.default_system),
+            data_args.mask_history,
+            data_args.train_on_prompt,
+            threads=threads,
         )
 
     with whole_directory(directory) as partial, _old_objects_left_alone():

@@ -74,6 +74,14 @@ def to_messages(source: Source, values: Values) -> list[Message]:
     return messages
 
 
+def with_system(dialogues: list[list[Message]], system: str | None) -> list[list[Message]]:
+    """Begins dialogues that have no system message with this one; null or empty changes nothing."""
+    if not system:
+        return dialogues
+    first = {"role": "system", "content": system}
+    return [messages if messages[0]["role"] == "system" else [first, *messages] for messages in dialogues]
+
+
 def _alpaca(source: Source, values: Values) -> list[Message]:
     query = _optional(source, "query", values)
     if query.strip() and not _optional(source, "prompt", values).strip():

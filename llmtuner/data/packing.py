@@ -42,7 +42,12 @@ class Pool:
 
 
 def mix(
-    rows: list[numpy.ndarray], weights: numpy.ndarray, shares: list[float], strategy: str, seed: int
+    rows: list[numpy.ndarray],
+    weights: numpy.ndarray,
+    shares: list[float],
+    strategy: str,
+    seed: int,
+    shuffle: bool = True,
 ) -> numpy.ndarray:
     """The order in which rows of several data sets are taken.
 
@@ -53,16 +58,17 @@ def mix(
     Args:
         rows: of each data set, the rows to draw from.
         weights: what each row of the pool counts for: its tokens, its bytes, or 1.
+        shuffle: false takes the rows of each data set in their order.
     """
-    rng = numpy.random.default_rng(seed)
+    permute = numpy.random.default_rng(seed).permutation if shuffle else numpy.asarray
     if strategy == "concat":
-        return rng.permutation(numpy.concatenate(rows))
+        return permute(numpy.concatenate(rows))
     used = [(own, share) for own, share in zip(rows, shares, strict=True) if len(own) and share > 0]
     totals = [weights[own].sum() / share for own, share in used]  # how far a set reaches, in weight of the whole mix
     reach = min(totals) if strategy == "interleave_under" else max(totals)
     drawn, keys = [], []
     for (own, share), total in zip(used, totals, strict=True):
-        order = numpy.concatenate([rng.permutation(own) for _ in range(int(-(-reach // total)))])
+        order = numpy.concatenate([permute(own) for _ in range(int(-(-reach // total)))])
         before = (numpy.cumsum(weights[order]) - weights[order]) / share  # what lies below its share, when it is drawn
         keep = before < reach
         drawn.append(order[keep])
@@ -108,8 +114,12 @@ def single_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: in
     return Segments(rows, starts, numpy.minimum(starts + cutoff_len, lengths[rows]), numpy.arange(len(rows)))
 
 
-def bin_segments(order: numpy.ndarray, pool: Pool, cutoff_len: int, packed: bool = True) -> Segments:
+def bin_segments(
+    order: numpy.ndarray, pool: Pool, cutoff_len: int, packed: bool = True, in_order: bool = False
+) -> Segments:
     """Whole dialogues, packed by best-fit decreasing into sequences of at most `cutoff_len` tokens.
+
+    `in_order` keeps their order instead: a sequence ends where the next dialogue does not fit.
 
     A dialogue longer than that keeps its beginning; if no trained token is in it, it is dropped. Both are counted.
     """
@@ -117,7 +127,8 @@ def bin_segments(order: numpy.ndarray, pool: Pool, cutoff_len: int, packed: bool
     long = numpy.flatnonzero(pool.lengths[order] > cutoff_len)
     dropped = [place for place in long if (_row(pool, int(order[place]))[1][1:cutoff_len] == IGNORE).all()]
     order, lengths = numpy.delete(order, dropped), numpy.delete(lengths, dropped)
-    bins = best_fit_decreasing(lengths, cutoff_len) if packed else numpy.arange(len(order))
+    pack = next_fit if in_order else best_fit_decreasing
+    bins = pack(lengths, cutoff_len) if packed else numpy.arange(len(order))
     sorting = numpy.argsort(bins, kind="stable")
     return Segments(
         order[sorting], numpy.zeros_like(order), lengths[sorting], bins[sorting], cut=len(long), dropped=len(dropped)
@@ -148,6 +159,18 @@ def best_fit_decreasing(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
     return bins
 
 
+def next_fit(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
+    """The bin of each item: items are taken in order, and a bin is closed when the next item does not fit."""
+    bins = numpy.empty(len(sizes), dtype=numpy.int64)
+    used = current = 0
+    for item, size in enumerate(sizes.tolist()):
+        if used + size > capacity:
+            used, current = 0, current + 1
+        used += size
+        bins[item] = current
+    return bins
+
+
 class PackedSequences(TorchDataset):
     """The sequences that segments make up.
 
@@ -161,6 +184,14 @@ class PackedSequences(TorchDataset):
         count = int(segments.sequence[-1]) + 1 if len(segments.sequence) else 0
         self.first = numpy.searchsorted(segments.sequence, numpy.arange(count + 1))
         self.tokens = int((segments.stops - segments.starts).sum())
+
+    def of_dataset(self, place: int) -> "PackedSequences":
+        """What one data set of the pool, by its place, gives to these sequences: its segments, where they stand."""
+        segments = self.segments
+        own = numpy.searchsorted(self.pool.starts, segments.rows, side="right") - 1 == place
+        sequence = numpy.unique(segments.sequence[own], return_inverse=True)[1]
+        parts = (segments.rows[own], segments.starts[own], segments.stops[own], sequence)
+        return PackedSequences(self.pool, Segments(*parts), self.prefix, self.isolated)
 
     def __len__(self) -> int:
         return len(self.first) - 1

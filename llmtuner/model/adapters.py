@@ -1,7 +1,9 @@
 """What is trained: LoRA with embeddings beside it, some modules alone or everything; and how it is saved."""
 
 import os
+import re
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from llmtuner.console import InputError, disk_errors, say
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model.growing import APPENDED_ROWS
-from llmtuner.model.merging import copy_tokenizer
+from llmtuner.model.merging import MERGED_ADAPTER, adapter_checksum, copy_tokenizer
 from llmtuner.model.shards import read_json
 
 NO_LORA_ON_OUTPUT = "the output layer is trained in full or not at all. Put it into additional_target."
@@ -34,8 +36,16 @@ WEIGHTS = (ADAPTER_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.s
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
+@dataclass
+class LoraOnMergedConfig(LoraConfig):
+    """Settings of an adapter that was trained on its base with an earlier adapter merged into it."""
+
+    merged_adapter: dict[str, str] | None = None
+    """`path` and `sha256` of the earlier one; an export merges it first."""
+
+
 def prepare_for_training(
-    model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path | None = None
+    model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path | None = None, create_new: bool = False
 ) -> torch.nn.Module:
     """Freezes what is not trained; what is trained is held in fp32, so that small updates are not rounded away.
 
@@ -43,24 +53,46 @@ def prepare_for_training(
 
     Args:
         adapter: directory of a trained LoRA adapter to go on from; its own settings of LoRA apply.
+        create_new: merge that adapter into the model instead, and train a new one by the settings.
 
     Raises:
         InputError: if a target names no module of this model, or the adapter does not fit it.
     """
     prepared: Any = model
-    if adapter is not None:
+    if adapter is not None and create_new:
+        prepared = _new_adapter_on_merged(model, finetuning, adapter)
+    elif adapter is not None:
         prepared = _go_on_from(model, finetuning, adapter)
+        say(f"going on from {adapter}: {_describe(prepared)}")
     elif finetuning.finetuning_type == "lora":
         prepared = get_peft_model(model, _lora_config(model, finetuning))
     elif finetuning.finetuning_type == "freeze":
-        _check_names(finetuning.additional_target, _modules_with_parameters(model), "additional_target")
-        model.requires_grad_(False)
-        for name, module in model.named_modules():
-            if name.rsplit(".", 1)[-1] in finetuning.additional_target:
-                module.requires_grad_(True)
+        _freeze_all_but(model, finetuning)
     _train_in_fp32(prepared)
     _forget_originals(prepared)
     return prepared
+
+
+def _freeze_all_but(model: PreTrainedModel, finetuning: FinetuningArguments) -> None:
+    """Trains some of the layers, or some modules of them, and modules outside them."""
+    outside = [*finetuning.additional_target, *finetuning.freeze_extra_modules]
+    _check_names(outside, _modules_with_parameters(model), "additional_target")
+    wanted = finetuning.freeze_trainable_layers
+    if wanted is None:
+        wanted = 0 if finetuning.additional_target else 2
+    # Parameter -> its layer, and its module in there: model.layers.3.mlp.down_proj.weight -> 3, mlp.
+    found = {name: re.search(r"\.(\d+)\.(\w+)", name) for name, _ in model.named_parameters()}
+    places = {name: (int(match[1]), match[2]) for name, match in found.items() if match}
+    inside = [name for name in finetuning.freeze_trainable_modules if name != "all"]
+    _check_names(inside, sorted({module for _, module in places.values()}), "freeze_trainable_modules")
+    count = 1 + max((layer for layer, _ in places.values()), default=-1)
+    layers = range(max(0, count - wanted), count) if wanted > 0 else range(min(-wanted, count))
+    for name, parameter in model.named_parameters():
+        layer, module = places.get(name, (-1, ""))
+        in_layer = layer in layers and (module in inside or "all" in finetuning.freeze_trainable_modules)
+        parameter.requires_grad_(in_layer or not {*name.split(".")}.isdisjoint(outside))
+    if layers:
+        say(f"training layers {layers[0]} to {layers[-1]} of {count}: {', '.join(finetuning.freeze_trainable_modules)}")
 
 
 def _train_in_fp32(model: torch.nn.Module) -> None:
@@ -140,6 +172,22 @@ def _appended_rows(model: PreTrainedModel) -> list[int]:
     return list(range(*first_and_end))
 
 
+def _new_adapter_on_merged(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
+    """A new LoRA adapter around a base into which an earlier one was merged, each parameter in its own precision."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    rank = read_json(adapter / ADAPTER_CONFIG).get("r") if (adapter / ADAPTER_CONFIG).is_file() else None
+    earlier = replace(finetuning, lora_rank=rank or finetuning.lora_rank)
+    with torch.random.fork_rng():  # the new adapter begins as it would on the exported model
+        merged: Any = _go_on_from(model, earlier, adapter).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    say(f"{adapter} is merged into the model in memory; a new adapter is trained on that")
+    config: Any = _lora_config(merged, finetuning)
+    config.__class__ = LoraOnMergedConfig
+    config.merged_adapter = {"path": str(adapter.resolve()), "sha256": adapter_checksum(adapter)}
+    return get_peft_model(merged, config)  # type: ignore[return-value]
+
+
 def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
     """A LoRA adapter around its base, to be trained further."""
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (adapter / name).is_file()]
@@ -148,7 +196,13 @@ def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter
         raise InputError(
             f"training goes on only from a LoRA adapter: {why}. Merge what was trained and start from that."
         )
-    rank = read_json(adapter / ADAPTER_CONFIG).get("r")
+    settings = read_json(adapter / ADAPTER_CONFIG)
+    if settings.get(MERGED_ADAPTER):
+        raise InputError(
+            f"{adapter} was itself trained with create_new_adapter, on a base with another adapter merged into it. Export "
+            "it (python -m llmtuner export), and train on the exported model."
+        )
+    rank = settings.get("r")
     if rank != finetuning.lora_rank:
         raise InputError(
             f"the adapter {adapter} has rank {rank}, but lora_rank is {finetuning.lora_rank}. Set lora_rank: {rank}; "
@@ -170,12 +224,13 @@ def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter
         ) from error
     if "lm_head" in config.target_modules:  # the loss reads the matrix, not the layer
         raise InputError(f"the adapter {adapter} holds LoRA of lm_head: {NO_LORA_ON_OUTPUT}")
-    beside = [*(config.modules_to_save or []), *(f"rows of {name}" for name in config.trainable_token_indices or [])]
-    say(
-        f"going on from {adapter}: rank {rank} on {', '.join(sorted(config.target_modules))}; "
-        f"beside it {', '.join(beside) or 'nothing'}"
-    )
     return adapted
+
+
+def _describe(adapted: Any) -> str:
+    config = adapted.peft_config["default"]
+    beside = [*(config.modules_to_save or []), *(f"rows of {name}" for name in config.trainable_token_indices or [])]
+    return f"rank {config.r} on {', '.join(sorted(config.target_modules))}; beside it {', '.join(beside) or 'nothing'}"
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

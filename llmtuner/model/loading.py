@@ -9,12 +9,13 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import InputError
 from llmtuner.model.attention import NAME as DOCUMENTS
-from llmtuner.model.shards import check_not_quantized, check_weight_files
+from llmtuner.model.chatglm import is_published
+from llmtuner.model.shards import check_not_quantized, check_weight_files, read_json
 from llmtuner.tokenizer.fast import load_tokenizer
 
 # What libraries would print and nobody could act on: bars for reading one file, peft's call of an old name, and
@@ -67,12 +68,25 @@ def best_attention(directory: Path | str) -> str:
 def _read_config(directory: Path | str) -> Any:
     if not (Path(directory) / "config.json").is_file():
         raise InputError(f"{directory} is not a model directory: it has no config.json.")
+    _refuse_remote_code(Path(directory))
     try:
         return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{directory} is not a model directory that can be used: {error}. Make or fetch it again."
         ) from error
+
+
+def _refuse_remote_code(directory: Path) -> None:
+    """Names the way out for a model that only code of its own directory can load (`auto_map`); that code is never run."""
+    config = read_json(directory / "config.json")
+    kind = config.get("model_type")
+    if config.get("auto_map") and kind not in CONFIG_MAPPING:
+        published = f"Convert it once: python -m llmtuner convert {directory} OUT_DIR, and name OUT_DIR."
+        raise InputError(
+            f"{directory} needs code of its own (model_type {kind!r}, which transformers does not know), and no code of a "
+            f"model directory is run. {published if is_published(config) else 'Choose a model that transformers knows.'}"
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A trained adapter is a directory of one of two kinds: LoRA (adapter_config.json,
 them) or plain tensors under the base's names (config.json, model.safetensors).
 """
 
+import hashlib
 import shutil
 from collections import defaultdict
 from dataclasses import replace
@@ -23,6 +24,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 PREFIX = "base_model.model."
+MERGED_ADAPTER = "merged_adapter"  # key of adapter_config.json: which adapter create_new_adapter merged into the base
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 # Whatever of this is set makes another sum than the one formed here, or another base than the one on disk.
@@ -47,8 +49,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def merge_adapter(base: Path, adapter: Path, destination: Path, max_shard_gb: int = 2) -> None:
+def merge_adapter(base: Path, adapter: Path | None, destination: Path, max_shard_gb: int = 2) -> None:
     """Adds an adapter to its base and saves a plain model with tokenizer, loadable without peft.
+
+    Without an adapter the base is written as it is, such as the output of finetuning_type full.
 
     Sums are formed in fp32 and stored in the base's dtype. If the adapter was trained on a grown model and holds both of
     its embedding matrices, the base grows to their size, and its tokenizer is the adapter's.
@@ -60,15 +64,20 @@ def merge_adapter(base: Path, adapter: Path, destination: Path, max_shard_gb: in
     Raises:
         InputError: if the adapter does not belong to this base, says of itself what cannot be merged, or is not whole.
     """
-    for source in (base, adapter):
+    for source in (base, adapter) if adapter else (base,):
         if source.resolve().is_relative_to(destination.resolve()):
             raise InputError(f"writing {destination} would delete {source}. Write to a directory of its own.")
     checkpoint = open_base(base)
     old = {tensor.name: tensor for tensor in checkpoint.tensors}
-    trained = _low_rank if (adapter / "adapter_config.json").is_file() else _plain
-    merged = trained(adapter, old)
-    for name, tensor in merged.items():
-        _check_shape(adapter, old[name], tensor)
+    merged: dict[str, LazyTensor] = {}
+    for part in _adapters(adapter) if adapter else ():
+        trained = _low_rank if (part / "adapter_config.json").is_file() else _plain
+        below = old | merged
+        changes = trained(part, below)
+        for name, tensor in changes.items():
+            _check_shape(part, below[name], tensor)
+        merged |= changes
+    adapter = adapter or base
     rows = _rows(merged, checkpoint.config.vocab_size, adapter)
     has_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = adapter if has_tokenizer else base
@@ -96,6 +105,30 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- what has changed
+def _adapters(adapter: Path) -> list[Path]:
+    """The adapters to merge, in order: first the one that was merged into the base before this one was trained."""
+    config = read_json(adapter / "adapter_config.json") if (adapter / "adapter_config.json").is_file() else {}
+    if not config.get(MERGED_ADAPTER):
+        return [adapter]
+    earlier = Path(config[MERGED_ADAPTER]["path"])
+    if not (earlier / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"{adapter} was trained on its base with the adapter {earlier} merged into it (create_new_adapter), and that "
+            "is no longer there. Put it back."
+        )
+    if adapter_checksum(earlier) != config[MERGED_ADAPTER]["sha256"]:
+        raise InputError(
+            f"{adapter} was trained on its base with the adapter {earlier} merged into it (create_new_adapter), and that "
+            "has changed since. Put the former one back, or train again."
+        )
+    return [earlier, adapter]
+
+
+def adapter_checksum(adapter: Path) -> str:
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _plain(adapter: Path, old: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The base's tensors that a run without LoRA trained."""
     if not (adapter / "config.json").is_file():

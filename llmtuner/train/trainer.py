@@ -1,6 +1,7 @@
 """One training step: the loss, the parameter groups, what is logged, an eval loss that is exact, whole checkpoints."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -66,9 +67,13 @@ class PackedTrainer(Trainer):
         self.output_dir = Path(self.args.output_dir or ".")
         self.finetuning, self.settings, self.origin, self.stop = finetuning, settings, origin, stop
         self.windows = windows
+        self.eval_parts: dict[
+            str, Any
+        ] = {}  # of each data set, what is held out; their losses are logged beside eval_loss
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        for watcher in (ProgressBar(), LogLines(self.output_dir / "log.jsonl"), RunControl(self)):
+        self.early_stopping = EarlyStopping(finetuning.early_stopping_steps)
+        for watcher in (ProgressBar(), LogLines(self.output_dir / "log.jsonl"), RunControl(self), self.early_stopping):
             self.add_callback(watcher)
         # Trainer shall count the trained tokens of the whole accumulated batch on all ranks, and divide by nothing else.
         self.model_accepts_loss_kwargs = True
@@ -149,29 +154,37 @@ class PackedTrainer(Trainer):
         self.micro_batches = []
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer's, with the embedding matrices in a group of their own if they have a learning rate of their own."""
-        rate = self.finetuning.embedding_learning_rate
-        if self.optimizer is None and rate is not None:
-            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        """As Trainer's, with groups of their own for the embedding matrices and LoRA's B matrices if those have their own
+        learning rates."""
+        ours = (self.finetuning.embedding_learning_rate, self.finetuning.loraplus_lr_ratio)
+        if self.optimizer is None and ours != (None, None):
+            groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
             decayed = set(self.get_decay_parameter_names(self.model))
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    embedding = "embed_tokens" in name or "lm_head" in name
-                    groups.setdefault((embedding, name in decayed), []).append(parameter)
+                    groups.setdefault((self._learning_rate(name), name in decayed), []).append(parameter)
+            base = self.args.learning_rate
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(
                 [
                     {
                         "params": parameters,
                         "weight_decay": self.args.weight_decay if decay else 0.0,
-                        "lr": rate if embedding else self.args.learning_rate,
+                        "lr": rate,
                     }
                     # The first group's rate is the one that Trainer logs.
-                    for (embedding, decay), parameters in sorted(groups.items(), key=lambda group: group[0][0])
+                    for (rate, decay), parameters in sorted(groups.items(), key=lambda group: group[0][0] != base)
                 ],
                 **options,
             )
         return super().create_optimizer(*args, **kwargs)
+
+    def _learning_rate(self, name: str) -> float:
+        """The learning rate of a parameter at its height."""
+        settings, rate = self.finetuning, self.args.learning_rate
+        if settings.embedding_learning_rate is not None and ("embed_tokens" in name or "lm_head" in name):
+            return settings.embedding_learning_rate
+        return rate * settings.loraplus_lr_ratio if settings.loraplus_lr_ratio and ".lora_B." in name else rate
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the meter counted since the last line to a line with a loss."""
@@ -231,6 +244,8 @@ class PackedTrainer(Trainer):
     ) -> dict[str, float]:
         """Logs `eval_loss` over all trained tokens, and bits per byte; called by Trainer at the eval steps."""
         metrics = {f"{metric_key_prefix}_loss": self.loss_on(eval_dataset or self.eval_dataset)}
+        for name, part in self.eval_parts.items():
+            metrics[f"{metric_key_prefix}_{name}_loss"] = self.loss_on(part)
         for language, windows in self.windows.items():
             metrics[f"{metric_key_prefix}_bits_per_byte_{language}"] = self.bits_per_byte_on(windows)
         self.log(dict(metrics))
@@ -242,7 +257,7 @@ class PackedTrainer(Trainer):
         self.meter = Meter(**json.loads((checkpoint / "meter.json").read_text(encoding="utf-8")))
         self.args.eval_on_start = False  # it was done
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps:
+        if state.global_step < state.max_steps and not self.early_stopping.is_due(state.log_history):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # Trainer would make one step more
             self._load_from_checkpoint(str(checkpoint))
@@ -282,6 +297,26 @@ class RunControl(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.ending:
             control.should_save = control.should_training_stop = True
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends training, with a checkpoint, once `eval_loss` has not improved for `patience` evaluations.
+
+    It counts in the log, which a checkpoint holds, so that patience is the same after a restart.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.is_due(state.log_history):
+            control.should_save = control.should_training_stop = True
+
+    def is_due(self, history: list[dict[str, Any]]) -> bool:
+        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        best = min(range(len(losses)), key=lambda place: losses[place], default=0)
+        return self.patience is not None and len(losses) - 1 - best >= self.patience
 
 
 class InitialLoss(TrainerCallback):

@@ -30,12 +30,13 @@ def run_exp(
 
 
 def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) -> Path:
-    """Merges an adapter into its base and saves a plain model directory.
+    """Merges an adapter into its base and saves a plain model directory; without an adapter, the model as it is.
 
     Raises:
-        InputError: if adapter_name_or_path or export_dir is missing, or they do not fit the model.
+        InputError: if export_dir is missing, or adapter and model do not belong together.
     """
     model_args, *_ = get_train_args(args, for_export=True)
-    adapter, destination = Path(str(model_args.adapter_name_or_path)), Path(str(model_args.export_dir))
+    adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
+    destination = Path(str(model_args.export_dir))
     merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size)
     return destination

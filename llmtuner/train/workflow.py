@@ -95,7 +95,8 @@ def pack_sft(
     """
 
     def pack(pool: Pool, order: numpy.ndarray) -> PackedSequences:
-        segments = bin_segments(order, pool, data_args.cutoff_len, data_args.packing)
+        in_order = data_args.disable_shuffling
+        segments = bin_segments(order, pool, data_args.cutoff_len, data_args.packing, in_order)
         return PackedSequences(pool, segments, isolated=data_args.neat_packing)
 
     pool, trained, held_out = load_pool(data_args, "sft", tokenizer)
@@ -142,7 +143,8 @@ def _order(pool: Pool, trained: list[numpy.ndarray], data_args: DataArguments, s
         weights = numpy.concatenate([one.table.column("bytes") for one in pool.sets]).astype(numpy.int64)
     else:
         weights = numpy.ones(len(pool.lengths), dtype=numpy.int64)
-    return mix(trained, weights, data_args.interleave_probs or [], data_args.mix_strategy, seed)
+    shares, shuffle = data_args.interleave_probs or [], not data_args.disable_shuffling
+    return mix(trained, weights, shares, data_args.mix_strategy, seed, shuffle)
 
 
 def _say_mix(train: PackedSequences, data_args: DataArguments) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def _train(
     model = load_model(model_args.model_name_or_path, dtype, attention)
     model.config.use_cache = False
     adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
-    trained = prepare_for_training(model, finetuning_args, adapter)
+    trained = prepare_for_training(model, finetuning_args, adapter, model_args.create_new_adapter)
     if finetuning_args.fused_layers:
         fuse_layers(trained)
     if model_args.disable_gradient_checkpointing is None and _memory_is_short(trained, data_args, training_args):
@@ -201,6 +203,8 @@ def _train(
         )
         for language, own in (texts or {}).items()
     }
+    if training_args.do_train and data_args.disable_shuffling:
+        training_args.train_sampling_strategy = "sequential"
     with StopSignal() as stop:
         trainer = PackedTrainer(
             finetuning_args,
@@ -214,10 +218,16 @@ def _train(
             train_dataset=FilledUp(train, _total_batch(training_args)),
             eval_dataset=_first(held_out, data_args.max_eval_sequences) if len(held_out) else None,
         )
+        if data_args.eval_on_each_dataset:
+            parts = {one.name: held_out.of_dataset(place) for place, one in enumerate(train.pool.sets)}
+            trainer.eval_parts = {
+                name: _first(part, data_args.max_eval_sequences) for name, part in parts.items() if len(part)
+            }
         check = SelfCheck(trainer, tokenizer, packed=data_args.packing and data_args.neat_packing)
         if not training_args.do_train:
             check.run()
-            return {"eval_loss": trainer.evaluate()["eval_loss"]}
+            losses = trainer.evaluate()
+            return {name: loss for name, loss in losses.items() if name.endswith("_loss")}
         small = {name: _first(one, SEQUENCES_FOR_INITIAL_LOSS) for name, one in (samples or {}).items()}
         for callback in (check, InitialLoss(trainer, small)):
             trainer.add_callback(callback)
@@ -233,6 +243,8 @@ def _train(
                 "The same command goes on from there.",
                 stop.received,
             )
+        if step < trainer.state.max_steps and (patience := finetuning_args.early_stopping_steps):
+            say(f"finished early, after step {step:,}: eval_loss has not improved for {patience} evaluations")
     if is_first_process():
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir, Path(model_args.model_name_or_path))
         write_json(output_dir / "settings.json", settings)
