@@ -663,6 +663,8 @@ def test_tools_and_calls_are_read(tools):
     row = calling(tools)
     row["conversations"].insert(0, {"from": "system", "value": "S"})
     assert to_messages(WITH_TOOLS, row)[0]["content"] == f"S\n{system['content']}"
+    assert to_messages(WITH_TOOLS, row, "D")[0]["content"] == f"S\n{system['content']}"
+    assert to_messages(WITH_TOOLS, calling(tools), "D")[0]["content"] == f"D\n{system['content']}"
 
 
 def test_rows_without_tools_are_ordinary(corpus, tokenizer, capsys):
@@ -789,6 +791,7 @@ def settings(directory, **changed):
         "template": "chatglm3",
         "mask_history": False,
         "train_on_prompt": False,
+        "default_system": None,
         "max_rejected": 0.05,
     }
     return SimpleNamespace(**given | changed)

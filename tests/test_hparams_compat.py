@@ -81,6 +81,7 @@ def only_checked(monkeypatch, tmp_path):
         return build(cls, {name: value for name, value in settings.items() if name != "deepspeed"})
 
     monkeypatch.setattr(hparams, "_build", build_without_deepspeed)
+    monkeypatch.setattr(hparams, "missing_packages", lambda name, value: [])
     monkeypatch.setattr(hparams, "_start_as_one_process", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_config_zero2.json").write_text("{}", encoding="utf-8")

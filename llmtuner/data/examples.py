@@ -20,7 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from llmtuner.console import InputError, say, whole_directory, write_json
-from llmtuner.data.messages import BadRow, check_columns, to_document, to_messages, with_system
+from llmtuner.data.messages import BadRow, check_columns, to_document, to_messages
 from llmtuner.data.sources import Row, Source, file_kind, find_source, read_rows, text_hash
 from llmtuner.data.template import Ids, Message, Template
 from llmtuner.data.tokens import SCHEMA, Examples, TokenTable
@@ -208,11 +208,7 @@ def _make(
         if stage == "pt":
             return [(ids, ids[:0]) for ids in template.documents(tokenizer, contents, threads)]
         return template.dialogues(
-            tokenizer,
-            with_system(contents, data_args.default_system),
-            data_args.mask_history,
-            data_args.train_on_prompt,
-            threads=threads,
+            tokenizer, contents, data_args.mask_history, data_args.train_on_prompt, threads=threads
         )
 
     with whole_directory(directory) as partial, _old_objects_left_alone():
@@ -225,7 +221,7 @@ def _make(
 
             limit = min(data_args.max_samples or sys.maxsize, source.num_samples or sys.maxsize)
             rows = itertools.islice(_filtered(source, counts), limit)
-            usable = _usable(rows, source, stage, counts, reject, columns)
+            usable = _usable(rows, source, stage, counts, reject, columns, data_args.default_system)
             with (
                 pyarrow.OSFile(str(partial / "examples.arrow"), "wb") as file,
                 pyarrow.ipc.new_file(file, SCHEMA) as writer,
@@ -279,6 +275,7 @@ def _usable(
     counts: Counter[str],
     reject: Callable[[Row, str], None],
     columns: dict[str, None],
+    default_system: str | None,
 ) -> Iterator[Usable]:
     """Rows that can be trained on; fills `columns` with the names that the rows have."""
     number = 0
@@ -299,7 +296,7 @@ def _usable(
                     continue
                 yield Usable(data, len(data), text_hash(data), row.file, row.line)
             else:
-                messages = to_messages(source, row.values)
+                messages = to_messages(source, row.values, default_system)
                 size = sum(len(message["content"].encode()) for message in messages)
                 data = AS_JSON(messages).encode()
                 yield Usable(messages, size, text_hash(data), row.file, row.line)

@@ -52,11 +52,11 @@ def to_document(source: Source, values: Values) -> bytes:
     return data if text.strip() else b""
 
 
-def to_messages(source: Source, values: Values) -> list[Message]:
+def to_messages(source: Source, values: Values, default_system: str | None = None) -> list[Message]:
     """A dialogue: perhaps a system message, then a question or observation and an answer in turn, an answer last.
 
     An answer that calls a tool has the tool's name under `metadata`. A row with tools has ChatGLM3's own system message
-    of them, behind the row's system message if it has one.
+    of them, behind the row's system message if it has one. `default_system` is that of rows without one.
 
     Raises:
         BadRow: if the row does not hold such a dialogue.
@@ -65,6 +65,7 @@ def to_messages(source: Source, values: Values) -> list[Message]:
     system = _optional(source, "system", values)
     if messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
+    system = system if system.strip() else default_system or ""
     if tools := _tools(source, values):
         system = "\n".join([*([system] if system.strip() else []), TOOLS_SYSTEM, tools])
     if system.strip():
@@ -72,14 +73,6 @@ def to_messages(source: Source, values: Values) -> list[Message]:
     if len(messages) > MAX_MESSAGES:
         raise BadRow(f"holds {len(messages):,} messages; {MAX_MESSAGES:,} is the most")
     return messages
-
-
-def with_system(dialogues: list[list[Message]], system: str | None) -> list[list[Message]]:
-    """Begins dialogues that have no system message with this one; null or empty changes nothing."""
-    if not system:
-        return dialogues
-    first = {"role": "system", "content": system}
-    return [messages if messages[0]["role"] == "system" else [first, *messages] for messages in dialogues]
 
 
 def _alpaca(source: Source, values: Values) -> list[Message]:
