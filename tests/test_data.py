@@ -1164,10 +1164,10 @@ examples._make = slow
 tokenizer = SimpleNamespace(  # a real one takes seconds to import
     sentencepiece=SentencePieceProcessor(model_file),
     backend_tokenizer=SimpleNamespace(get_added_tokens_decoder=dict),
-    convert_tokens_to_ids=len,
-    convert_ids_to_tokens={len(name): name for name in SPECIAL_TOKENS}.get,
-    all_special_ids=range(20),
-    eos_token_id=2,
+    convert_tokens_to_ids=SPECIAL_TOKENS.index,
+    convert_ids_to_tokens=SPECIAL_TOKENS.__getitem__,
+    all_special_ids=range(len(SPECIAL_TOKENS)),
+    eos_token_id=100,
 )
 (directory / f"ready-{number}").touch()
 while not (directory / "ready-0").exists() or not (directory / "ready-1").exists():
