@@ -1243,3 +1243,22 @@ def test_hub_data_sets_are_streamed(tmp_path, tokenizer):
             load_examples(name, "sft", tokenizer, given)
     lines(talks / "train.jsonl", [turns("h", "g")])  # the fingerprint of a directory knows its files
     assert len(load_examples("talks", "sft", tokenizer, given)) == 1
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path, tokenizer, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(_, name, timeout):
+        asked.append(name)
+        assert timeout <= 10
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", None)  # it would try again and again
+    with pytest.raises(InputError, match=r"org/set cannot be loaded \(ConnectionError: no route to host\)\. Check"):
+        load_examples("REMOTE:org/set", "sft", tokenizer, settings(tmp_path))
+    assert asked == ["org/set"]

@@ -393,11 +393,12 @@ Numbered = Iterator[tuple[int, dict[str, Any] | str]]
 
 def _open_text(file: Path, newline: str | None = None) -> TextIO:
     """Opens a text file, compressed or not; a byte that is not UTF-8 becomes a lone surrogate, see `_encoding_error`."""
-    import pyarrow
+    binary: Any = None
+    if compression := COMPRESSIONS.get(file.suffix.lower()):
+        import pyarrow
 
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    binary = pyarrow.input_stream(str(file), compression=compression) if compression else file.open("rb")
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+        binary = pyarrow.input_stream(str(file), compression=compression)
+    return io.TextIOWrapper(binary or file.open("rb"), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _encoding_error(text: str) -> str:
@@ -405,7 +406,8 @@ def _encoding_error(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"is not UTF-8 text (byte 0x{ord(text[error.start]) - 0xDC00:02x} at character {error.start + 1})"
+        byte = f"byte 0x{ord(text[error.start]) - 0xDC00:02x} at character {error.start + 1}"
+        return f"is not UTF-8 text ({byte}; a file in another encoding: iconv -f ENCODING -t UTF-8)"
     return ""
 
 
@@ -593,7 +595,7 @@ def _rows_of_hub(source: Source) -> Iterator[Row]:
 
     try:
         if not huggingface_hub.is_offline_mode() and not Path(str(source.hf_hub_url)).exists():
-            # load_dataset tries again for half a minute where there is no network
+            # Without a network, load_dataset would try again for half a minute.
             huggingface_hub.HfApi().dataset_info(str(source.hf_hub_url), timeout=HUB_TIMEOUT)
         rows = load_dataset(
             source.hf_hub_url, name=source.subset, data_dir=source.folder, split=source.split, streaming=True
@@ -602,10 +604,10 @@ def _rows_of_hub(source: Source) -> Iterator[Row]:
             yield Row(0, number, values)
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated
         missing = f"there is no file {source.looked_for}, and " if source.looked_for else ""
+        local = ", or put a file of that name into corpus_dir (in the steps: CORPUS_DIR)" if missing else ""
         raise InputError(
             f"data set {source.name}: {missing}the hub data set {source.hf_hub_url} cannot be loaded "
-            f"({type(error).__name__}: {error}). Check the network, or put a file of that name into corpus_dir "
-            "(in the steps: CORPUS_DIR)."
+            f"({type(error).__name__}: {error}). Check its name, the network and HF_HUB_OFFLINE{local}."
         ) from error
 
 
