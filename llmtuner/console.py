@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,18 @@ class Stopped(Exception):
 
 def stop(message: str) -> NoReturn:
     """Prints one error message and ends the program with exit code 2."""
-    print(f"\nerror: {message}", file=sys.stderr)
+    if not tell_launcher(f"\nerror: {message}"):
+        print(f"\nerror: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def tell_launcher(message: str) -> bool:
+    """Leaves it to `llmtuner/train/launch.py` to print a message once for all its processes; false if it does not run."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file or "REPORT_ERRORS_TO_LAUNCHER" not in os.environ:
+        return False
+    Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+    return True
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -62,6 +73,10 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception:
+        if not tell_launcher(traceback.format_exc()):
+            raise
+        raise SystemExit(1) from None
 
 
 def missing_package(module: str) -> str:

@@ -11,7 +11,7 @@ launch() {
     local cores
     cores="$(nproc)"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
-    exec "$python" -m torch.distributed.run \
+    exec "$python" -P "$root/llmtuner/train/launch.py" \
         --nproc_per_node "$processes" \
         --nnodes "${NNODES:-1}" \
         --node_rank "${NODE_RANK:-0}" \
