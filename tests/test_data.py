@@ -189,8 +189,9 @@ def test_the_log_says_what_a_document_of_a_text_file_is(corpus, tokenizer, capsy
 
 
 @pytest.mark.parametrize("unclosed", [11, 1_001])
-def test_an_unclosed_quote_costs_its_own_row_only(tmp_path, unclosed):
-    lines = ["id,text", *(f'{n},"words, {n}"' if n % 3 else f"{n},words {n}" for n in range(2, 1_002))]
+@pytest.mark.parametrize("quoted", [True, False])
+def test_an_unclosed_quote_costs_its_own_row_only(tmp_path, unclosed, quoted):
+    lines = ["id,text", *(f'{n},"words, {n}"' if quoted and n % 3 else f"{n},words {n}" for n in range(2, 1_002))]
     lines[unclosed - 1] = f'{unclosed},"no end'
     (tmp_path / "a.csv").write_text("\n".join(lines), encoding="utf-8")
     rows = list(read_rows(source(tmp_path / "a.csv")))

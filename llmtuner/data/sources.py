@@ -171,7 +171,7 @@ def find_source(name: str, dataset_info: Path, corpus_dir: Path) -> Source:
 
     Raises:
         InputError: if the name is unknown, its entry cannot be followed, there is neither a file nor a hub id, or
-            `corpus_dir` holds no file of any entry: then the wrong directory was set, and the hub is not asked.
+            `corpus_dir` holds no file of any entry, for then the hub is not asked.
     """
     if name.startswith("REMOTE:") or str(dataset_info.parent) == "ONLINE":
         return Source(name=name, files=(), hf_hub_url=name.removeprefix("REMOTE:"))
@@ -192,10 +192,10 @@ def find_source(name: str, dataset_info: Path, corpus_dir: Path) -> Source:
             f"Put it there, or change {where_else} or {dataset_info}."
         )
     if not files and pattern and not _holds_any(corpus_dir, entries, dataset_info):
-        raise InputError(
-            f"data set {name}: no file {place} (of kind {KINDS_TEXT}), nor one of any other data set in "
-            f"{dataset_info}.{skipped} Put files there, or set {where_else} to another directory; the hub is read where "
-            "there is no such directory, and for data sets that are missing beside others."
+        raise InputError(  # the wrong directory was set
+            f"data set {name}: no file {place}, nor one of any other data set in {dataset_info}.{skipped} Put files there, "
+            f"or set {where_else} to another directory. The hub is read where no directory is set, and for data sets that "
+            "are missing beside others."
         )
     if skipped:
         _say_once(f"data set {name}: {place}:{skipped} Kinds that are read: {KINDS_TEXT}.")
