@@ -100,6 +100,10 @@ def evaluate() -> None:
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
     if not any(one.group == FREE for one in questions):
         raise InputError(f"{constants.QUESTIONS} has no request of the group {FREE}, by which repetition is measured.")
+    if constants.QUESTIONS.suffix == ".jsonl" and not any(one.subject for one in questions):
+        say(
+            f"{constants.QUESTIONS} names no subjects: an answer about something else than its question is not noticed."
+        )
     for directory in MODELS.values():  # before time is spent on the first
         plan_evaluation(directory)
         open_checkpoint(directory)
