@@ -4,15 +4,18 @@ fixtures/llamafactory.json holds, as names and values, its arguments with their 
 Megatron), and the settings of its examples for pretraining, instruction tuning and merging.
 """
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from llmtuner import hparams, hparams_compat
-from llmtuner.console import InputError, table
-from llmtuner.hparams import get_train_args
+from llmtuner.console import InputError
+from llmtuner.data.sources import Source
+from llmtuner.hparams import DataArguments, FinetuningArguments, ModelArguments, get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.train.tuner import run_exp
 
@@ -103,9 +106,18 @@ def with_own_paths(example):
 
 
 def example_table():
-    """Example -> accepted, or why not: the table of the documentation."""
-    rows = [[name, "; ".join(refusals(with_own_paths(example))) or "accepted"] for name, example in EXAMPLES.items()]
-    return table(["example", "outcome"], rows)
+    """Example -> accepted, or why not, as Markdown."""
+    rows = ((name, refusals(with_own_paths(example))) for name, example in EXAMPLES.items())
+    lines = [f"| {name} | {'; '.join(problems) or 'accepted'} |" for name, problems in rows]
+    return "\n".join(["| example | outcome |", "|---|---|", *lines])
+
+
+def refused_table():
+    """The groups that are refused, as the page shows them."""
+    lines = [
+        f"| {', '.join(f'`{name}`' for name in group.switches)} | {group.reason} |" for group in hparams_compat.GROUPS
+    ]
+    return "\n".join(["| setting | why, and what to use instead |", "|---|---|", *lines])
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -128,8 +140,8 @@ def test_all_examples_of_text_for_lora_full_and_merging_are_accepted():
 
 def test_the_table_has_a_line_for_each_example():
     lines = example_table().splitlines()[2:]
-    assert [line.split()[0] for line in lines] == list(EXAMPLES)
-    assert sum(line.endswith("  accepted") for line in lines) == 57 - len(REFUSED)
+    assert [line.split()[1] for line in lines] == list(EXAMPLES)
+    assert sum(line.endswith("| accepted |") for line in lines) == 57 - len(REFUSED)
 
 
 # Their meaning here is another one, or they are needed, or they are this trainer's own with another default.
@@ -211,3 +223,48 @@ def test_code_beside_a_model_that_transformers_knows_is_not_needed(tiny_model_di
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (model / "modeling.py").write_text("raise RuntimeError('run')", encoding="utf-8")
     assert load_model(model).config.model_type == "glm"
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+PAGE = (Path(__file__).parent.parent / "docs" / "from-llamafactory.md").read_text(encoding="utf-8")
+
+
+def test_the_page_counts_the_examples_and_shows_the_groups():
+    assert f"{57 - len(REFUSED)} are accepted with only their paths" in PAGE
+    assert refused_table() in PAGE
+
+
+def test_names_with_another_meaning_exist():
+    section = PAGE.split("## Same name, other meaning")[1].split("## ")[0]
+    named = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
+    assert {"cache_dir", "val_size", "cutoff_len", "mask_history", "num_samples", ".txt"} <= set(named)
+    assert {"long dialogues", "turn ends"} <= set(re.findall(r"^\| ([a-z ]+) \|", section, flags=re.MULTILINE))
+    of_data_sets = {field.name for field in dataclasses.fields(Source)} | {".txt"}
+    ignored = {name for entry in hparams_compat.IGNORED for name in entry.names}
+    assert set(named) <= hparams.TYPES.keys() | of_data_sets | ignored
+
+
+def test_defaults_that_the_page_names():
+    data, finetuning, model = DataArguments(), FinetuningArguments(), ModelArguments("")
+    assert (finetuning.stage, data.cutoff_len, data.packing, data.neat_packing, model.export_size) == (
+        "pt",
+        1024,
+        True,
+        True,
+        2,
+    )
+    for name, theirs in {
+        "stage": "sft",
+        "cutoff_len": 2048,
+        "packing": None,
+        "neat_packing": False,
+        "export_size": 5,
+    }.items():
+        assert FACTORY["arguments"][name] == theirs
+
+
+def test_what_the_page_says_changes_nothing_is_ignored():
+    accepted = PAGE.split("## What is accepted")[1].split("## ")[0].split("- ")[2]
+    named = set(re.findall(r"`(\w+)`", accepted))
+    assert len(named) > 5
+    assert named <= {name for entry in hparams_compat.IGNORED for name in entry.names}
