@@ -161,7 +161,7 @@ def model_flop(trainer: Any) -> float:
         if parameter.ndim == 2 and "embed_tokens" not in name and not name.endswith("original_module.weight"):
             flop += parameter.numel() * (6 if parameter.requires_grad else 4)
     segments = trainer.train_dataset.dataset.segments
-    lengths = segments.stops - segments.starts
+    lengths = segments.lengths
     seen = float(numpy.sum(lengths * (lengths + 1) / 2) / lengths.sum())
     config = trainer.model.config
     return flop + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen

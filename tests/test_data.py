@@ -4,6 +4,7 @@ import gc
 import gzip
 import hashlib
 import json
+import math
 import os
 import pickle
 import resource
@@ -25,8 +26,10 @@ from llmtuner.data.examples import load_examples
 from llmtuner.data.messages import MAX_MESSAGES, BadRow, to_messages
 from llmtuner.data.sources import Source, find_source, is_held_out, read_rows, read_texts
 from llmtuner.data.template import IGNORE, Template
+from llmtuner.hparams import DataArguments
 from llmtuner.tokenizer.fast import encode_batch, load_tokenizer, read_model, save_tokenizer
 from llmtuner.tokenizer.merging import processor_of
+from llmtuner.train.workflow import load_pool, pack_sft
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -904,6 +907,108 @@ def test_split_keeps_the_same_text_on_one_side(corpus, tokenizer):
         assert together
         assert count <= len(held_out) <= count + 1
         assert len(trained) == 0 or hashes[held_out].max() < hashes[trained].min()
+
+
+# ------------------------------------------------------------------------------------------------------- what is held out
+@pytest.fixture
+def overlapping(corpus):
+    """`documents` and `dialogues`, for each another set `more_...` that shares half of its texts, and one that shares all."""
+    for kind in ("documents", "dialogues"):
+        rows = [json.loads(line) for line in (corpus / f"{kind}.jsonl").read_text().splitlines()]
+        key = "text" if kind == "documents" else "a"
+        lines(corpus / f"more_{kind}.jsonl", [*rows[::2], *({**row, key: row[key] + "！"} for row in rows)])
+    entries = {"documents": DOCUMENTS, "dialogues": DIALOGUES}
+    entries |= {f"more_{kind}": {**entry, "file_name": f"more_{kind}.*"} for kind, entry in entries.items()}
+    entries |= {f"same_{kind}": entries[kind] for kind in ("documents", "dialogues")}
+    info(corpus, **entries)
+    return corpus
+
+
+def loaded(corpus, tokenizer, stage, **changed):
+    """The pool of a run, its rows, and as sets of hashes what is trained through each data set and what is held out."""
+    data_args = DataArguments(dataset_dir=str(corpus), cache_dir=str(corpus / "cache"), **changed)
+    pool, trained, held_out = load_pool(data_args, stage, tokenizer)
+    hashes = numpy.concatenate([one.table.column("hash") for one in pool.sets])
+    return (
+        pool,
+        trained,
+        held_out,
+        [set(hashes[rows].tolist()) for rows in trained],
+        set(hashes[numpy.concatenate(held_out)].tolist()),
+    )
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("pt", "documents"), ("sft", "dialogues")])
+def test_a_held_out_text_is_trained_through_no_data_set(overlapping, tokenizer, stage, kind):
+    names = [kind, f"more_{kind}"]
+    for changed in (dict(dataset=names, val_size=7), dict(dataset=names[1:], eval_dataset=names[:1])):
+        pool, trained, _, trained_hashes, held_out = loaded(overlapping, tokenizer, stage, **changed)
+        assert held_out
+        assert all(held_out.isdisjoint(own) for own in trained_hashes)
+        for place, (rows, own) in enumerate(zip(trained, pool.sets, strict=False)):
+            hashes = own.table.column("hash")
+            alone = numpy.flatnonzero(~numpy.isin(hashes, list(held_out))) + pool.starts[place]
+            assert rows.tolist() == alone.tolist()  # nothing else is left out, and the order stays
+            only = own.split(changed.get("val_size", 0))[0]
+            assert pool.held_out_elsewhere[place] == len(only) - len(rows)
+        assert any(pool.held_out_elsewhere)
+    with pytest.raises(InputError, match=f"data set {kind}: all .* rows that are left to train on are also held out"):
+        loaded(overlapping, tokenizer, stage, dataset=[kind], eval_dataset=[f"more_{kind}", f"same_{kind}"])
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("pt", "documents"), ("sft", "dialogues")])
+def test_a_share_is_held_out_by_hash_alone(overlapping, tokenizer, stage, kind):
+    """Rows and their order, and so the order of training, depend on nothing but each row's own hash."""
+    names = [kind, f"more_{kind}"]
+    pool, trained, held_out, *_ = loaded(overlapping, tokenizer, stage, dataset=names, val_size=0.3)
+    for place, own in enumerate(pool.sets):
+        chosen = own.table.column("hash") < numpy.uint64(math.ceil(0.3 * 2**64))
+        assert trained[place].tolist() == (numpy.flatnonzero(~chosen) + pool.starts[place]).tolist()
+        assert held_out[place].tolist() == (numpy.flatnonzero(chosen) + pool.starts[place]).tolist()
+    assert pool.held_out_elsewhere == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------- long dialogues
+@pytest.fixture
+def long_talk(corpus):
+    """One dialogue of a system message and four turns."""
+    row = turns("s", "h", "g", "h", "g", "h", "g", "h", "g")
+    lines(corpus / "talks.jsonl", [row])
+    info(corpus, talks={"file_name": "talks.jsonl", "formatting": "sharegpt"})
+    return to_messages(SHAREGPT, row)
+
+
+def packed(corpus, tokenizer, **changed):
+    data_args = DataArguments(dataset=["talks"], dataset_dir=str(corpus), cache_dir=str(corpus / "cache"), **changed)
+    return pack_sft(data_args, 0, tokenizer)[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"train_on_prompt": True}])
+def test_mask_history_drops_whole_turns_from_the_front(corpus, tokenizer, long_talk, options):
+    """What is left of a long dialogue is what a shorter one would have been."""
+    dialogues = Template.of(tokenizer).dialogues
+    for dropped in range(4):
+        messages = [long_talk[0], *long_talk[1 + 2 * dropped :]]
+        [(ids, labels)] = dialogues(tokenizer, [messages], mask_history=True, **options)
+        [sequence] = packed(corpus, tokenizer, mask_history=True, cutoff_len=len(ids), **options)
+        assert sequence["input_ids"].tolist() == ids.tolist()
+        assert sequence["labels"].tolist() == labels.tolist()
+    [(ids, labels)] = dialogues(tokenizer, [long_talk])
+    [sequence] = packed(corpus, tokenizer, cutoff_len=40)
+    assert sequence["input_ids"].tolist() == ids[:40].tolist()  # without mask_history the beginning stays
+    assert sequence["labels"].tolist() == labels[:40].tolist()
+
+
+def test_dialogues_that_are_all_dropped_are_refused(corpus, tokenizer, long_talk):
+    message = "data set talks: all 1 dialogues are dropped.*first 9 tokens.*Raise cutoff_len, or set mask_history: true"
+    with pytest.raises(InputError, match=message):
+        packed(corpus, tokenizer, cutoff_len=9)
+    assert len(packed(corpus, tokenizer, cutoff_len=9, mask_history=True)) == 1
+    lines(corpus / "wordy.jsonl", [{"q": "words " * 100, "in": "", "a": "no"}])
+    info(corpus, dialogues=DIALOGUES, wordy={**DIALOGUES, "file_name": "wordy.jsonl"})
+    data_args = DataArguments(["dialogues"], ["wordy"], str(corpus), cache_dir=str(corpus / "cache"), cutoff_len=60)
+    with pytest.raises(InputError, match="held-out data: all 1 dialogues are dropped"):
+        pack_sft(data_args, 0, tokenizer)
 
 
 @pytest.mark.parametrize("options", [{}, {"mask_history": True}, {"train_on_prompt": True}])

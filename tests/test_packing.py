@@ -14,10 +14,11 @@ from llmtuner.data.packing import (
     best_fit_decreasing,
     bin_segments,
     block_segments,
+    last_turns,
     mix,
     single_segments,
 )
-from llmtuner.data.template import IGNORE
+from llmtuner.data.template import IGNORE, Template
 from llmtuner.model.loading import load_model
 from llmtuner.train.loss import summed_cross_entropy
 
@@ -97,6 +98,77 @@ def test_bins_hold_every_dialogue_and_count_what_is_cut():
     assert bins.tokens == 20
     single = PackedSequences(own, bin_segments(everything(own), own, 8, packed=False))
     assert [len(single[number]["input_ids"]) for number in range(len(single))] == [5, 3, 4, 8]
+
+
+TEMPLATE = Template(7, 8, 2, {"system": 3, "user": 4, "assistant": 5, "observation": 6})
+
+
+def dialogue(*messages):
+    """Ids and labels under mask_history of messages (role, number of tokens); contents count up from 10."""
+    ids, labels = [7, 8], [IGNORE, IGNORE]
+    for role, size in messages:
+        content = list(range(10 + len(ids), 10 + len(ids) + size))
+        ids += [TEMPLATE.roles[role], *content]
+        labels += [IGNORE] * (size + 1)
+    labels[-size:] = ids[-size:]
+    return [*ids, 2], [*labels, 2]
+
+
+SYSTEM, SHORT, TOOL = [("system", 2)], [("user", 2), ("assistant", 3)], [("user", 1), ("assistant", 1)]
+TOOL += [("observation", 1), ("assistant", 2)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "cutoff", "kept"),
+    [
+        # [gMASK] sop, system: 5 tokens; each short turn: 7; the end mark: 1.
+        (SYSTEM + SHORT * 3, 26, (5, 12, 27)),  # one token too long: the first turn goes, all of it
+        (SYSTEM + SHORT * 3, 20, (5, 12, 27)),
+        (SYSTEM + SHORT * 3, 19, (5, 19, 27)),
+        (SYSTEM + SHORT * 3, 12, (2, 19, 27)),  # the system message goes before the last turn is cut
+        (SYSTEM + SHORT * 3, 9, (2, 20, 27)),  # then the question loses its beginning
+        (SHORT + TOOL, 13, (2, 9, 19)),  # a turn of several messages stays together
+        (SHORT + [("user", 20), ("assistant", 30)], 40, (2, 24, 62)),  # only the question's end, all of the answer
+        (
+            SHORT + [("user", 20), ("assistant", 60)],
+            40,
+            (2, 11, 49),
+        ),  # half a sequence of the question, then the answer's beginning
+        (SHORT + [("user", 4), ("assistant", 60)], 40, (2, 9, 47)),
+    ],
+)
+def test_long_dialogue_keeps_its_last_answer_under_mask_history(messages, cutoff, kept):
+    ids, labels = dialogue(*messages)
+    assert last_turns(numpy.array(ids), cutoff, TEMPLATE) == kept
+    own = pool([(ids, labels), dialogue(*TOOL[:2])])
+    packed = PackedSequences(own, bin_segments(everything(own), own, cutoff, keep_last_answer=TEMPLATE))
+    [sequence] = [one for one in (packed[number] for number in range(len(packed))) if 0 in one["rows"]]
+    head, start, stop = kept
+    size = head + stop - start
+    assert sequence["input_ids"][:size].tolist() == ids[:head] + ids[start:stop]
+    assert sequence["labels"][:size].tolist() == labels[:head] + labels[start:stop]
+    assert sequence["position_ids"][:size].tolist() == list(range(size))  # one document
+    assert packed.tokens == size + 7
+    assert (packed.segments.cut, packed.segments.dropped) == (1, 0)
+
+
+def test_no_last_answer_is_lost_under_mask_history():
+    rng = numpy.random.default_rng(0)
+    for _ in range(300):
+        sizes = iter(rng.integers(1, 30, 20))
+        messages = SYSTEM * int(rng.integers(2))
+        messages += [(role, int(next(sizes))) for _ in range(rng.integers(1, 4)) for role in ("user", "assistant")]
+        ids, labels = dialogue(*messages)
+        cutoff = int(rng.integers(8, max(9, len(ids))))
+        own = pool([(ids, labels)])
+        segments = bin_segments(everything(own), own, cutoff, keep_last_answer=TEMPLATE)
+        [sequence] = [PackedSequences(own, segments)[0]]
+        assert len(sequence["input_ids"]) == segments.lengths[0] <= cutoff
+        targets = [label for label in labels if label != IGNORE]
+        got = sequence["labels"][sequence["labels"] != IGNORE].tolist()
+        assert got == targets[: len(got)]  # from its first token on
+        assert got == targets or len(targets) > cutoff - 3
+        assert got
 
 
 def test_best_fit_decreasing_chooses_the_fullest_bin_with_room():

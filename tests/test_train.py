@@ -21,6 +21,7 @@ from llmtuner.console import InputError, Stopped
 from llmtuner.data.packing import PackedSequences
 from llmtuner.data.template import IGNORE
 from llmtuner.eval.bits_per_byte import bits_per_byte
+from llmtuner.hparams import CHECKPOINTING
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import checkpoints
@@ -151,6 +152,62 @@ def test_embedding_learning_rate_applies(tiny_run, tiny_model_dir, tmp_path):
     assert embeddings
     assert torch.equal(embeddings[0], original)
     assert max(float(value.abs().max()) for name, value in saved.items() if "lora_B" in name) > 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(finetuning_type="freeze"),  # embeddings alone
+        dict(),
+        dict(learning_rate=0.0),
+        dict(additional_target=[]),  # no embeddings
+        dict(finetuning_type="freeze", embedding_learning_rate=None),
+    ],
+)
+def test_each_learning_rate_is_logged_under_its_own_name(tiny_run, tmp_path, how, capsys):
+    schedule = [1 - step / 6 for step in range(6)]  # linear, the rate that each of six steps was made with
+    settings = {**tiny_run, "lr_scheduler_type": "linear", "embedding_learning_rate": 2e-3, "plot_loss": False, **how}
+    run_exp(settings)
+    lines = [line for line in log_of(tmp_path / "adapter") if "loss" in line]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(
+        [settings["learning_rate"] * at for at in schedule]
+    )
+    bar = capsys.readouterr().err
+    if settings["embedding_learning_rate"] is None or not settings["additional_target"]:
+        assert all("embedding_learning_rate" not in line for line in lines)
+        assert f"lr {settings['learning_rate']:.1e}," in bar
+    else:
+        assert [line["embedding_learning_rate"] for line in lines] == pytest.approx([2e-3 * at for at in schedule])
+        assert f"lr {settings['learning_rate']:.1e}/2.0e-03," in bar
+
+
+def test_rows_whose_text_another_data_set_holds_out_are_counted(tiny_run, tmp_path, capsys):
+    info = json.loads((tmp_path / "dataset_info.json").read_text())
+    info["copy"] = info["documents"]
+    info["part"] = {**info["documents"], "num_samples": 25}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    run = {**tiny_run, "val_size": 0, "eval_dataset": "part", "max_steps": 1, "plot_loss": False}
+    metrics = run_exp({**run, "dataset": "documents,copy"})
+    assert [metrics["data"][name]["held_out_elsewhere"] for name in ("documents", "copy")] == [25, 25]
+    said = capsys.readouterr().out
+    assert "held out elsewhere" in said
+    assert "50 rows are not trained on: the same text is held out of another data set" in said
+    with pytest.raises(InputError, match=r"data set documents: all 60 rows.* are also held out"):
+        run_exp({**run, "eval_dataset": "copy", "output_dir": str(tmp_path / "none")})
+    run_exp({**tiny_run, "output_dir": str(tmp_path / "share"), "max_steps": 1, "plot_loss": False})
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_run_of_which_every_dialogue_is_dropped_is_refused(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtuner.train.workflow.load_model", None)
+    (tmp_path / "dialogues.jsonl").write_text(
+        "".join(
+            json.dumps({"instruction": f"{number} " + "river " * 60, "output": "yes"}) + "\n" for number in range(9)
+        ),
+        encoding="utf-8",
+    )
+    with pytest.raises(InputError, match=r"data set dialogues: all .* dialogues are dropped"):
+        run_exp({**tiny_run, "stage": "sft", "dataset": "dialogues", "cutoff_len": 40})
 
 
 def test_eval_dataset_and_unusable_rows(tiny_run, tmp_path):
@@ -519,6 +576,88 @@ def test_limit_of_checkpoints_and_starting_anew(saving_run, tmp_path):
     run_exp({**saving_run, "learning_rate": 1e-3, "overwrite_output_dir": True, "max_steps": 5, "save_total_limit": 2})
     assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-5", "checkpoint-4"]
     assert len(losses_of(out)) == 5
+
+
+def test_checkpoint_of_weights_alone_is_not_resumed(saving_run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "adapter"
+    saving_run |= {"save_only_model": True, "plot_loss": False}
+    with monkeypatch.context() as patch:
+        ended_at(patch, 5, signal.SIGTERM)
+        with pytest.raises(Stopped, match=r"checkpoint-6.*weights only, and the run cannot be resumed"):
+            run_exp(saving_run)
+    assert "a run that stops early cannot be resumed" in capsys.readouterr().out
+    for changed in (saving_run, {**saving_run, "save_only_model": False}):
+        with pytest.raises(
+            InputError, match=f"checkpoint-6 cannot be resumed.*adapter_name_or_path: {out}/checkpoint-6"
+        ):
+            run_exp(changed)
+    assert len(losses_of(out)) == 6  # and nothing was touched
+    named = {"adapter_name_or_path": str(out / "checkpoint-6"), "output_dir": str(tmp_path / "second")}
+    finished = {**saving_run, **named, "max_steps": 4}
+    metrics = run_exp(finished)  # as the message says
+    assert log_of(tmp_path / "second")[1]["learning_rate"] == saving_run["learning_rate"]
+    assert run_exp(finished)["eval_loss"] == metrics["eval_loss"]  # a finished run needs no optimizer
+    full = {**saving_run, "finetuning_type": "full", "additional_target": [], "output_dir": str(tmp_path / "full")}
+    run_exp({**full, "max_steps": 6})
+    with pytest.raises(InputError, match=r"checkpoint-4 cannot be resumed.*set model_name_or_path"):
+        run_exp({**full, "max_steps": 6, "resume_from_checkpoint": str(tmp_path / "full" / "checkpoint-4")})
+
+
+def test_checkpoint_of_weights_alone_is_not_resumed_under_deepspeed(saving_run, tmp_path):
+    out = tmp_path / "shared"
+    settings = {**saving_run, "per_device_train_batch_size": 2, "max_steps": 6, "save_only_model": True}
+    in_two_processes({**settings, "plot_loss": False}, out)
+    with pytest.raises(InputError, match=r"checkpoint-4 cannot be resumed: it was saved with save_only_model: true"):
+        checkpoints.check_resumable(out / "checkpoint-4")
+    (out / "checkpoint-4" / "global_step4").mkdir()  # where DeepSpeed keeps the optimizer's state
+    checkpoints.check_resumable(out / "checkpoint-4")
+
+
+def test_changed_intervals_take_effect_on_resume(saving_run, tmp_path, monkeypatch):
+    out = tmp_path / "adapter"
+    saving_run |= {"eval_on_start": False, "plot_loss": False}
+    with monkeypatch.context() as patch:
+        ended_at(patch, 5, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            run_exp({**saving_run, "save_steps": 4, "eval_steps": 5, "logging_steps": 1})
+    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-6", "checkpoint-4"]
+    assert [line["step"] for line in log_of(out) if "eval_loss" in line] == [5]
+    changed = {"save_steps": 5, "eval_steps": 4, "logging_steps": 3, "save_total_limit": 2}
+    with monkeypatch.context() as patch:
+        ended_at(patch, 12, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            run_exp({**saving_run, **changed})
+    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-13", "checkpoint-10"]
+    assert [line["step"] for line in log_of(out) if "eval_loss" in line] == [5, 8, 12]
+    assert [line["step"] for line in log_of(out) if "loss" in line] == [1, 2, 3, 4, 5, 6, 9, 12]
+    strategies = {"save_strategy": "no", "eval_strategy": "epoch", "logging_strategy": "epoch"}
+    run_exp({**saving_run, **strategies})
+    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-13", "checkpoint-10"]
+    assert json.loads((out / "settings.json").read_text())["logging_strategy"] == "epoch"
+
+
+def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, monkeypatch, capsys):
+    """And another GPU, for which it decides otherwise, may go on with the run."""
+    out = tmp_path / "adapter"
+
+    def recomputes(directory):
+        return json.loads((directory / "settings.json").read_text())[CHECKPOINTING]
+
+    saving_run["plot_loss"] = False
+    with monkeypatch.context() as patch:
+        patch.setattr("llmtuner.train.workflow.free_memory", lambda: 1)
+        ended_at(patch, 5, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            run_exp(saving_run)
+    assert recomputes(out / "checkpoint-4") is recomputes(out / "checkpoint-6") is True
+    monkeypatch.setattr("llmtuner.train.workflow.free_memory", lambda: 10**15)
+    run_exp(saving_run)
+    assert f"going on from {out}/checkpoint-6" in capsys.readouterr().out
+    assert recomputes(out / "checkpoint-6") is True
+    assert recomputes(out / "checkpoint-8") is recomputes(out) is False
+    monkeypatch.setattr("llmtuner.train.workflow.free_memory", lambda: 1)
+    run_exp({**saving_run, "output_dir": str(tmp_path / "short")})
+    assert recomputes(tmp_path / "short") is True
 
 
 def test_full_disk_while_saving_keeps_what_is_older(saving_run, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from llmtuner.data.template import IGNORE
+from llmtuner.data.template import IGNORE, Template
 from llmtuner.data.tokens import Examples
 
 Sequence = dict[str, numpy.ndarray]  # input_ids, labels, position_ids: int64 [tokens]; rows: int64 [documents in it]
@@ -29,6 +29,8 @@ class Pool:
         self.sets = sets
         self.starts = numpy.cumsum([0, *(len(one.table) for one in sets)])
         self.lengths = numpy.concatenate([one.table.lengths for one in sets])
+        self.held_out_elsewhere = [0] * len(sets)
+        """Rows of each data set that are not trained on because their text is held out of another one."""
 
     def find(self, row: int) -> tuple[Examples, int]:
         """The data set that a row of the pool belongs to, and its number there."""
@@ -86,9 +88,16 @@ class Segments:
     stops: numpy.ndarray
     sequence: numpy.ndarray
     cut: int = 0
-    """Dialogues longer than a sequence, of which the beginning is kept."""
+    """Dialogues longer than a sequence, of which a part is kept."""
     dropped: int = 0
-    """Dialogues whose beginning holds no trained token."""
+    """Dialogues of which the part that fits holds no target token."""
+    heads: numpy.ndarray | int = 0
+    """How many tokens of the beginning of its row precede each segment, as one document with it."""
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        """Tokens of each segment, its head included."""
+        return self.heads + self.stops - self.starts
 
 
 def block_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> Segments:
@@ -115,24 +124,64 @@ def single_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: in
 
 
 def bin_segments(
-    order: numpy.ndarray, pool: Pool, cutoff_len: int, packed: bool = True, in_order: bool = False
+    order: numpy.ndarray,
+    pool: Pool,
+    cutoff_len: int,
+    packed: bool = True,
+    in_order: bool = False,
+    keep_last_answer: Template | None = None,
 ) -> Segments:
     """Whole dialogues, packed by best-fit decreasing into sequences of at most `cutoff_len` tokens.
 
     `in_order` keeps their order instead: a sequence ends where the next dialogue does not fit.
 
-    A dialogue longer than that keeps its beginning; if no trained token is in it, it is dropped. Both are counted.
+    A dialogue longer than that keeps its beginning; if no target token is in it, it is dropped. Both are counted.
+
+    Args:
+        keep_last_answer: given the template, a longer dialogue keeps what `last_turns` says instead.
     """
-    lengths = numpy.minimum(pool.lengths[order], cutoff_len)
+    starts, heads = numpy.zeros_like(order), numpy.zeros_like(order)
+    stops = numpy.minimum(pool.lengths[order], cutoff_len)
     long = numpy.flatnonzero(pool.lengths[order] > cutoff_len)
-    dropped = [place for place in long if (_row(pool, int(order[place]))[1][1:cutoff_len] == IGNORE).all()]
-    order, lengths = numpy.delete(order, dropped), numpy.delete(lengths, dropped)
+    dropped = []
+    for place in long.tolist():
+        ids, labels = _row(pool, int(order[place]))
+        if keep_last_answer:
+            heads[place], starts[place], stops[place] = last_turns(ids, cutoff_len, keep_last_answer)
+        # The first token of a sequence is never a target.
+        if (labels[max(1, starts[place]) : stops[place]] == IGNORE).all():
+            dropped.append(place)
+    order, starts, stops, heads = (numpy.delete(values, dropped) for values in (order, starts, stops, heads))
+    lengths = heads + stops - starts
     pack = next_fit if in_order else best_fit_decreasing
     bins = pack(lengths, cutoff_len) if packed else numpy.arange(len(order))
     sorting = numpy.argsort(bins, kind="stable")
-    return Segments(
-        order[sorting], numpy.zeros_like(order), lengths[sorting], bins[sorting], cut=len(long), dropped=len(dropped)
-    )
+    order, starts, stops, heads = (values[sorting] for values in (order, starts, stops, heads))
+    return Segments(order, starts, stops, bins[sorting], len(long), len(dropped), heads)
+
+
+def last_turns(ids: numpy.ndarray, cutoff_len: int, template: Template) -> tuple[int, int, int]:
+    """The part of a dialogue that is kept when only its last answer is trained: `ids[:head]` and `ids[start:stop]`.
+
+    Whole turns (a question, and all that follows up to the next one) are left out from the front until prefix, system
+    message and the other turns fit; then the system message too. If the last turn alone is too long, its question loses
+    its beginning. If even its answer is too long, that keeps its beginning, behind up to half a sequence of the question.
+
+    Returns:
+        head, start, stop; head + stop - start <= cutoff_len.
+    """
+    turns = numpy.flatnonzero(ids == template.roles["user"])
+    turns = turns if len(turns) else numpy.array([len(template.prefix)])
+    for head in (int(turns[0]), len(template.prefix)):
+        fitting = turns[head + len(ids) - turns <= cutoff_len]
+        if len(fitting):
+            return head, int(fitting[0]), len(ids)
+    room = cutoff_len - head
+    answer = int(numpy.flatnonzero(ids == template.roles["assistant"])[-1])
+    start = len(ids) - room
+    if start > answer:
+        start = max(int(turns[-1]), answer - room // 2)
+    return head, start, start + room
 
 
 def best_fit_decreasing(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
@@ -183,7 +232,7 @@ class PackedSequences(TorchDataset):
         self.pool, self.segments, self.prefix, self.isolated = pool, segments, prefix, isolated
         count = int(segments.sequence[-1]) + 1 if len(segments.sequence) else 0
         self.first = numpy.searchsorted(segments.sequence, numpy.arange(count + 1))
-        self.tokens = int((segments.stops - segments.starts).sum())
+        self.tokens = int(segments.lengths.sum())
 
     def of_dataset(self, place: int) -> "PackedSequences":
         """What one data set of the pool, by its place, gives to these sequences: its segments, where they stand."""
@@ -191,7 +240,8 @@ class PackedSequences(TorchDataset):
         own = numpy.searchsorted(self.pool.starts, segments.rows, side="right") - 1 == place
         sequence = numpy.unique(segments.sequence[own], return_inverse=True)[1]
         parts = (segments.rows[own], segments.starts[own], segments.stops[own], sequence)
-        return PackedSequences(self.pool, Segments(*parts), self.prefix, self.isolated)
+        heads = numpy.broadcast_to(segments.heads, own.shape)[own]
+        return PackedSequences(self.pool, Segments(*parts, heads=heads), self.prefix, self.isolated)
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -199,13 +249,19 @@ class PackedSequences(TorchDataset):
     def __getitem__(self, number: int) -> Sequence:
         places = slice(int(self.first[number]), int(self.first[number + 1]))
         own = self.segments
-        rows, spans = own.rows[places], list(zip(own.starts[places].tolist(), own.stops[places].tolist(), strict=True))
+        rows, heads = own.rows[places], numpy.broadcast_to(own.heads, own.rows.shape)[places]
+        spans = zip(heads.tolist(), own.starts[places].tolist(), own.stops[places].tolist(), strict=True)
         parts = []
-        for row, (start, stop) in zip(rows.tolist(), spans, strict=True):
+        for row, (head, start, stop) in zip(rows.tolist(), spans, strict=True):
             ids, labels = _row(self.pool, row)
-            labels = (labels if len(labels) else ids)[start:stop].astype(numpy.int64)
+            labels = labels if len(labels) else ids
+            if head:
+                ids, labels = (numpy.concatenate([values[:head], values[start:stop]]) for values in (ids, labels))
+            else:
+                ids, labels = ids[start:stop], labels[start:stop]
+            labels = labels.astype(numpy.int64)
             labels[: max(1, self.prefix - start)] = IGNORE  # the first token of a part has no context
-            parts.append((ids[start:stop], labels))
+            parts.append((ids, labels))
         lengths = [len(ids) for ids, _ in parts]
         return {
             "input_ids": numpy.concatenate([ids for ids, _ in parts]).astype(numpy.int64),

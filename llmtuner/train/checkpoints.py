@@ -105,6 +105,26 @@ def forget(output_dir: Path) -> None:
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
 
 
+def check_resumable(checkpoint: Path) -> None:
+    """Makes sure that a checkpoint holds more than weights.
+
+    Raises:
+        InputError: if it has no optimizer state; says how to train further from its weights.
+    """
+    # DeepSpeed keeps the optimizer's state in global_stepN/, everything else in files named optimizer*.
+    if [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]:
+        return
+    if (checkpoint / "adapter_config.json").is_file():
+        weights = f"set adapter_name_or_path: {checkpoint}"
+    else:
+        weights = f"copy the tokenizer's files into it and set model_name_or_path: {checkpoint}"
+    raise InputError(
+        f"{checkpoint} cannot be resumed: it was saved with save_only_model: true, without the state of optimizer, "
+        f"learning rate schedule and random numbers. To start a new schedule from its weights, {weights} and another "
+        "output_dir. To be able to resume a run, train with save_only_model: false."
+    )
+
+
 def same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Makes sure that a checkpoint comes from a run with these settings.
 

@@ -28,6 +28,7 @@ from llmtuner.train.loss import summed_cross_entropy
 from llmtuner.train.watching import LogLines, Meter, ProgressBar, StopSignal, memory_gb
 
 DOCUMENTS_NAMED = 8  # in an error about a batch
+RATES = ("learning_rate", "loraplus", "embedding_learning_rate")  # in the order of the optimizer's parameter groups
 
 
 class MicroBatch(NamedTuple):
@@ -80,6 +81,8 @@ class PackedTrainer(Trainer):
         self.meter = Meter()
         self.micro_batches: list[MicroBatch] = []  # of the step at hand
         self.ending = False
+        self.group_rates: list[str] = []  # which of RATES each parameter group is trained at, where they differ
+        self.embedding_rate: float | None = None  # of the current step
         self.hidden: torch.Tensor
         if finetuning.chunked_loss:
             causal_lm: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -158,33 +161,50 @@ class PackedTrainer(Trainer):
         learning rates."""
         ours = (self.finetuning.embedding_learning_rate, self.finetuning.loraplus_lr_ratio)
         if self.optimizer is None and ours != (None, None):
-            groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+            base = self.args.learning_rate
+            peaks = dict(zip(RATES, (base, base * (ours[1] or 1), ours[0]), strict=True))
+            groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
             decayed = set(self.get_decay_parameter_names(self.model))
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    groups.setdefault((self._learning_rate(name), name in decayed), []).append(parameter)
-            base = self.args.learning_rate
+                    groups.setdefault((self._rate_of(name), name in decayed), []).append(parameter)
+            ordered = sorted(groups.items(), key=lambda group: RATES.index(group[0][0]))
+            self.group_rates = [rate for (rate, _), _ in ordered]
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class(
                 [
                     {
                         "params": parameters,
                         "weight_decay": self.args.weight_decay if decay else 0.0,
-                        "lr": rate,
+                        "lr": peaks[rate],
                     }
-                    # The first group's rate is the one that Trainer logs.
-                    for (rate, decay), parameters in sorted(groups.items(), key=lambda group: group[0][0] != base)
+                    for (rate, decay), parameters in ordered
                 ],
                 **options,
             )
         return super().create_optimizer(*args, **kwargs)
 
-    def _learning_rate(self, name: str) -> float:
-        """The learning rate of a parameter at its height."""
-        settings, rate = self.finetuning, self.args.learning_rate
-        if settings.embedding_learning_rate is not None and ("embed_tokens" in name or "lm_head" in name):
-            return settings.embedding_learning_rate
-        return rate * settings.loraplus_lr_ratio if settings.loraplus_lr_ratio and ".lora_B." in name else rate
+    def _rate_of(self, name: str) -> str:
+        """Which of RATES a parameter is trained at."""
+        if self.finetuning.embedding_learning_rate is not None and ("embed_tokens" in name or "lm_head" in name):
+            return "embedding_learning_rate"
+        return "loraplus" if self.finetuning.loraplus_lr_ratio and ".lora_B." in name else "learning_rate"
+
+    def _get_learning_rate(self) -> float:
+        """The current value of `learning_rate`, which Trainer asks for before each update; notes the embeddings' beside it.
+
+        Trainer's own is that of the first parameter group, whichever that is.
+        """
+        if not self.group_rates:
+            return super()._get_learning_rate()
+        optimizer: Any = self.optimizer
+        now = {name: float(group["lr"]) for name, group in zip(self.group_rates, optimizer.param_groups, strict=True)}
+        self.embedding_rate = now.get("embedding_learning_rate")
+        if "learning_rate" in now:
+            return now["learning_rate"]
+        # Only embeddings are trained: what the schedule makes of learning_rate, as it would apply to other parameters.
+        group = optimizer.param_groups[0]
+        return self.args.learning_rate * float(group["lr"]) / group["initial_lr"] if group["initial_lr"] else 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the meter counted since the last line to a line with a loss."""
@@ -193,9 +213,8 @@ class PackedTrainer(Trainer):
             tokens, padding = self.settle()
             # Trainer's own mean would begin anew after a restart.
             logs["loss"] = meter.loss / max(meter.steps, 1)
-            rate = self.finetuning.embedding_learning_rate
-            if rate is not None and self.args.learning_rate:
-                logs["embedding_learning_rate"] = logs["learning_rate"] * rate / self.args.learning_rate
+            if self.embedding_rate is not None:
+                logs["embedding_learning_rate"] = self.embedding_rate
             logs["tokens_per_second"] = round(tokens / max(meter.seconds, 1e-9), 1)
             logs["trained_tokens_per_second"] = round(meter.trained / max(meter.seconds, 1e-9), 1)
             logs["padding_share"] = round(padding / max(tokens, 1), 5)
@@ -257,7 +276,7 @@ class PackedTrainer(Trainer):
         self.meter = Meter(**json.loads((checkpoint / "meter.json").read_text(encoding="utf-8")))
         self.args.eval_on_start = False  # it was done
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < state.max_steps and not self.early_stopping.is_due(state.log_history):
+        if not is_finished(state, self.finetuning.early_stopping_steps):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # Trainer would make one step more
             self._load_from_checkpoint(str(checkpoint))
@@ -293,6 +312,8 @@ class RunControl(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.meter.began = time.perf_counter()
+        # On resume Trainer takes these intervals from the checkpoint.
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.ending:
@@ -317,6 +338,11 @@ class EarlyStopping(TrainerCallback):
         losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         best = min(range(len(losses)), key=lambda place: losses[place], default=0)
         return self.patience is not None and len(losses) - 1 - best >= self.patience
+
+
+def is_finished(state: TrainerState, patience: int | None) -> bool:
+    """Whether a run has nothing left to train: all its steps are made, or it has stopped early."""
+    return state.global_step >= state.max_steps or EarlyStopping(patience).is_due(state.log_history)
 
 
 class InitialLoss(TrainerCallback):

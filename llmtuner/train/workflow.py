@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 
 from llmtuner.console import InputError, Stopped, check_writable, is_first_process, say, table, write_json
 from llmtuner.data.examples import load_examples
@@ -32,12 +32,13 @@ from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.fused import fuse_layers
 from llmtuner.model.loading import best_attention, check_model_fits, load_model
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train.checkpoints import find_damage, forget, newest_whole, same_run
+from llmtuner.train.checkpoints import check_resumable, find_damage, forget, newest_whole, same_run
 from llmtuner.train.memory import USABLE, free_memory, step_memory
 from llmtuner.train.self_check import SelfCheck
-from llmtuner.train.trainer import InitialLoss, PackedTrainer
+from llmtuner.train.trainer import InitialLoss, PackedTrainer, is_finished
 from llmtuner.train.watching import StopSignal
 
+WEIGHTS_ONLY = "save_only_model: true: it holds weights only, and the run cannot be resumed from it."
 SEQUENCES_FOR_INITIAL_LOSS = 8  # per data set; more would cost time and change little
 
 
@@ -77,9 +78,10 @@ def run_sft(arguments: Arguments) -> dict[str, Any]:
     train, held_out, samples = pack_sft(data_args, training_args.seed, tokenizer)
     met = _say_mix(train, data_args)
     cut, dropped = train.segments.cut, train.segments.dropped
+    kept = "last answer and as many turns before it as fit" if data_args.mask_history else "beginning"
     say(
-        f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} dialogues longer than that keep their "
-        f"beginning, {dropped:,} of them without a trained token in it are dropped"
+        f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} longer dialogues keep their {kept}; "
+        f"{dropped:,} of them are dropped because no target token is left"
     )
     metrics = _train(arguments, tokenizer, train, held_out, samples)
     return {**metrics, "data": met, "cut": cut, "dropped": dropped}
@@ -91,23 +93,36 @@ def pack_sft(
     """The sequences of dialogues to train on, those held out, and those of each data set; no model is loaded for them.
 
     Raises:
-        InputError: as `load_pool`.
+        InputError: as `load_pool`, and if a data set or the held-out part has no dialogue with a target token in reach.
     """
+    template = Template.of(tokenizer) if data_args.mask_history else None
 
-    def pack(pool: Pool, order: numpy.ndarray) -> PackedSequences:
+    def pack(pool: Pool, order: numpy.ndarray, what: str) -> PackedSequences:
         in_order = data_args.disable_shuffling
-        segments = bin_segments(order, pool, data_args.cutoff_len, data_args.packing, in_order)
+        segments = bin_segments(order, pool, data_args.cutoff_len, data_args.packing, in_order, template)
+        if len(order) and not len(segments.rows):
+            raise InputError(
+                f"{what}: all {len(order):,} dialogues are dropped, because none has a target token within its first "
+                f"{data_args.cutoff_len:,} tokens (cutoff_len); the shortest has {pool.lengths[order].min():,} tokens. "
+                "Raise cutoff_len, or set mask_history: true, which keeps the end of a dialogue instead of its beginning."
+            )
         return PackedSequences(pool, segments, isolated=data_args.neat_packing)
 
     pool, trained, held_out = load_pool(data_args, "sft", tokenizer)
-    samples = {one.name: pack(pool, rows) for one, rows in zip(pool.sets, trained, strict=False)}
-    return pack(pool, _order(pool, trained, data_args, seed)), pack(pool, numpy.concatenate(held_out)), samples
+    samples = {
+        one.name: pack(pool, rows, f"data set {one.name}") for one, rows in zip(pool.sets, trained, strict=False)
+    }
+    train = pack(pool, _order(pool, trained, data_args, seed), "training data")
+    return train, pack(pool, numpy.concatenate(held_out), "held-out data"), samples
 
 
 def load_pool(
     data_args: DataArguments, stage: str, tokenizer: Any
 ) -> tuple[Pool, list[numpy.ndarray], list[numpy.ndarray]]:
     """All data sets of a run, tokenized, and of each the rows to train on and those held out.
+
+    No text that is held out of one data set, or stands in eval_dataset, is trained through another:
+    `pool.held_out_elsewhere` counts the rows that are left out for that.
 
     Raises:
         InputError: if nothing is left to train on, or nothing to evaluate with.
@@ -133,7 +148,24 @@ def load_pool(
         raise InputError(
             f"val_size {data_args.val_size} holds out none of {sum(map(len, trained)):,} rows. Make it larger."
         )
+    if data_args.val_size >= 1 or data_args.eval_dataset:  # a share is chosen by hash alone, so the same for all sets
+        _exclude_held_out(pool, trained, held_out)
     return pool, trained, held_out
+
+
+def _exclude_held_out(pool: Pool, trained: list[numpy.ndarray], held_out: list[numpy.ndarray]) -> None:
+    """Removes from `trained`, in place, the rows whose text is held out of any data set."""
+    hashes = numpy.concatenate([one.table.column("hash") for one in pool.sets])
+    excluded = numpy.unique(hashes[numpy.concatenate(held_out)])
+    for place, rows in enumerate(trained):
+        kept = rows[~numpy.isin(hashes[rows], excluded)]
+        if not len(kept):
+            raise InputError(
+                f"data set {pool.sets[place].name}: all {len(rows):,} rows that are left to train on are also held out of "
+                "another data set (by val_size, or as eval_dataset). Leave it out, or hold out less."
+            )
+        pool.held_out_elsewhere[place] = len(rows) - len(kept)
+        trained[place] = kept
 
 
 def _order(pool: Pool, trained: list[numpy.ndarray], data_args: DataArguments, seed: int) -> numpy.ndarray:
@@ -151,20 +183,26 @@ def _say_mix(train: PackedSequences, data_args: DataArguments) -> dict[str, Any]
     """Prints and returns what each data set gives to the run."""
     pool, own = train.pool, train.segments
     which = numpy.searchsorted(pool.starts, own.rows, side="right") - 1
-    tokens = numpy.bincount(which, weights=own.stops - own.starts, minlength=len(pool.sets)).astype(int).tolist()
+    tokens = numpy.bincount(which, weights=own.lengths, minlength=len(pool.sets)).astype(int).tolist()
     met, lines = {}, []
     for place, name in enumerate(data_args.dataset):
         share, counts = tokens[place] / max(train.tokens, 1), pool.sets[place].counts
         planned = data_args.interleave_probs[place] if data_args.interleave_probs else None
         comparable = planned if data_args.interleave_by == "tokens" else None  # with the share of tokens
         met[name] = {**counts, "planned_share": comparable, "trained_tokens": tokens[place], "share": round(share, 4)}
+        met[name]["held_out_elsewhere"] = pool.held_out_elsewhere[place]
         names = ("kept", "rejected", "duplicates", "tokens")
         lines.append(
             [name, *(f"{counts[one]:,}" for one in names), f"{tokens[place]:,}", f"{share:.1%}"]
             + ([f"{planned:.1%}"] if planned is not None else [])
+            + ([f"{pool.held_out_elsewhere[place]:,}"] if any(pool.held_out_elsewhere) else [])
         )
     header = ["data set", "rows", "rejected", "duplicates", "tokens", "in this run", "share"]
-    say(table([*header, f"planned, by {data_args.interleave_by}"] if data_args.interleave_probs else header, lines))
+    header += [f"planned, by {data_args.interleave_by}"] if data_args.interleave_probs else []
+    header += ["held out elsewhere"] if any(pool.held_out_elsewhere) else []
+    say(table(header, lines))
+    if excluded := sum(pool.held_out_elsewhere):
+        say(f"{excluded:,} rows are not trained on: the same text is held out of another data set")
     return met
 
 
@@ -181,6 +219,8 @@ def _train(
     settings = _settings(arguments, train)
     checkpoint = _checkpoint_to_go_on_from(output_dir, training_args, finetuning_args.overwrite_output_dir, settings)
     _collect_rejected(train.pool, output_dir)
+    if training_args.save_only_model and training_args.save_strategy != "no":
+        say("save_only_model: true: checkpoints hold weights only; a run that stops early cannot be resumed")
 
     set_seed(training_args.seed)  # before the adapter draws its first weights
     whole = finetuning_args.finetuning_type == "full"
@@ -194,6 +234,7 @@ def _train(
         fuse_layers(trained)
     if model_args.disable_gradient_checkpointing is None and _memory_is_short(trained, data_args, training_args):
         training_args.gradient_checkpointing = training_args.activation_checkpointing = True
+    settings |= settings_to_save(arguments)  # with what was decided just now
     trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     say(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
 
@@ -240,7 +281,7 @@ def _train(
         if trainer.ending and step < trainer.state.max_steps:
             raise Stopped(
                 f"stopped after step {step:,} of {trainer.state.max_steps:,}, with {output_dir}/checkpoint-{step}. "
-                "The same command goes on from there.",
+                + (WEIGHTS_ONLY if training_args.save_only_model else "The same command goes on from there."),
                 stop.received,
             )
         if step < trainer.state.max_steps and (patience := finetuning_args.early_stopping_steps):
@@ -329,6 +370,9 @@ def _checkpoint_to_go_on_from(
         else:
             found = [Path(named)]
         if found[0] is not None:
+            state = TrainerState.load_from_json(str(found[0] / "trainer_state.json"))
+            if not is_finished(state, settings.get("early_stopping_steps")):
+                check_resumable(found[0])
             same_run(found[0], settings)
             say(f"going on from {found[0]}")
     if training_args.world_size > 1:
