@@ -417,7 +417,7 @@ def test_a_corpus_directory_without_any_file_does_not_go_to_the_hub(tmp_path, ca
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "one.docx").write_bytes(b"")
-    with pytest.raises(InputError, match=r"no file .*texts/one.\* .*another kind: one.docx.*CORPUS_DIR"):
+    with pytest.raises(InputError, match=r"no file .*texts/one.\*, nor .*another kind: one.docx.*CORPUS_DIR"):
         find_source("one", path, texts)
     assert capsys.readouterr().out == ""
     (texts / "two.txt").write_bytes(b"")
