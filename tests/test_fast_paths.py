@@ -62,9 +62,9 @@ def test_a_row_without_documents_is_one_document():
 @pytest.mark.parametrize("other", [{"sliding_window": 8}, {"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
 def test_attention_of_another_kind_is_refused(other):
     qkv = [torch.randn(1, 4, 6, 8) for _ in range(3)]
-    with pytest.raises(InputError, match="Set flash_attn: sdpa"):
+    with pytest.raises(InputError, match="Set flash_attn: auto"):
         attend_within_documents(torch.nn.Module(), *qkv, None, **other)
-    with pytest.raises(InputError, match="Set flash_attn: sdpa"):
+    with pytest.raises(InputError, match="Set flash_attn: auto"):
         attend_within_documents(torch.nn.Module(), *qkv, torch.zeros(1, 1, 6, 6))
     attend_within_documents(torch.nn.Module(), *qkv, None, **dict.fromkeys(other))
 
@@ -75,6 +75,7 @@ def test_attention_is_chosen_by_machine_and_model(tiny_model_dir, monkeypatch, t
     assert best_attention(tmp_path) == "eager"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert best_attention(tiny_model_dir) == "sdpa"
+    assert best_attention(tmp_path) is None
 
 
 def test_a_batch_tells_its_documents_and_trained_places():

@@ -245,6 +245,24 @@ def test_bad_targets_and_data_are_refused(tiny_run, tmp_path, change, message):
     assert not (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize(("stage", "dataset"), STAGES)
+def test_a_model_with_another_tokenizer_is_refused(tiny_run, tiny_model_dir, tmp_path, monkeypatch, stage, dataset):
+    """A text that becomes a prefix of ids 0 would be trained on without a word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (other / file).symlink_to(tiny_model_dir / file)
+    backend = Tokenizer(WordLevel({"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 3}))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(other)
+    monkeypatch.setattr("llmtuner.train.workflow.load_model", None)  # refused before that
+    with pytest.raises(InputError, match=r"chatglm3 template: it has no special token \[gMASK\], sop, <\|system\|>"):
+        run_exp({**tiny_run, "model_name_or_path": str(other), "stage": stage, "dataset": dataset})
+
+
 def test_tokenizer_larger_than_the_model_is_refused_before_it_is_loaded(
     tiny_run, tiny_model_dir, tmp_path, monkeypatch
 ):

@@ -37,7 +37,7 @@ def attend_within_documents(
         InputError: for a model whose attention is of another kind, or a mask.
     """
     if attention_mask is not None or any(others.get(name) is not None for name in UNKNOWN):
-        raise InputError("flash_attn documents does not support this model or mask. Set flash_attn: sdpa.")
+        raise InputError("flash_attn documents does not support this model or mask. Set flash_attn: auto.")
     lengths = [[query.shape[2]]] * len(query) if documents is None else documents
     parts = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)

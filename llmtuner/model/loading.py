@@ -58,11 +58,15 @@ def load_model(
     return model.eval()
 
 
-def best_attention(directory: Path | str) -> str:
-    """transformers' name of the attention kernel that trains a model's packed batches fastest on this machine."""
+def best_attention(directory: Path | str) -> str | None:
+    """transformers' name of the attention kernel that trains a model's packed batches fastest on this machine.
+
+    None lets transformers choose: some models of other families have no sdpa.
+    """
+    is_glm = _read_config(directory).model_type == "glm"
     if torch.cuda.is_available():
-        return "sdpa"
-    return DOCUMENTS if _read_config(directory).model_type == "glm" else "eager"
+        return "sdpa" if is_glm else None
+    return DOCUMENTS if is_glm else "eager"
 
 
 def _read_config(directory: Path | str) -> Any:

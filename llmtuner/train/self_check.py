@@ -1,5 +1,6 @@
 """Self-check before the first step: the loss is that of the model's own logits, and documents do not see each other."""
 
+import math
 import time
 from typing import Any
 
@@ -74,11 +75,14 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
         batch, changed = (_batch(trainer, first, b, packed) for first in (a, other))
         logits, changed_logits = _logits(trainer, batch), _logits(trainer, changed)
         own = _mean_loss(logits, batch)
+        if not math.isfinite(own):
+            failing, remedy = "computing logits", "Check the model's weights; instead of fp16 set bf16: true"
+            raise ArithmeticError("they are not finite")
         of_b = slice(LENGTHS[0], sum(LENGTHS))  # of the flattened batch, packed or not: A is the longest
         moved = float((logits[of_b] - changed_logits[of_b]).abs().max() / logits[of_b].std())
         with trainer.compute_loss_context_manager():
             loss_tolerance, moved_tolerance = TOLERANCES[compute_dtype(next(model.parameters()))]
-        if not moved <= moved_tolerance:  # also if it is not a number
+        if not moved <= moved_tolerance:  # or is not a number
             problems.append(
                 f"the logits of a document change by {moved:.2g} standard deviations when another document changes. "
                 + (PACKED_REMEDY if packed else "Set flash_attn: disabled")
@@ -93,9 +97,9 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
             fused = _mean_loss(_logits(trainer, batch, gradients=True), batch)
             at_fault = CHUNKED_REMEDY if abs(fused - own) <= loss_tolerance * max(own, 1) else FUSED_REMEDY
             problems.append(f"the loss is {loss:.4f}, but {own:.4f} from the model's own logits. {at_fault}")
-        found = (
-            f"loss {loss:.4f}, that of the model's own logits to {difference:.0e}; documents isolated to {moved:.0e}"
-        )
+        found = f"loss {loss:.4f}, within {difference:.0e} of the model's own; documents isolated within {moved:.0e}"
+    except InputError as error:  # it says what to do
+        problems.append(str(error).rstrip("."))
     except Exception as error:  # of whatever kind: the other ranks wait for this one
         problems.append(f"{failing} fails with {type(error).__name__}: {error}. {remedy}")
     finally:
