@@ -254,7 +254,8 @@ def test_questions_file(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert [one.question for one in read_questions(path, 2)] == ["a0？", "a1？", "b0？", "b1？"]
-    damaged = ("{", '{"group": "a"}', "[1]", "7", '{"subjects": 1}')
+    unquoted = '{"group": "a", "language": "ja", "question": "？", "value": %s}'
+    damaged = (unquoted % "100", unquoted % '""', "{", '{"group": "a"}', "[1]", "7", '{"subjects": 1}')
     for content, message in (("", "no question"), *((content, "damaged") for content in damaged)):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=message):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import opened
 
+from llmtuner.console import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = {
     "step1": "step1_train_tokenizer.py",
@@ -353,6 +355,19 @@ def test_table_of_an_earlier_run_and_100_percent(capsys):
     rates = {"response_pass_rate": 0.9996, "line_pass_rate": None}
     show(metrics | {"language_confusion": {model: {"zh": rates, "ja_free": rates} for model in MODELS}})
     assert re.search(r"^chat +99\.9% +99\.9% +- +-$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("subject", [[], ["ミナ", "米娜", "Mina"]])
+def test_a_questions_file_without_subjects_is_told(tmp_path, monkeypatch, capsys, subject):
+    import step7_eval_chat
+
+    row = {"group": "ja_free", "language": "ja", "question": "話して。", "subject": subject}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr(step7_eval_chat.constants, "QUESTIONS", tmp_path / "questions.jsonl")
+    monkeypatch.setattr(step7_eval_chat, "MODELS", {"base": tmp_path})
+    with pytest.raises(InputError, match=r"config\.json"):  # no model: that comes next
+        step7_eval_chat.evaluate()
+    assert ("names no subjects" in capsys.readouterr().out) == (not subject)
 
 
 @pytest.mark.parametrize("width", [1280, 390])

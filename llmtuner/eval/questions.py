@@ -88,6 +88,11 @@ def questions_from_rows(rows: Iterable[dict[str, Any]]) -> list[Question]:
         if "subjects" in row:
             names += [name for subject in row["subjects"] for name in subject]
         else:
+            value = row.get("value")
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise ValueError(
+                    f"the value {json.dumps(value)} is not text; write it in quotes, or null where it is not known"
+                )
             asked.append(row)
             names += row.get("subject", ())
     lists = {"all_subjects": tuple(dict.fromkeys(names))}
