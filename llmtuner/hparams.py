@@ -55,7 +55,8 @@ class DataArguments:
     dataset: list[str] = field(default_factory=list)
     """Names from dataset_info.json; a list, or one string with commas."""
     eval_dataset: list[str] = field(default_factory=list)
-    """Names of data sets whose rows are all held out; val_size must be 0 then."""
+    """Names of data sets whose rows are all held out; val_size must be 0 then. A row of `dataset` with the same text is not
+    trained on."""
     dataset_dir: str = "data"
     """Directory of dataset_info.json."""
     corpus_dir: str | None = None
@@ -87,7 +88,8 @@ class DataArguments:
     disable_shuffling: bool = False
     """Take rows in the order of the files, data set after data set or in the mix of interleave_probs."""
     val_size: float = 0.0
-    """Held out for the eval loss: below 1 a share; an integer from 1 up: that many rows of each data set."""
+    """Held out for the eval loss: below 1 a share; an integer from 1 up: that many rows of each data set.
+    A text that is held out of one data set is not trained on through another."""
     max_eval_sequences: int = 512
     """At most this many sequences are used for the eval loss."""
     eval_on_each_dataset: bool = False
@@ -97,7 +99,7 @@ class DataArguments:
     train_on_prompt: bool = False
     """Train the questions of a dialogue too."""
     mask_history: bool = False
-    """Train the last answer of a dialogue only."""
+    """Train the last answer of a dialogue only; a dialogue longer than cutoff_len then loses its first turns, not its end."""
     max_rejected: float = 0.05
     """Share of a data set's rows that may be unusable; more stop the run."""
 

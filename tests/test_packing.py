@@ -140,7 +140,7 @@ TOOL += [("observation", 1), ("assistant", 2)]
 def test_long_dialogue_keeps_its_last_answer_under_mask_history(messages, cutoff, kept):
     ids, labels = dialogue(*messages)
     assert last_turns(numpy.array(ids), cutoff, TEMPLATE) == kept
-    own = pool([(ids, labels), dialogue(*TOOL[:2])])
+    own = pool([(ids, labels)], [dialogue(*TOOL[:2])])
     packed = PackedSequences(own, bin_segments(everything(own), own, cutoff, keep_last_answer=TEMPLATE))
     [sequence] = [one for one in (packed[number] for number in range(len(packed))) if 0 in one["rows"]]
     head, start, stop = kept
@@ -149,6 +149,7 @@ def test_long_dialogue_keeps_its_last_answer_under_mask_history(messages, cutoff
     assert sequence["labels"][:size].tolist() == labels[:head] + labels[start:stop]
     assert sequence["position_ids"][:size].tolist() == list(range(size))  # one document
     assert packed.tokens == size + 7
+    assert packed.of_dataset(0)[0]["input_ids"].tolist() == ids[:head] + ids[start:stop]
     assert (packed.segments.cut, packed.segments.dropped) == (1, 0)
 
 

@@ -615,6 +615,9 @@ def test_checkpoint_of_weights_alone_is_not_resumed(saving_run, tmp_path, monkey
     metrics = run_exp(finished)  # as the message says
     assert log_of(tmp_path / "second")[1]["learning_rate"] == saving_run["learning_rate"]
     assert run_exp(finished)["eval_loss"] == metrics["eval_loss"]  # a finished run needs no optimizer
+    early = {**saving_run, "learning_rate": 0.0, "early_stopping_steps": 1, "output_dir": str(tmp_path / "early")}
+    assert run_exp(early)["steps"] < 14
+    assert run_exp(early)["steps"] < 14  # nor does one that has stopped early
     full = {**saving_run, "finetuning_type": "full", "additional_target": [], "output_dir": str(tmp_path / "full")}
     run_exp({**full, "max_steps": 6})
     with pytest.raises(InputError, match=r"checkpoint-4 cannot be resumed.*set model_name_or_path"):
