@@ -275,3 +275,19 @@ def test_flags_of_training_steps_are_parsed(monkeypatch):
     assert arguments == ["--learning_rate", "1e-4", "--bf16", "rank=3"]
     monkeypatch.setattr(sys, "argv", ["step5", "--run_name=--staged"])
     assert not parse_step("", {}, {"--staged": ""})[0].staged
+
+
+# --------------------------------------------------------------------------------------- what nobody can act on
+def test_bitsandbytes_warns_of_everything_but_its_4_bit_kernel():
+    code = """
+import logging, llmtuner
+logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "no kernels")
+logger.warning("another warning")
+"""
+    assert start(["-c", code]).stderr == "another warning\n"
+
+
+def test_start_with_bitsandbytes_is_silent():
+    pytest.importorskip("bitsandbytes", reason="pip install -r requirements-optional.txt")
+    assert "gemm_4bit_forward" not in start(["-c", "import llmtuner, bitsandbytes"]).stderr
