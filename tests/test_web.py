@@ -1,6 +1,8 @@
 """The chat page in a real browser, and who is let in to it."""
 
 import base64
+import itertools
+import json
 import re
 import signal
 import subprocess
@@ -353,7 +355,8 @@ def test_every_route_needs_the_password(locked):
     assert {path for path, status in statuses.items() if status != 401} == set()
 
 
-def test_only_the_right_password_is_right(locked):
+def test_only_the_right_password_is_right(locked, monkeypatch):
+    monkeypatch.setattr(locked.server.config.app, "throttle", web.LoginThrottle(itertools.count(step=1000).__next__))
     assert locked.status("/config", Authorization=basic("chat", PASSWORD)) == 200
     assert locked.status("/", Authorization=basic("chat", PASSWORD), Host="any.example") == 200
     wrong = [("chat", PASSWORD[:-1]), ("chat", PASSWORD + "0"), ("chat", ""), ("", PASSWORD), ("admin", PASSWORD)]
@@ -361,6 +364,136 @@ def test_only_the_right_password_is_right(locked):
         assert locked.status("/config", Authorization=basic(user, password)) == 401
     for header in ("", "Basic", "Basic ****", "Bearer x", basic("chat", PASSWORD).lower()):
         assert locked.status("/config", Authorization=header) == 401
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_wrong_passwords_are_slowed_down_and_the_right_one_is_not_locked_out_for_long(locked, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(locked.server.config.app, "throttle", web.LoginThrottle(clock))
+    right = basic("chat", PASSWORD)
+
+    def guess(number):
+        return locked.status("/config", Authorization=basic("chat", f"guess {number}"))
+
+    assert [guess(number) for number in range(web.FREE_TRIES)] == [401] * web.FREE_TRIES
+    assert guess("x") == 429  # not looked at, and neither is the right one
+    assert locked.status("/config", Authorization=right) == 429
+    assert locked.status("/config") == 401  # no password is no wrong password
+    looked_at = 0
+    for clock.now in range(1, 3601):
+        looked_at += guess(f"{clock.now}") == 401
+    assert looked_at <= 3600 / web.LONGEST_DELAY + 4
+    clock.now += web.LONGEST_DELAY
+    assert locked.status("/config", Authorization=right) == 200
+    assert locked.status("/config", Authorization=right) == 200
+
+
+def test_refusal_after_wrong_passwords_says_when_to_try_again(locked, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(locked.server.config.app, "throttle", web.LoginThrottle(clock))
+    for number in range(20):
+        locked.status("/config", Authorization=f"Basic {number}")
+        clock.now += 7.0
+    locked.status("/config", Authorization="Basic last")
+    url = f"http://127.0.0.1:{locked.port}/config"
+    request = urllib.request.Request(url, headers={"Authorization": basic("chat", PASSWORD)})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.headers["Retry-After"].isdigit()
+    assert "too many wrong passwords" in refused.value.read().decode()
+
+
+def test_throttle_of_one_address():
+    clock = Clock()
+    throttle = web.LoginThrottle(clock)
+    delays = []
+    for number in range(12):
+        throttle.wrong("10.0.0.1", b"%d" % number)
+        delays.append(throttle.delay("10.0.0.1"))
+        clock.now += 100
+    assert delays == [0, 0, 0.5, 1, 2, 4, 8, 8, 8, 8, 8, 8]
+    assert throttle.delay("10.0.0.2") == 0
+    clock.now += web.FORGIVEN_AFTER
+    throttle.wrong("10.0.0.1", b"again")
+    assert throttle.delay("10.0.0.1") == 0
+
+
+def test_throttle_takes_an_ipv6_network_for_one_address():
+    throttle = web.LoginThrottle(Clock())
+    for number in range(5):
+        throttle.wrong(f"2001:db8::{number:x}", b"%d" % number)
+    assert throttle.delay("2001:db8::ffff") > 0
+    assert throttle.delay("2001:db8:0:1::1") == 0
+
+
+def test_tab_that_keeps_an_old_password_is_no_guesser():
+    throttle = web.LoginThrottle(Clock())
+    for _ in range(50):
+        throttle.wrong("10.0.0.1", b"old password")
+    assert throttle.delay("10.0.0.1") == 0
+
+
+def test_throttle_of_all_addresses_spares_those_that_know_the_password():
+    clock = Clock()
+    throttle = web.LoginThrottle(clock)
+    throttle.right("10.0.0.1")
+    for number in range(web.TRIES_OF_ALL):
+        throttle.wrong(f"10.1.0.{number}", b"guess")
+    assert throttle.delay("10.2.0.1") == web.SECONDS_OF_ALL
+    assert throttle.delay("10.0.0.1") == 0
+    clock.now += web.SECONDS_OF_ALL
+    assert throttle.delay("10.2.0.1") == 0
+
+
+def test_throttle_remembers_only_so_many_addresses():
+    throttle = web.LoginThrottle(Clock())
+    for number in range(3 * web.ADDRESSES_KEPT):
+        throttle.wrong(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", b"x" * 100_000)
+        throttle.right(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    assert len(throttle._tries) == len(throttle._known) == web.ADDRESSES_KEPT
+    assert len(throttle._all) == web.TRIES_OF_ALL
+    assert all(len(tries.header) <= web.HEADER_KEPT for tries in throttle._tries.values())
+
+
+def test_address_in_a_header_is_not_believed(locked, monkeypatch):
+    monkeypatch.setattr(locked.server.config.app, "throttle", web.LoginThrottle(Clock()))
+    for number in range(web.FREE_TRIES):
+        locked.status("/config", Authorization=f"Basic {number}", X_Forwarded_For=f"10.0.0.{number}")
+    assert locked.status("/config", Authorization="Basic x", X_Forwarded_For="10.0.0.9") == 429
+
+
+def test_line_of_questions_is_bounded(models, monkeypatch):
+    """Who comes when it is full is told so at once, and is not kept waiting."""
+    monkeypatch.setattr(web, "QUESTIONS_WAITING", 3)
+    page = Running(web.Sessions(models))
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{page.port}/config", timeout=10) as response:
+            [asking] = [one for one in json.load(response)["dependencies"] if one["queue"]]
+
+        def ask(number):
+            body = {"data": [QUESTION, False, "", False, 1, 1, 1, 200], "fn_index": asking["id"]}
+            body = json.dumps({**body, "session_hash": f"tab{number}"}).encode()
+            url, kind = f"http://127.0.0.1:{page.port}/gradio_api/queue/join", {"Content-Type": "application/json"}
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url, body, kind), timeout=10) as response:
+                    return response.status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        statuses = [ask(number) for number in range(web.QUESTIONS_AT_A_TIME + 12)]
+        assert statuses[0] == 200
+        assert statuses[-1] == 503
+        assert statuses.count(200) <= web.QUESTIONS_AT_A_TIME + web.QUESTIONS_WAITING
+    finally:
+        page.close()
 
 
 def test_the_browser_asks_for_the_password_and_the_page_works_with_it(locked, browser):

@@ -5,12 +5,14 @@ import hmac
 import html
 import importlib.util
 import ipaddress
+import math
 import os
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +40,17 @@ INTERVAL = 0.1  # seconds between two looks at answers that are being given
 # Who comes fifth waits in line; stop, undo and clear never wait.
 QUESTIONS_AT_A_TIME = 4
 SESSIONS_KEPT = 100
+# More than these in line are told to try again later.
+QUESTIONS_WAITING = 20
+
+# Wrong passwords. After some that may be slips of the keyboard, an address waits twice as long each time.
+FREE_TRIES = 3
+FIRST_DELAY, LONGEST_DELAY = 0.5, 8.0  # seconds
+FORGIVEN_AFTER = 600.0  # seconds without a wrong password
+# All addresses together: so many wrong passwords in so many seconds. An address that has known the password may go on.
+TRIES_OF_ALL, SECONDS_OF_ALL = 20, 10.0
+ADDRESSES_KEPT = 1000
+HEADER_KEPT = 256  # bytes of a wrong password
 
 # What the page fetches. Gradio's other routes (files, uploads, fetching of other addresses) are nobody's business here.
 ROUTES = ("/assets/", "/static/", "/gradio_api/queue/", "/gradio_api/run/", "/gradio_api/heartbeat/")
@@ -160,9 +173,80 @@ def server(page: "gr.Blocks", host: str, password: str | None) -> "uvicorn.Serve
     )
     # At the end there are always open connections, and uvicorn would call it an error to close them.
     config = uvicorn.Config(
-        Guard(app, host, password), log_level="critical", ws="none", timeout_graceful_shutdown=1, server_header=False
+        Guard(app, host, password),
+        log_level="critical",
+        ws="none",
+        timeout_graceful_shutdown=1,
+        server_header=False,
+        proxy_headers=False,  # a client could name another address than its own in them
     )
     return uvicorn.Server(config)
+
+
+@dataclass
+class Tries:
+    """Wrong passwords from one address."""
+
+    count: int = 0
+    last: float = -math.inf
+    """When the last one came, in seconds of the throttle's clock."""
+    header: bytes = b""
+    """What it was: a tab that keeps sending an old password guesses nothing."""
+
+
+class LoginThrottle:
+    """Bounds how fast passwords can be tried: by each address, with a growing delay, and by all addresses together.
+
+    During a delay passwords are not looked at, right or wrong; it is at most `LONGEST_DELAY`. Memory is bounded.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._tries: dict[str, Tries] = {}  # the address that was used last stands last, as in `_known`
+        self._known: dict[str, None] = {}
+        self._all: deque[float] = deque(maxlen=TRIES_OF_ALL)
+
+    def delay(self, address: str) -> float:
+        """Seconds until a password from this address is looked at again; 0 if it is now."""
+        now, tries = self.clock(), self._tries.get(_network(address), Tries())
+        over = tries.count - FREE_TRIES
+        own = min(FIRST_DELAY * 2.0 ** min(over, 30), LONGEST_DELAY) if over >= 0 else 0.0
+        until = tries.last + own
+        if len(self._all) == TRIES_OF_ALL and _network(address) not in self._known:
+            until = max(until, self._all[0] + SECONDS_OF_ALL)
+        return max(0.0, until - now)
+
+    def wrong(self, address: str, header: bytes) -> None:
+        """Counts a wrong password, unless it is the one that came last from there."""
+        now, network = self.clock(), _network(address)
+        tries = self._tries.pop(network, Tries())
+        if now - tries.last > FORGIVEN_AFTER:
+            tries = Tries()
+        self._tries[network] = tries
+        if header[:HEADER_KEPT] != tries.header:
+            self._tries[network] = Tries(tries.count + 1, now, header[:HEADER_KEPT])
+            self._all.append(now)
+        _keep_newest(self._tries)
+
+    def right(self, address: str) -> None:
+        """Remembers that somebody at this address knows the password."""
+        self._known.pop(_network(address), None)
+        self._known[_network(address)] = None
+        _keep_newest(self._known)
+
+
+def _network(address: str) -> str:
+    """What one client holds: an IPv4 address, or the 2^64 addresses of an IPv6 network."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
+
+
+def _keep_newest(addresses: dict[str, Any]) -> None:
+    while len(addresses) > ADDRESSES_KEPT:
+        del addresses[next(iter(addresses))]
 
 
 class Guard:
@@ -177,18 +261,25 @@ class Guard:
         # Elsewhere a page may be reached by many names, and the browser keeps the password from a foreign one.
         self.names = (*LOCAL_NAMES, host) if is_loopback(host) else None
         self.authorization = b"Basic " + base64.b64encode(f"{USER}:{password}".encode()) if password else None
+        self.throttle = LoginThrottle()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serves one request, or refuses it (401, 403, 404)."""
+        """Serves one request, or refuses it (401, 403, 404, 429)."""
         from starlette.responses import PlainTextResponse
 
         if scope["type"] != "http":  # starting and ending
             await self.app(scope, receive, send)
             return
-        status, headers = self.refusal(scope["path"], dict(scope["headers"])), {}
+        address = (scope.get("client") or ("",))[0]
+        status, headers = self.refusal(scope["path"], dict(scope["headers"]), address), {}
+        message = "refused"
         if status == 401:
             headers["WWW-Authenticate"] = 'Basic realm="chat", charset="UTF-8"'
-        app = PlainTextResponse("refused", status, headers) if status else self.app
+        if status == 429:
+            seconds = math.ceil(self.throttle.delay(address)) or 1
+            headers["Retry-After"] = str(seconds)
+            message = f"There were too many wrong passwords. Please try again in {seconds} s."
+        app = PlainTextResponse(message, status, headers) if status else self.app
 
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -197,8 +288,8 @@ class Guard:
 
         await app(scope, receive, send_with_policy)
 
-    def refusal(self, path: str, headers: Mapping[bytes, bytes]) -> int | None:
-        """The HTTP status with which a request is refused, if it is."""
+    def refusal(self, path: str, headers: Mapping[bytes, bytes], address: str = "") -> int | None:
+        """The HTTP status with which a request from an address is refused, if it is."""
         host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
         try:
             name, source = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
@@ -206,8 +297,16 @@ class Guard:
             return 403
         if (self.names and name not in self.names) or (origin and source != host):
             return 403
-        if self.authorization and not hmac.compare_digest(headers.get(b"authorization", b""), self.authorization):
-            return 401
+        if self.authorization:
+            given = headers.get(b"authorization")
+            if given is None:  # a browser asks for the password only then
+                return 401
+            if self.throttle.delay(address):
+                return 429
+            if not hmac.compare_digest(given, self.authorization):
+                self.throttle.wrong(address, given)
+                return 401
+            self.throttle.right(address)
         return None if path in PAGES or path.startswith(ROUTES) else 404
 
 
@@ -485,4 +584,5 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
         others = [column for name, (column, _) in sides.items() if name != chat]
         alone.change(lambda on: {one: gr.Column(visible=not on) for one in others}, alone, others, **at_once)
         sampled.change(lambda on: [gr.Slider(interactive=on)] * 2, sampled, [temperature, top_p], **at_once)
+    page.queue(max_size=QUESTIONS_WAITING)  # gradio's page says that it is busy when the line is full
     return page
