@@ -290,11 +290,18 @@ def test_the_adapter_below_must_be_there_unchanged(tiny_run, tiny_model_dir, tmp
     plain = {**tiny_run, **NO_FIGURES, "eval_strategy": "no", "max_steps": 1, "additional_target": None}
     run_exp(plain)
     on_it = {**plain, "adapter_name_or_path": str(first), "output_dir": str(second), "create_new_adapter": True}
-    run_exp({**on_it, "lora_rank": 2})
+    run_exp({**on_it, "lora_rank": 2, "save_strategy": "steps", "save_steps": 1})
+    weights = first / "adapter_model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + b"x")
+    with pytest.raises(InputError, match="merged adapter: sha256"):  # a checkpoint on another base is not resumed
+        run_exp({**on_it, "lora_rank": 2, "max_steps": 1, "save_strategy": "steps", "save_steps": 1})
+    weights.write_bytes(sound)
+    with pytest.raises(InputError, match="nothing holds no LoRA adapter"):
+        run_exp({**on_it, "adapter_name_or_path": str(tmp_path / "nothing"), "output_dir": str(tmp_path / "third")})
     with pytest.raises(InputError, match=r"was itself trained with create_new_adapter.*Export it"):
         run_exp({**on_it, "adapter_name_or_path": str(second), "output_dir": str(tmp_path / "third")})
     export = {"model_name_or_path": str(tiny_model_dir), "adapter_name_or_path": str(second)}
-    weights = first / "adapter_model.safetensors"
     for content, problem in ((weights.read_bytes()[:-1] + b"x", "has changed since"), (None, "no longer there")):
         if content is None:
             weights.unlink()

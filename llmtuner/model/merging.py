@@ -125,8 +125,17 @@ def _adapters(adapter: Path) -> list[Path]:
 
 
 def adapter_checksum(adapter: Path) -> str:
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a LoRA adapter's weights.
+
+    Raises:
+        InputError: if there are none.
+    """
+    file = adapter / "adapter_model.safetensors"
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{adapter} holds no LoRA adapter: cannot read {file.name} ({error.strerror}).") from error
 
 
 def _plain(adapter: Path, old: dict[str, LazyTensor]) -> dict[str, LazyTensor]:

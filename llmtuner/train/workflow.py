@@ -31,6 +31,7 @@ from llmtuner.hparams import ATTENTION, Arguments, DataArguments, settings_to_sa
 from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.fused import fuse_layers
 from llmtuner.model.loading import best_attention, check_model_fits, load_model
+from llmtuner.model.merging import adapter_checksum
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.checkpoints import check_resumable, find_damage, forget, newest_whole, same_run
 from llmtuner.train.memory import USABLE, free_memory, step_memory
@@ -348,6 +349,8 @@ def _settings(arguments: Arguments, train: PackedSequences) -> dict[str, Any]:
         f"data set {one.name}": f"{len(one):,} rows, checksum {zlib.crc32(one.table.column('hash').tobytes()):08x}"
         for one in train.pool.sets
     }
+    if arguments[0].create_new_adapter and (earlier := arguments[0].adapter_name_or_path):
+        data["merged adapter"] = f"sha256 {adapter_checksum(Path(earlier))[:8]}"
     return {**settings_to_save(arguments), "processes": arguments[2].world_size, **data}
 
 
