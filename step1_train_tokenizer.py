@@ -31,6 +31,8 @@ def main() -> None:
         "--start", type=Path, metavar="FILE", help="take the pieces of another sentencepiece model first"
     )
     options = parser.parse_args()
+    if not 0 < options.sample_mb < float("inf"):
+        parser.error(f"--sample-mb is {options.sample_mb}; it must be greater than 0")
     if options.start and options.method != "continued":
         parser.error("--start goes with --method continued")
 

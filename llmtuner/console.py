@@ -18,6 +18,7 @@ Item = TypeVar("Item")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 ROOT = Path(__file__).resolve().parent.parent
+NOT_REACHED = (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE)
 LITTLE_ROOM = 2**24  # bytes on a disk that count as none
 
 
@@ -73,10 +74,27 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception:
+    except Exception as error:
+        if reason := _explain(error):
+            stop(reason)
         if not tell_launcher(traceback.format_exc()):
             raise
         raise SystemExit(1) from None
+
+
+def _explain(error: Exception) -> str | None:
+    """What the user can do about an error of the system that nothing nearer has explained; None for all others."""
+    if isinstance(error, OSError) and error.errno in (*DISK_FULL, *NOT_WRITABLE, *NOT_REACHED):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. Check its owner and permissions, the path, and the room on that disk."
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, which is not imported here
+        return (
+            f"out of memory: {str(error).partition(chr(10))[0]}. For training, try a smaller per_device_train_batch_size "
+            "or cutoff_len, or gradient_checkpointing: true; else close what uses the memory."
+        )
+    return None
 
 
 def missing_package(module: str) -> str:

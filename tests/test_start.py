@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,3 +292,50 @@ logger.warning("another warning")
 def test_start_with_bitsandbytes_is_silent():
     pytest.importorskip("bitsandbytes", reason="pip install -r requirements-optional.txt")
     assert "gemm_4bit_forward" not in start(["-c", "import llmtuner, bitsandbytes"]).stderr
+
+
+# ---------------------------------------------------------------------------------- errors of the system and the user
+def explained(error):
+    code = f"from llmtuner.console import run_script\ndef main(): {error}\nrun_script(main)"
+    return start(["-c", code])
+
+
+def test_error_of_the_system_is_a_message(tmp_path):
+    refused(explained("import os; raise PermissionError(13, os.strerror(13), '/a/b')"), "/a/b: Permission denied")
+    refused(explained("open('/tmp/' + 300 * 'x')"), "File name too long")
+    refused(explained("import os; raise OSError(28, os.strerror(28))"), "No space left on device")
+    refused(explained("import torch; raise torch.OutOfMemoryError('want 2 GB\\nmore')"), "out of memory: want 2 GB. ")
+
+
+def test_mistake_of_our_own_is_a_traceback():
+    for error in ("open('/nowhere/x')", "raise ValueError('x')"):
+        result = explained(error)
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["step1_train_tokenizer.py"],
+        ["step7_eval_chat.py"],
+        ["step7_eval_chat.py", "--report"],
+        ["step7_eval_chat.py", "--chat"],
+    ],
+    ids=" ".join,
+)
+def test_directory_without_permission_is_a_message(words, tmp_path):
+    """Also as root, which may go everywhere, if util-linux can take that away."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o000)
+    setpriv = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if setpriv and not shutil.which("setpriv"):
+        pytest.skip("running as root, and setpriv is not installed")
+    refused(start(words, [*setpriv, sys.executable], WORK_DIR=str(closed / "work")), str(closed), "Permission denied")
+
+
+@pytest.mark.parametrize("value", ["nan", "0", "-1", "inf"])
+def test_sample_of_step_1_is_a_size(value):
+    result = start(["step1_train_tokenizer.py", "--sample-mb", value])
+    assert result.returncode == 2
+    assert "greater than 0" in result.stderr
