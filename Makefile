@@ -1,6 +1,6 @@
 # make demo    steps 1 to 7 on the embedded miniature, going on where it stopped; then the results
 # make test    the tests             make check   lint, formatting, types
-# make clean   forget the results of the demo, to start anew
+# make clean   delete the results of the demo, after asking
 PYTHON ?= .venv/bin/python
 PYTHON3 ?= python3
 PROFILE ?= mini
@@ -37,5 +37,13 @@ format: .venv/installed
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 	$(PYTHON) -m ruff format $(SOURCES)
 
+# Only what `make demo` makes by default, and only after a yes: WORK_DIR may be any directory.
 clean:
-	rm -rf $(WORK_DIR)
+	@case "$(PROFILE)" in mini|chatglm3-6b) ;; *) echo "error: PROFILE=$(PROFILE) is unknown." >&2; exit 2;; esac; \
+	if [ "$(WORK_DIR)" != "$(CURDIR)/runs/$(PROFILE)" ]; then \
+		echo "error: make clean deletes only runs/$(PROFILE), not WORK_DIR=$(WORK_DIR). Delete that by hand." >&2; exit 2; \
+	fi; \
+	[ -e "runs/$(PROFILE)" ] || { echo "runs/$(PROFILE) does not exist: there is nothing to delete."; exit 0; }; \
+	printf 'Delete runs/%s and everything in it? [y/N] ' "$(PROFILE)"; \
+	read -r answer || answer=; \
+	case "$$answer" in y|Y|yes) rm -rf "runs/$(PROFILE)";; *) echo "Nothing was deleted."; exit 2;; esac

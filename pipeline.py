@@ -7,7 +7,7 @@ from pathlib import Path
 
 import constants
 from llmtuner.console import InputError, check_writable, command, interpreter, is_first_process, say, write_json
-from llmtuner.train.checkpoints import forget
+from llmtuner.outputs import acquire, add_to_marker, check_destination, checksum, recover_directory
 
 # What each step does, takes and gives, for the report's drawing: what one step takes has the name under which another
 # gives it.
@@ -38,14 +38,20 @@ STEPS = (
     ),
     ("step7", "step7_eval_chat.py", "compares all models", ("chat model",), "report"),
 )
-# step -> what it makes, for error messages that name the step to run first
-MADE_BY = {
-    constants.JA_TOKENIZER: "step1_train_tokenizer.py",
-    constants.MERGED_TOKENIZER_DIR: "step2_merge_tokenizer.py",
-    constants.ZERO_DIR: "step3_resize_model.py",
-    constants.PT_MERGED_DIR: "step5_train_pt_single_gpu.py",
-    constants.CHAT_MODEL_DIR: "step6_train_sft_single_gpu.py",
+# Where lies what a step takes or gives, under the names of `STEPS`; what is not here is looked for elsewhere.
+PLACES = {
+    "base tokenizer": constants.BASE_MODEL_DIR / "tokenizer.model",
+    "base model": constants.BASE_MODEL_DIR,
+    "ja_bpe.model": constants.JA_TOKENIZER,
+    "merged tokenizer": constants.MERGED_TOKENIZER_DIR,
+    "Zero model": constants.ZERO_DIR,
+    "pretrained model": constants.PT_MERGED_DIR,
+    "chat model": constants.CHAT_MODEL_DIR,
 }
+SCRIPTS = {name: script for name, script, *_ in STEPS}
+MADE_BY = {PLACES[gives]: name for name, *_, gives in STEPS if gives in PLACES}
+# checksums of what the step at hand takes, as they were when it started
+_made_from: dict[str, str] = {}
 
 
 def require(*needs: Path) -> None:
@@ -55,25 +61,32 @@ def require(*needs: Path) -> None:
         InputError: names the step that makes what is missing.
     """
     for path in needs:
+        if not path.exists() and is_first_process():
+            recover_directory(_result_dir(path))
         if not path.exists():
+            step = MADE_BY[path]
             raise InputError(
-                f"{path} is missing. It is made by step {MADE_BY[path][4]}: run {command(MADE_BY[path])} first."
+                f"{path} is missing. It is made by step {step.removeprefix('step')}: run {command(SCRIPTS[step])} first."
             )
 
 
 def start_step(step: str, *needs: Path) -> None:
-    """Checks what a step depends on before anything heavy is imported or loaded.
+    """Checks what a step depends on before anything heavy is imported or loaded, and keeps other steps out of WORK_DIR.
 
     Args:
         step: "step1" to "step7".
-        needs: results of earlier steps, from `MADE_BY`.
+        needs: results of earlier steps, from `PLACES`.
 
     Raises:
-        InputError: if results cannot be written, this step has finished already, or an earlier step has not.
+        InputError: if results cannot be written, another step is running there, this step has finished already, an
+            earlier one has not, or what an earlier one used has changed since.
     """
     check_writable(constants.WORK_DIR)
+    if is_first_process():
+        acquire(constants.WORK_DIR / ".lock", f"WORK_DIR={constants.WORK_DIR}")  # until this process ends
     require(*needs)
-    if (constants.METRICS_DIR / f"{step}.json").exists() and not constants.OVERWRITE:
+    if is_finished(step) and not constants.OVERWRITE:
+        check_lineage(step)
         if constants.SKIP_FINISHED:
             say(f"{step} has finished already: its results are in {constants.WORK_DIR}")
             raise SystemExit(0)
@@ -81,18 +94,61 @@ def start_step(step: str, *needs: Path) -> None:
             f"{step} has finished already: its results are in {constants.WORK_DIR}. Set OVERWRITE=1 to replace them, "
             "or WORK_DIR to keep them and work elsewhere."
         )
+    if not is_first_process():
+        return
+    _, _, _, takes, gives = next(one for one in STEPS if one[0] == step)
+    if gives in PLACES:
+        check_destination(_result_dir(PLACES[gives]), replace=True)
+    for maker in (maker for maker, *_, made in STEPS if made in takes):
+        check_lineage(maker)
+        if load_metrics(maker).get("cut_short"):
+            say(f"note: {maker} was cut short by max_steps; what it made is not its finished result")
+    names = [name for name in takes if name in PLACES and (PLACES[name] in needs or PLACES[name] not in MADE_BY)]
+    _made_from.update({name: checksum(PLACES[name]) for name in names})
 
 
-def start_training(step: str, output_dir: Path, *needs: Path) -> None:
-    """As `start_step`, for a step that goes on from its newest checkpoint: with OVERWRITE=1 a finished one starts anew.
+def is_finished(step: str) -> bool:
+    """Whether a step has come to its end, was not cut short, and its result is still there."""
+    result = PLACES.get(next(gives for name, *_, gives in STEPS if name == step))
+    metrics = load_metrics(step)
+    return bool(metrics) and not metrics.get("cut_short") and (result is None or result.exists())
 
-    The mark that it has finished goes too, so that a run that is interrupted then goes on as any other.
+
+def check_lineage(*steps: str) -> None:
+    """Makes sure that finished steps, and those before them, are made from what lies there now.
+
+    Raises:
+        InputError: names the first step that has to be run again.
     """
-    start_step(step, *needs)
-    finished = constants.METRICS_DIR / f"{step}.json"
-    if finished.exists() and is_first_process():  # OVERWRITE=1
-        forget(output_dir)
-        finished.unlink()
+    if is_first_process() and (changes := changed_since(*steps)):
+        raise InputError(changes[0])
+
+
+def changed_since(*steps: str) -> list[str]:
+    """What has changed since steps used it, and what to do; earlier steps first, those that each step builds on included."""
+    found: dict[str, None] = {}
+    for name, script, _, takes, _ in STEPS:
+        if name not in steps:
+            continue
+        found |= dict.fromkeys(changed_since(*(maker for maker, *_, gives in STEPS if gives in takes)))
+        for taken, before in load_metrics(name).get("made_from", {}).items():
+            now = checksum(PLACES[taken])
+            if before and now and now != before:
+                found[
+                    f"the {taken} ({PLACES[taken]}) is not the one that {name} used: run {name} again "
+                    f"(OVERWRITE=1 {command(script)})."
+                ] = None
+    return list(found)
+
+
+def _result_dir(result: Path) -> Path:
+    """The directory that appears as a whole; the tokenizer of step 1 lies inside its own."""
+    return result.parent if result == constants.JA_TOKENIZER else result
+
+
+def unfinish(step: str) -> None:
+    """Takes away the mark that a step has finished, once it starts to replace its result."""
+    (constants.METRICS_DIR / f"{step}.json").unlink(missing_ok=True)
 
 
 def require_base_model(weights: bool = True, published: bool = False) -> Path:
@@ -207,8 +263,13 @@ def reference_texts() -> Iterator[str]:
 
 
 def finish_step(step: str, metrics: dict) -> None:
-    """Writes `WORK_DIR/metrics/<step>.json`, the mark that the step has finished, and the report of all steps anew."""
-    write_json(constants.METRICS_DIR / f"{step}.json", metrics)
+    """Writes `WORK_DIR/metrics/<step>.json`, the mark that the step has finished, and the report of all steps.
+
+    Beside what was measured it holds checksums of what the step was made from, as they were when it started.
+    """
+    write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": _made_from})
+    if metrics.get("cut_short"):
+        say(f"{step} was cut short by max_steps, after {metrics['steps']:,} steps: it does not count as finished")
     make_report()
 
 
@@ -230,7 +291,7 @@ def make_report() -> None:
         "profile": profile | {name: str(value) for name, value in vars(constants.PROFILE).items()},
         **environment(),
     }
-    say(f"report: {write_report(constants.WORK_DIR, [Step(*step) for step in STEPS], facts)}")
+    say(f"report: {write_report(constants.WORK_DIR, [Step(*step) for step in STEPS], facts, changed_since(*SCRIPTS))}")
 
 
 def write_card(model_dir: Path, metrics: dict) -> None:
@@ -245,6 +306,7 @@ def write_card(model_dir: Path, metrics: dict) -> None:
     data = {name: {} if source.files else {"hf_hub_url": source.hf_hub_url} for name, source in sources.items()}
     examples = [one.question for one in read_questions(constants.QUESTIONS) if one.language == "ja" and one.value]
     write_model_card(model_dir, everything, constants.PROFILE.base_id, data, *examples[:1])
+    add_to_marker(model_dir, "README.md", "generation_config.json")
 
 
 def load_metrics(step: str) -> dict:

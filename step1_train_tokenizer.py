@@ -19,7 +19,8 @@ from typing import Any
 import constants
 import pipeline
 from constants import CORPUS_DIR, JA_TOKENIZER, PROFILE, TOKENIZER_MIX
-from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say, table, whole_directory
+from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say, table
+from llmtuner.outputs import atomic_directory
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def main() -> None:
     # Do: learn pieces that fit the base tokenizer.
     watch = Stopwatch()
     skipped = 0
-    with whole_directory(JA_TOKENIZER.parent) as directory:
+    with atomic_directory(JA_TOKENIZER.parent, replace=True) as directory:
         model_file = directory / JA_TOKENIZER.name
         if options.method == "continued":
             pieces = continue_bpe(base, documents(), read_model(options.start) if options.start else None)

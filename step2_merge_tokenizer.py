@@ -15,7 +15,8 @@ from typing import Any
 import constants
 import pipeline
 from constants import JA_TOKENIZER, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
-from llmtuner.console import InputError, command, heading, progress, run_script, say, table, whole_directory, write_json
+from llmtuner.console import InputError, command, heading, progress, run_script, say, table, write_json
+from llmtuner.outputs import atomic_directory
 
 LANGUAGES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 EXAMPLES = 5  # changed texts that are shown and saved for each language
@@ -81,7 +82,7 @@ def main() -> None:
 
     # Check: on the tokenizer as it is saved and loaded again.
     before, after = processor_of(base), processor_of(merged)
-    with whole_directory(MERGED_TOKENIZER_DIR if exact else ORIGINAL_MERGE_DIR) as directory:
+    with atomic_directory(MERGED_TOKENIZER_DIR if exact else ORIGINAL_MERGE_DIR, replace=True) as directory:
         model_file = directory / "tokenizer.model"
         model_file.write_bytes(merged.SerializeToString())
         if exact:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say, whole_directory
+from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say
+from llmtuner.outputs import atomic_directory
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -68,7 +69,7 @@ def main() -> None:
         scaled = options.norm_correction and which == "input"
         return initialising.new_rows(matrix, new, methods[which], scaled, seed=int(which == "output"), weights=weights)
 
-    with whole_directory(ZERO_DIR) as partial:
+    with atomic_directory(ZERO_DIR, replace=True) as partial:
         copy_tokenizer(MERGED_TOKENIZER_DIR, partial)
         grown = grow_checkpoint(BASE_MODEL_DIR, partial, new, constants.EMBEDDING_ROWS_MULTIPLE, make_rows)
         if not same_rows(BASE_MODEL_DIR, partial, new.first_id):

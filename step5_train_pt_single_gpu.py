@@ -11,6 +11,7 @@ LoRA on all linear layers and full training of both embedding matrices at once; 
 one step, set a breakpoint in `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
+from functools import partial
 from pathlib import Path
 
 import constants
@@ -24,6 +25,7 @@ SETTINGS = dict(
     stage="pt",
     model_name_or_path=str(ZERO_DIR),
     output_dir=str(PT_ADAPTER_DIR),
+    overwrite_output_dir=constants.OVERWRITE,
     finetuning_type="lora",
     lora_target="all",
     additional_target="embed_tokens,lm_head",
@@ -75,7 +77,7 @@ BY_PROFILE = {
 def main() -> None:
     settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
     options, arguments = parse_step(str(__doc__), settings, {"--staged": "train the embeddings alone, then LoRA alone"})
-    pipeline.start_training("step5", PT_ADAPTER_DIR, ZERO_DIR)
+    pipeline.start_step("step5", ZERO_DIR)
     pipeline.require_corpus()
     watch = Stopwatch()
 
@@ -91,10 +93,10 @@ def main() -> None:
         settings, base, first_half = train_embeddings_alone(settings)
     heading("continued pretraining")
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
-    metrics = {**run_exp(settings, texts), **first_half}
+    metrics = {**run_exp(settings, texts, partial(pipeline.unfinish, "step5")), **first_half}
     if not is_first_process():
         return
-    merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR)
+    merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR, overwrite=True)
 
     heading("held-out text, before and after (lower is better)")
     bits = {
@@ -128,8 +130,8 @@ def train_embeddings_alone(settings: dict) -> tuple[dict, Path, dict]:
     lora = {name: settings.pop(name) for name in ("lora_target", "lora_rank")}
     rate = settings.pop("embedding_learning_rate")
     alone = dict(finetuning_type="freeze", output_dir=str(output_dir), learning_rate=rate)
-    metrics = run_exp({**settings, **alone, "overwrite_output_dir": constants.OVERWRITE})
-    merge_adapter(ZERO_DIR, output_dir, merged)
+    metrics = run_exp({**settings, **alone}, before_training=partial(pipeline.unfinish, "step5"))
+    merge_adapter(ZERO_DIR, output_dir, merged, overwrite=True)
     # Other documents come first in the second half than in the first.
     second = dict(model_name_or_path=str(merged), additional_target=[], seed=settings["seed"] + 1)
     return {**settings, **lora, **second}, merged, {"embeddings_alone": metrics}

@@ -9,6 +9,8 @@ Started again after an interruption, it goes on from its newest checkpoint. Trai
 `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
+from functools import partial
+
 import constants
 import pipeline
 from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
@@ -33,6 +35,7 @@ SETTINGS = dict(
     template="chatglm3",
     model_name_or_path=str(PT_MERGED_DIR),
     output_dir=str(SFT_ADAPTER_DIR),
+    overwrite_output_dir=constants.OVERWRITE,
     finetuning_type="lora",
     lora_target="all",
     additional_target=["embed_tokens", "lm_head"],
@@ -84,7 +87,7 @@ def main() -> None:
     options, arguments = parse_step(str(__doc__), settings, {"--lora-only": "leave the embeddings as step 5 left them"})
     if options.lora_only:
         settings["additional_target"] = []
-    pipeline.start_training("step6", SFT_ADAPTER_DIR, PT_MERGED_DIR)
+    pipeline.start_step("step6", PT_MERGED_DIR)
     pipeline.require_corpus()
     watch = Stopwatch()
 
@@ -95,10 +98,10 @@ def main() -> None:
     from llmtuner.train.tuner import run_exp
 
     heading("instruction tuning" + (" (LoRA only)" if options.lora_only else ""))
-    metrics = run_exp(override(settings, arguments))
+    metrics = run_exp(override(settings, arguments), before_training=partial(pipeline.unfinish, "step6"))
     if not is_first_process():
         return
-    merge_adapter(PT_MERGED_DIR, SFT_ADAPTER_DIR, CHAT_MODEL_DIR)
+    merge_adapter(PT_MERGED_DIR, SFT_ADAPTER_DIR, CHAT_MODEL_DIR, overwrite=True)
 
     heading("loss of each data set before tuning")
     say(table(["data set", "initial loss"], [[name, f"{loss:.2f}"] for name, loss in metrics["initial_loss"].items()]))

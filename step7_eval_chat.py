@@ -53,6 +53,8 @@ def main() -> None:
             pipeline.require_base_model()
             pipeline.require_corpus()
             evaluate()
+        else:
+            pipeline.check_lineage("step7")
         show(pipeline.load_metrics("step7"))
         if sys.stdin.isatty():
             chat()

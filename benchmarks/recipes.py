@@ -23,7 +23,8 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks.full_size_checkpoint import environment
-from llmtuner.console import InputError, heading, run_script, say, table, whole_directory, write_json
+from llmtuner.console import InputError, heading, run_script, say, table, write_json
+from llmtuner.outputs import atomic_directory
 from llmtuner.train.checkpoints import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,7 @@ def main() -> None:
         for recipe in options.recipes:
             work = directory / f"{recipe}-{seed}-{steps}"
             if not work.exists():
-                with whole_directory(work) as partial:
+                with atomic_directory(work, replace=True) as partial:
                     shutil.copytree(base, partial, ignore=shutil.ignore_patterns("step5*"), dirs_exist_ok=True)
             words = f"--max_steps {steps} --eval_steps {steps // 4} --seed {seed} {RECIPES[recipe]}".split()
             start(STEP5, work, texts, *words)

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 Item = TypeVar("Item")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 ROOT = Path(__file__).resolve().parent.parent
 NOT_REACHED = (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE)
 LITTLE_ROOM = 2**24  # bytes on a disk that count as none
@@ -220,28 +221,6 @@ def _is_full_disk(error: Exception, destination: Path) -> bool:
     return isinstance(error, RuntimeError) and "writ" in str(error) and shutil.disk_usage(room).free < LITTLE_ROOM
 
 
-@contextmanager
-def whole_directory(destination: Path) -> Iterator[Path]:
-    """Yields a directory to write into that becomes `destination` only when everything has been written.
-
-    After an error nothing is left behind and an older `destination` is untouched.
-
-    Raises:
-        InputError: if the disk fills up, or may not be written to.
-    """
-    partial = destination.with_name(f"{destination.name}.partial")
-    try:
-        with disk_errors(destination):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            shutil.rmtree(destination, ignore_errors=True)
-            partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Writes a text file, in UTF-8, that appears whole or not at all.
 
@@ -251,11 +230,14 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     Raises:
         InputError: if the disk fills up, or may not be written to.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8", errors=errors)
+            with partial.open("w", encoding="utf-8", errors=errors) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import Stopwatch, run_script, say, whole_directory
+from llmtuner.console import Stopwatch, run_script, say
+from llmtuner.outputs import atomic_directory
 from mini import code_tasks, world
 
 SEED = "base-1"
@@ -151,7 +152,10 @@ def make_base(destination: Path) -> None:
 
     watch = Stopwatch()
     tellers = [world.build_tellers(SEED)[language] for language in ("zh", "en")]
-    with tempfile.TemporaryDirectory(prefix="make-base-") as scratch_name, whole_directory(destination) as result:
+    with (
+        tempfile.TemporaryDirectory(prefix="make-base-") as scratch_name,
+        atomic_directory(destination, "mini/make_base.py", replace=True) as result,
+    ):
         scratch = Path(scratch_name)
         texts = make_documents(tellers)
         dialogues = list(make_dialogues(tellers))

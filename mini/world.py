@@ -300,10 +300,10 @@ def names(entity: Entity) -> list[str]:
 
 def write_world(directory: Path) -> None:
     """Writes all files of the world into `directory`, which appears whole or not at all."""
-    from llmtuner.console import whole_directory
+    from llmtuner.outputs import atomic_directory
 
     tellers = build_tellers(f"world-{SEED}")
-    with whole_directory(directory) as partial:
+    with atomic_directory(directory, "mini/world.py", replace=True) as partial:
         for language, teller in tellers.items():
             wiki, stories = documents(teller, WIKI_DOCUMENTS[language], STORIES if language == "ja" else 0)
             corpora = {"ja": {"wiki": wiki, "aozora": stories}, "zh": {"wiki": wiki}, "en": {"wiki": wiki}}[language]

@@ -20,12 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import constants
 import pipeline
-from llmtuner.console import InputError, whole_directory
+from llmtuner.console import InputError
 from llmtuner.model import shards
 from llmtuner.model.chatglm import check_tokenizer, convert, glm_settings, open_published
 from llmtuner.model.growing import MATRICES, grow_checkpoint, same_rows
 from llmtuner.model.initialising import NewPieces, find_new_pieces, median_norm, new_rows
 from llmtuner.model.shards import LazyTensor, concatenate, in_memory, open_checkpoint, write_checkpoint
+from llmtuner.outputs import MARKER, atomic_directory
 from llmtuner.tokenizer.fast import NORMAL, read_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +176,8 @@ def test_every_layout_gives_the_same_bytes(glm, tmp_path, layout, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK_BYTES", 5_000)  # a tensor in many chunks
     convert(source, tmp_path / "glm")
     for file in glm.iterdir():
-        assert (tmp_path / "glm" / file.name).read_bytes() == file.read_bytes()
+        if file.name != MARKER:  # names the source
+            assert (tmp_path / "glm" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, None])
@@ -318,7 +320,8 @@ def test_the_licence_of_weights_goes_where_they_go(tmp_path):
 def test_without_tokenizer_the_weights_alone(glm, tmp_path, capsys):
     convert(publish(tmp_path / "published"), tmp_path / "glm")
     assert "no tokenizer.model" in capsys.readouterr().out
-    assert {file.name for file in glm.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    names = {MARKER, "config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in glm.iterdir()} == names
     assert json.loads((glm / "generation_config.json").read_text())["eos_token_id"] == [2]
 
 
@@ -649,18 +652,21 @@ def test_what_stands_at_the_destination(glm, tmp_path):
     source = publish(tmp_path / "published")
     old = tmp_path / "old"
     shutil.copytree(glm, old)
-    (old / "note").write_text("")
+    (old / "config.json").write_text("older")
     with pytest.raises(InputError, match="OVERWRITE=1"):
         convert(source, old)
     damaged = publish(tmp_path / "damaged", with_number(float("nan")))
     with pytest.raises(InputError, match="NaN"):
         convert(damaged, old, overwrite=True)
-    assert (old / "note").exists()
+    assert (old / "config.json").read_text() == "older"
     convert(source, old, overwrite=True)
-    assert not (old / "note").exists()
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(InputError, match="not a model directory"):
-        convert(source, tmp_path / "photos", overwrite=True)
+    assert (old / "config.json").read_bytes() == (glm / "config.json").read_bytes()
+    for foreign in (old, tmp_path / "photos"):
+        foreign.mkdir(exist_ok=True)
+        (foreign / "note").write_text("mine")
+        with pytest.raises(InputError, match=r"did not make \(note\)"):
+            convert(source, foreign, overwrite=True)
+        assert (foreign / "note").read_text() == "mine"
     for inside in (source, source / "glm", tmp_path):
         with pytest.raises(InputError, match="lie in each other"):
             convert(source, inside, overwrite=True)
@@ -721,7 +727,7 @@ NEW = NewPieces(FIRST, [[5, 9], [7], *([[11, 12, number] for number in range(20,
 
 
 def grow(source, destination, new=NEW, **options):
-    with whole_directory(destination) as partial:
+    with atomic_directory(destination) as partial:
         return grow_checkpoint(source, partial, new, 64, **options)
 
 
@@ -757,7 +763,7 @@ def test_growing_keeps_every_old_bit(tmp_path, tiny_tokenizer_dir, dtype, monkey
     assert AutoConfig.from_pretrained(tmp_path / "zero").dtype == dtype
 
     grow(source, tmp_path / "zero-of-published")  # without converting first
-    files = {file.name for file in (tmp_path / "zero").iterdir()}
+    files = {file.name for file in (tmp_path / "zero").iterdir()} - {MARKER}
     assert files == {"config.json", "generation_config.json", "model.safetensors"}
     for name in files:
         assert (tmp_path / "zero" / name).read_bytes() == (tmp_path / "zero-of-published" / name).read_bytes()
@@ -900,7 +906,7 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
             disk.setattr(f"llmtuner.model.{where}", instead)
             with pytest.raises(InputError, match=message):
                 step3.main()
-        assert [one.name for one in (tmp_path / "work").iterdir()] == [merged.name]
+        assert [one.name for one in (tmp_path / "work").iterdir() if one.name != ".lock"] == [merged.name]
     step3.main()
     metrics = pipeline.load_metrics("step3")
     assert (metrics["old_rows"], metrics["new_rows"], metrics["old_rows_identical"]) == (512, 512, True)
@@ -928,14 +934,18 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
     ("number", "message"), [(errno.ENOSPC, "the disk filled up"), (errno.EACCES, "cannot write"), (errno.EBADF, None)]
 )
 def test_what_a_failed_write_says_and_leaves(tmp_path, number, message):
-    (tmp_path / "result").mkdir()
-    (tmp_path / "result" / "older").touch()
+    with atomic_directory(tmp_path / "result") as older:
+        (older / "older").touch()
 
     def fail_half_way():
-        with whole_directory(tmp_path / "result") as partial:
+        with atomic_directory(tmp_path / "result", replace=True) as partial:
             (partial / "half").touch()
             raise OSError(number, "no")
 
     with pytest.raises(InputError if message else OSError, match=message):
         fail_half_way()
-    assert [str(one.relative_to(tmp_path)) for one in sorted(tmp_path.rglob("*"))] == ["result", "result/older"]
+    assert [str(one.relative_to(tmp_path)) for one in sorted(tmp_path.rglob("*"))] == [
+        "result",
+        f"result/{MARKER}",
+        "result/older",
+    ]

@@ -19,11 +19,12 @@ import pyarrow
 from filelock import FileLock
 from tqdm import tqdm
 
-from llmtuner.console import InputError, say, whole_directory, write_json
+from llmtuner.console import InputError, say, write_json
 from llmtuner.data.messages import BadRow, check_columns, to_document, to_messages
 from llmtuner.data.sources import Row, Source, file_kind, find_source, read_rows, text_hash
 from llmtuner.data.template import Ids, Message, Template
 from llmtuner.data.tokens import SCHEMA, Examples, TokenTable
+from llmtuner.outputs import atomic_directory
 
 if TYPE_CHECKING:
     from llmtuner.hparams import DataArguments
@@ -211,7 +212,7 @@ def _make(
             tokenizer, contents, data_args.mask_history, data_args.train_on_prompt, threads=threads
         )
 
-    with whole_directory(directory) as partial, _old_objects_left_alone():
+    with atomic_directory(directory, replace=True) as partial, _old_objects_left_alone():
         with (partial / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
 
             def reject(row: Row, reason: str) -> None:

@@ -1,6 +1,5 @@
 """What is trained: LoRA with embeddings beside it, some modules alone or everything; and how it is saved."""
 
-import os
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -24,8 +23,9 @@ from transformers import PreTrainedModel
 from llmtuner.console import InputError, disk_errors, say
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model.growing import APPENDED_ROWS
-from llmtuner.model.merging import MERGED_ADAPTER, adapter_checksum, copy_tokenizer
+from llmtuner.model.merging import MERGED_ADAPTER, TOKENIZER_FILES, adapter_checksum, copy_tokenizer
 from llmtuner.model.shards import read_json
+from llmtuner.outputs import finish_publishing, publish_files
 
 NO_LORA_ON_OUTPUT = "the output layer is trained in full or not at all. Put it into additional_target."
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -33,6 +33,17 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 # Whichever of them is there marks a whole adapter and says of which kind it is.
 MARKS = (ADAPTER_CONFIG, "config.json")
 WEIGHTS = (ADAPTER_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+# What a run writes into its directory under names that other programs use too.
+RUN_FILES = (
+    *MARKS,
+    *WEIGHTS,
+    *TOKENIZER_FILES,
+    "checkpoint-*",
+    "log.jsonl",
+    "settings.json",
+    "rejected.jsonl",
+    "*_loss.png",
+)
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -190,6 +201,7 @@ def _new_adapter_on_merged(model: PreTrainedModel, finetuning: FinetuningArgumen
 
 def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
     """A LoRA adapter around its base, to be trained further."""
+    finish_publishing(adapter)
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (adapter / name).is_file()]
     if missing or finetuning.finetuning_type != "lora":
         why = f"{adapter} has no {missing[0]}" if missing else f"finetuning_type is {finetuning.finetuning_type}"
@@ -237,8 +249,7 @@ def _describe(adapted: Any) -> str:
 def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) -> None:
     """Writes what was trained, and the base's tokenizer, into a run's directory among its logs and checkpoints.
 
-    All files are complete before the first one takes its place, and the one that marks a whole adapter comes last.
-    An older adapter is replaced, whatever its kind.
+    An older adapter is replaced, whatever its kind: all of it or, where a process is killed, nothing (`publish_files`).
 
     Raises:
         InputError: if it cannot be written; then an older adapter stays as it was.
@@ -252,11 +263,7 @@ def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) 
             partial.mkdir(parents=True)
             _write_adapter(model, partial)
             copy_tokenizer(tokenizer_from, partial)
-            for pattern in (*MARKS, *WEIGHTS):
-                for old in directory.glob(pattern):
-                    old.unlink()
-            for file in sorted(partial.iterdir(), key=lambda file: file.name in MARKS):
-                os.replace(file, directory / file.name)
+            publish_files(partial, [old.name for pattern in (*MARKS, *WEIGHTS) for old in directory.glob(pattern)])
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import InputError, Stopwatch, say, whole_directory
+from llmtuner.console import InputError, Stopwatch, say
 from llmtuner.model.shards import (
     Checkpoint,
     LazyTensor,
@@ -18,6 +18,7 @@ from llmtuner.model.shards import (
     open_checkpoint,
     read_json,
 )
+from llmtuner.outputs import atomic_directory, check_destination, checksum
 from llmtuner.tokenizer.fast import check_rules, read_model, save_tokenizer, special_ids
 
 SIZES = {  # ChatGLM's name -> Glm's
@@ -324,16 +325,20 @@ def convert(source: Path, destination: Path, overwrite: bool = False) -> None:
     fast tokenizer and chat template. Memory holds a few megabytes of the weights at a time.
 
     Raises:
-        InputError: as `open_published`; if `destination` exists, unless `overwrite` is true and it is a model directory;
-            if it lies in `source` or around it; if it cannot be written.
+        InputError: as `open_published` and `atomic_directory`; if `destination` lies in `source` or around it.
     """
     watch = Stopwatch()
     source, destination = source.expanduser().resolve(), destination.expanduser().resolve()
-    check_destination(source, destination, overwrite)
+    if not source.is_dir():
+        raise InputError(f"the checkpoint directory {source} does not exist.")
+    if destination.is_relative_to(source) or source.is_relative_to(destination):
+        raise InputError(f"{destination} and {source} lie in each other. Write to a directory of its own.")
+    check_destination(destination, overwrite)
     checkpoint = open_published(source)
     config = read_json(source / "config.json")
     say(describe(config))
-    with whole_directory(destination) as partial:
+    made_from = {str(source): checksum(source)}
+    with atomic_directory(destination, replace=overwrite, made_from=made_from) as partial:
         if (source / "tokenizer.model").is_file():
             save_tokenizer(source / "tokenizer.model", partial)
         else:
@@ -342,21 +347,3 @@ def convert(source: Path, destination: Path, overwrite: bool = False) -> None:
     if "chatglm2" in str(config.get("_name_or_path")).lower():
         say("The chat template is ChatGLM3's; ChatGLM2 was trained with another chat format.")
     say(f"converted: {written}, {watch.seconds()} s, in {destination}")
-
-
-def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
-    """Makes sure that writing into `destination` destroys nothing but an older model that may be replaced.
-
-    Raises:
-        InputError: says what stands in the way.
-    """
-    if not source.is_dir():
-        raise InputError(f"the checkpoint directory {source} does not exist.")
-    if destination.is_relative_to(source) or source.is_relative_to(destination):
-        raise InputError(f"{destination} and {source} lie in each other. Write to a directory of its own.")
-    if not destination.exists():
-        return
-    if not overwrite:
-        raise InputError(f"{destination} exists. Set OVERWRITE=1 to replace it, or write to another directory.")
-    if not (destination / "config.json").is_file():
-        raise InputError(f"{destination} is not a model directory and is not replaced. Write to another directory.")

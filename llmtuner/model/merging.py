@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import InputError, whole_directory
+from llmtuner.console import InputError
 from llmtuner.model.growing import MATRICES, open_base
 from llmtuner.model.shards import LazyTensor, open_checkpoint, open_safetensors, read_json
+from llmtuner.outputs import atomic_directory, check_destination, checksum, finish_publishing
 from llmtuner.tokenizer.fast import load_tokenizer, save_tokenizer
 
 TOKENIZER_FILES = (
@@ -49,7 +50,9 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def merge_adapter(base: Path, adapter: Path | None, destination: Path, max_shard_gb: int = 2) -> None:
+def merge_adapter(
+    base: Path, adapter: Path | None, destination: Path, max_shard_gb: int = 2, overwrite: bool = False
+) -> None:
     """Adds an adapter to its base and saves a plain model with tokenizer, loadable without peft.
 
     Without an adapter the base is written as it is, such as the output of finetuning_type full.
@@ -60,13 +63,18 @@ def merge_adapter(base: Path, adapter: Path | None, destination: Path, max_shard
     Args:
         base: a Glm checkpoint, or ChatGLM3 as published.
         max_shard_gb: largest size of one file, in GB.
+        overwrite: whether an older result in `destination` may be replaced.
 
     Raises:
-        InputError: if the adapter does not belong to this base, says of itself what cannot be merged, or is not whole.
+        InputError: as `atomic_directory`; if the adapter does not belong to this base, says of itself what cannot be
+            merged, or is not complete.
     """
     for source in (base, adapter) if adapter else (base,):
         if source.resolve().is_relative_to(destination.resolve()):
             raise InputError(f"writing {destination} would delete {source}. Write to a directory of its own.")
+    check_destination(destination, overwrite)
+    if adapter:
+        finish_publishing(adapter)
     checkpoint = open_base(base)
     old = {tensor.name: tensor for tensor in checkpoint.tensors}
     merged: dict[str, LazyTensor] = {}
@@ -89,7 +97,8 @@ def merge_adapter(base: Path, adapter: Path | None, destination: Path, max_shard
         )
     checkpoint.config.vocab_size = rows
     tensors = [merged.get(tensor.name, tensor) for tensor in checkpoint.tensors]
-    with whole_directory(destination) as partial:
+    made_from = {str(base): checksum(base), str(adapter): checksum(adapter)}
+    with atomic_directory(destination, replace=overwrite, made_from=made_from) as partial:
         replace(checkpoint, tensors=tensors).write(partial, max_shard_gb * 10**9)
         copy_tokenizer(tokenizer, partial)
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -39,12 +40,15 @@ class Step:
     gives: str
 
 
-def write_report(work_dir: Path, steps: list[Step], facts: dict[str, dict[str, str]]) -> Path:
+def write_report(
+    work_dir: Path, steps: list[Step], facts: dict[str, dict[str, str]], warnings: Sequence[str] = ()
+) -> Path:
     """Makes `work_dir`/report.html anew from the metrics, logs and answers that lie there.
 
     Args:
         steps: all steps of the pipeline in their order, finished or not.
         facts: sections of further facts to list; the headline names `PROFILE` of the section "profile".
+        warnings: what a reader has to know before anything else.
 
     Raises:
         InputError: if no step has finished, a file that is read is damaged, or the page cannot be written.
@@ -70,6 +74,7 @@ def write_report(work_dir: Path, steps: list[Step], facts: dict[str, dict[str, s
         suites=_suites(metrics),
         settings=settings,
         facts=facts,
+        warnings=warnings,
         made=datetime.now().astimezone(),
         at=lambda *path: look_up(metrics, *path),
         of_models=lambda *path: [look_up(metrics, "step7", path[0], model, *path[1:]) for model in MODELS],
@@ -124,10 +129,16 @@ def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]
     """
     given = {step.gives for step in steps}
     following = next((step for step in steps if step.name not in metrics), None)
+
+    def state(step: Step) -> str:
+        if step.name in metrics:
+            return "cut" if metrics[step.name].get("cut_short") else "done"
+        return "next" if step is following else "open"
+
     return [
         {
             "step": step,
-            "state": "done" if step.name in metrics else "next" if step is following else "open",
+            "state": state(step),
             "outside": [name for name in step.takes if name not in given],
             "users": [other for other in steps if step.gives in other.takes],
             "aside": step is not steps[-1] and not any(step.gives in other.takes for other in steps),

@@ -8,10 +8,62 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import InputError, disk_errors, say, write_json
+from llmtuner.console import InputError, check_writable, disk_errors, is_first_process, say, write_json
+from llmtuner.outputs import MARKER, exclusive, finish_publishing, read_marker, recover_directory, swap, sync
 
 SEAL = "whole.json"  # written last: file -> [bytes, CRC-32]
 STAGING = ".saving"  # in output_dir; becomes checkpoint-N once sealed
+
+
+@contextmanager
+def claim_output_dir(output_dir: Path) -> Iterator[None]:
+    """Keeps other runs out of a run's directory, and puts right what a killed one left there; rank 0 does it for all.
+
+    Raises:
+        InputError: if it cannot be written, another run uses it, or it holds files of this kind that no run of this
+            project wrote.
+    """
+    if not is_first_process():
+        yield
+        return
+    is_new = not output_dir.exists()
+    check_writable(output_dir, "output_dir")
+    with exclusive(output_dir / ".lock", str(output_dir)):
+        _check_output_dir(output_dir)
+        finish_publishing(output_dir)
+        for old in output_dir.glob("checkpoint-*.old"):
+            recover_directory(output_dir / old.name.split(".")[0], SEAL)
+        yield
+    if is_new and not any(output_dir.iterdir()):
+        output_dir.rmdir()
+
+
+def _check_output_dir(output_dir: Path) -> None:
+    """A run writes and deletes files by name; none of another program may be among them."""
+    from llmtuner.model.adapters import RUN_FILES
+
+    ours = read_marker(output_dir) or any(output_dir.glob(f"checkpoint-*/{SEAL}")) or _has_settings(output_dir)
+    foreign = [] if ours else sorted(path.name for pattern in RUN_FILES for path in output_dir.glob(pattern))
+    if foreign:
+        raise InputError(
+            f"output_dir {output_dir} holds files that no run of this project wrote, such as {foreign[0]}. Nothing was "
+            "changed: choose another output_dir."
+        )
+
+
+def _has_settings(output_dir: Path) -> bool:
+    """Whether a finished run of an earlier version, which wrote no marker, lies here."""
+    try:
+        return "finetuning_type" in json.loads((output_dir / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def start_again(output_dir: Path, overwrite: bool) -> None:
+    """Marks a directory as a run's, and deletes an earlier run's checkpoints if asked to."""
+    write_json(output_dir / MARKER, {"made_by": "a training run"})  # names no files: the directory is never replaced
+    if overwrite:
+        forget(output_dir)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -90,19 +142,24 @@ def publish(output_dir: Path, step: int, limit: int | None) -> Path:
     """Seals what lies in the staging directory, gives it its name, and deletes the oldest beyond `limit`."""
     staged, destination = output_dir / STAGING / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
     seal(staged)
-    shutil.rmtree(destination, ignore_errors=True)  # a damaged one of the same step
-    staged.rename(destination)
+    sync(staged)
+    swap(staged, destination, SEAL)
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-    for old in checkpoints(output_dir)[limit:] if limit else []:
+    for old in _ours(output_dir)[limit:] if limit else []:
         shutil.rmtree(old, ignore_errors=True)
     return destination
 
 
 def forget(output_dir: Path) -> None:
     """Deletes all checkpoints of a run, so that the next one starts anew."""
-    for checkpoint in checkpoints(output_dir):
+    for checkpoint in _ours(output_dir):
         shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+
+def _ours(output_dir: Path) -> list[Path]:
+    """The checkpoints that this project wrote; others are never deleted."""
+    return [checkpoint for checkpoint in checkpoints(output_dir) if (checkpoint / SEAL).is_file()]
 
 
 def check_resumable(checkpoint: Path) -> None:
@@ -134,6 +191,7 @@ def same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
     from llmtuner.hparams import changed_settings
 
     before = json.loads((checkpoint / "settings.json").read_text(encoding="utf-8"))
+    before.setdefault("model checksum", settings.get("model checksum"))  # runs of earlier versions have none
     if changes := changed_settings(before, settings):
         raise InputError(
             f"{checkpoint} was made with other settings:\n  - " + "\n  - ".join(changes) + "\nGo on with those, choose "

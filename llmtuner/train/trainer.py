@@ -345,6 +345,17 @@ def is_finished(state: TrainerState, patience: int | None) -> bool:
     return state.global_step >= state.max_steps or EarlyStopping(patience).is_due(state.log_history)
 
 
+class BeforeFirstStep(TrainerCallback):
+    """Does on rank 0 what waits until settings, data and model have been checked: an earlier run is deleted only then."""
+
+    def __init__(self, *actions: Callable[[], None]) -> None:
+        self.actions = actions
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for action in self.actions if state.is_world_process_zero else ():
+            action()
+
+
 class InitialLoss(TrainerCallback):
     """Logs the loss of each data set before the first step, once the model has been prepared for its devices."""
 

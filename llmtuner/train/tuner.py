@@ -1,5 +1,7 @@
 """The two doors of the trainer: `run_exp` trains as the settings say, `export_model` merges and saves."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,17 @@ from llmtuner.model.merging import merge_adapter
 
 
 def run_exp(
-    args: dict[str, Any] | str | Path | list[str] | None = None, texts: dict[str, list[str]] | None = None
+    args: dict[str, Any] | str | Path | list[str] | None = None,
+    texts: dict[str, list[str]] | None = None,
+    before_training: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Runs one stage of training.
 
     Args:
         args: settings as a dict, the path of a YAML file, words of a command line, or None for this process's own.
         texts: held-out texts of each language, on which bits per byte are logged at every evaluation of the pt stage.
+        before_training: called on rank 0 once settings, data and model have been checked, before anything of an earlier
+            run is deleted.
 
     Returns:
         what was measured: tokens, tokens_per_second, padding_share, trainable_parameters, train_loss, eval_loss and,
@@ -23,20 +29,27 @@ def run_exp(
     Raises:
         InputError: for settings, data or models that cannot be used.
     """
+    from llmtuner.train.checkpoints import claim_output_dir
     from llmtuner.train.workflow import run_pt, run_sft
 
     arguments = get_train_args(args)
-    return run_pt(arguments, texts) if arguments[3].stage == "pt" else run_sft(arguments)
+    with claim_output_dir(Path(str(arguments[2].output_dir))):
+        if arguments[3].stage == "pt":
+            return run_pt(arguments, texts, before_training)
+        return run_sft(arguments, before_training)
 
 
 def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) -> Path:
     """Merges an adapter into its base and saves a plain model directory; without an adapter, the model as it is.
 
+    An older result in export_dir is replaced only with overwrite_output_dir: true or OVERWRITE=1 in the environment.
+
     Raises:
-        InputError: if export_dir is missing, or adapter and model do not belong together.
+        InputError: if export_dir is missing, or adapter and model do not belong together; as `atomic_directory`.
     """
-    model_args, *_ = get_train_args(args, for_export=True)
+    model_args, _, _, finetuning_args = get_train_args(args, for_export=True)
+    overwrite = finetuning_args.overwrite_output_dir or os.environ.get("OVERWRITE") == "1"
     adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
     destination = Path(str(model_args.export_dir))
-    merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size)
+    merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size, overwrite)
     return destination

@@ -108,16 +108,15 @@ class LogLines(TrainerCallback):
 
     def __init__(self, file: Path) -> None:
         self.file = file
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("".join(map(self._line, state.log_history)), encoding="utf-8")
+        self.begun = False  # an earlier run's lines stay until this one has its first
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            with self.file.open("a", encoding="utf-8") as lines:
-                lines.write(self._line(state.log_history[-1]))
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            entries = state.log_history[-1:] if self.begun else state.log_history
+            with self.file.open("a" if self.begun else "w", encoding="utf-8") as lines:
+                lines.writelines(map(self._line, entries))
+            self.begun = True
 
     @staticmethod
     def _line(entry: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 import shutil
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from llmtuner.console import InputError, Stopped, check_writable, is_first_process, say, table, write_json
+from llmtuner.console import InputError, Stopped, is_first_process, say, table, write_json
 from llmtuner.data.examples import load_examples
 from llmtuner.data.packing import (
     FilledUp,
@@ -27,23 +29,29 @@ from llmtuner.data.packing import (
 from llmtuner.data.template import Template
 from llmtuner.data.tokens import Examples
 from llmtuner.eval.bits_per_byte import Windows
-from llmtuner.hparams import ATTENTION, Arguments, DataArguments, settings_to_save
+from llmtuner.hparams import ATTENTION, Arguments, DataArguments, FinetuningArguments, settings_to_save
 from llmtuner.model.adapters import prepare_for_training, save_adapter
 from llmtuner.model.fused import fuse_layers
 from llmtuner.model.loading import best_attention, check_model_fits, load_model
 from llmtuner.model.merging import adapter_checksum
+from llmtuner.outputs import checksum
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train.checkpoints import check_resumable, find_damage, forget, newest_whole, same_run
+from llmtuner.train.checkpoints import check_resumable, find_damage, newest_whole, same_run, start_again
 from llmtuner.train.memory import USABLE, free_memory, step_memory
 from llmtuner.train.self_check import SelfCheck
-from llmtuner.train.trainer import InitialLoss, PackedTrainer, is_finished
+from llmtuner.train.trainer import BeforeFirstStep, InitialLoss, PackedTrainer, is_finished
 from llmtuner.train.watching import StopSignal
 
 WEIGHTS_ONLY = "save_only_model: true: it holds weights only, and the run cannot be resumed from it."
 SEQUENCES_FOR_INITIAL_LOSS = 8  # per data set; more would cost time and change little
 
 
-def run_pt(arguments: Arguments, texts: dict[str, list[str]] | None = None) -> dict[str, Any]:
+BeforeTraining = Callable[[], None] | None
+
+
+def run_pt(
+    arguments: Arguments, texts: dict[str, list[str]] | None = None, before_training: BeforeTraining = None
+) -> dict[str, Any]:
     """Continued pretraining on packed documents; returns what was measured, at every evaluation also on held-out texts."""
     model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -51,7 +59,7 @@ def run_pt(arguments: Arguments, texts: dict[str, list[str]] | None = None) -> d
     train, held_out = pack_pt(data_args, training_args.seed, tokenizer)
     met = _say_mix(train, data_args)
     say(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no token is left out")
-    metrics = _train(arguments, tokenizer, train, held_out, texts=texts)
+    metrics = _train(arguments, tokenizer, train, held_out, texts=texts, before_training=before_training)
     return {**metrics, "data": met}
 
 
@@ -71,7 +79,7 @@ def pack_pt(data_args: DataArguments, seed: int, tokenizer: Any) -> tuple[Packed
     return pack(pool, _order(pool, trained, data_args, seed)), pack(pool, numpy.concatenate(held_out))
 
 
-def run_sft(arguments: Arguments) -> dict[str, Any]:
+def run_sft(arguments: Arguments, before_training: BeforeTraining = None) -> dict[str, Any]:
     """Instruction tuning on packed dialogues; returns what was measured, each data set's initial loss included."""
     model_args, data_args, training_args, _ = arguments
     tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -84,7 +92,7 @@ def run_sft(arguments: Arguments) -> dict[str, Any]:
         f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} longer dialogues keep their {kept}; "
         f"{dropped:,} of them are dropped because no target token is left"
     )
-    metrics = _train(arguments, tokenizer, train, held_out, samples)
+    metrics = _train(arguments, tokenizer, train, held_out, samples, before_training=before_training)
     return {**metrics, "data": met, "cut": cut, "dropped": dropped}
 
 
@@ -214,12 +222,12 @@ def _train(
     held_out: PackedSequences,
     samples: dict[str, Any] | None = None,
     texts: dict[str, list[str]] | None = None,
+    before_training: BeforeTraining = None,
 ) -> dict[str, Any]:
     model_args, data_args, training_args, finetuning_args = arguments
     output_dir = Path(training_args.output_dir or ".")
     settings = _settings(arguments, train)
     checkpoint = _checkpoint_to_go_on_from(output_dir, training_args, finetuning_args.overwrite_output_dir, settings)
-    _collect_rejected(train.pool, output_dir)
     if training_args.save_only_model and training_args.save_strategy != "no":
         say("save_only_model: true: checkpoints hold weights only; a run that stops early cannot be resumed")
 
@@ -271,7 +279,12 @@ def _train(
             losses = trainer.evaluate()
             return {name: loss for name, loss in losses.items() if name.endswith("_loss")}
         small = {name: _first(one, SEQUENCES_FOR_INITIAL_LOSS) for name, one in (samples or {}).items()}
-        for callback in (check, InitialLoss(trainer, small)):
+        begin = BeforeFirstStep(
+            *([before_training] if before_training else []),
+            partial(start_again, output_dir, finetuning_args.overwrite_output_dir and checkpoint is None),
+            partial(_collect_rejected, train.pool, output_dir),
+        )
+        for callback in (check, begin, InitialLoss(trainer, small)):
             trainer.add_callback(callback)
         if checkpoint:
             trainer.go_on_from(checkpoint)
@@ -282,7 +295,7 @@ def _train(
         if trainer.ending and step < trainer.state.max_steps:
             raise Stopped(
                 f"stopped after step {step:,} of {trainer.state.max_steps:,}, with {output_dir}/checkpoint-{step}. "
-                + (WEIGHTS_ONLY if training_args.save_only_model else "The same command goes on from there."),
+                + _how_to_resume(training_args, finetuning_args),
                 stop.received,
             )
         if step < trainer.state.max_steps and (patience := finetuning_args.early_stopping_steps):
@@ -303,6 +316,7 @@ def _train(
     }
     return {
         "steps": step,
+        "cut_short": _is_cut_short(training_args, train),
         "tokens": meter.all_tokens,
         "tokens_per_second": round(meter.all_tokens / max(meter.all_seconds, 1e-9), 1),
         "padding_share": round(meter.all_padding / max(meter.all_tokens, 1), 5),
@@ -312,6 +326,20 @@ def _train(
         "eval_loss": _first_and_last(history, "eval_loss"),
         **({"initial_loss": initial} if samples else {}),
     }
+
+
+def _how_to_resume(training_args: TrainingArguments, finetuning_args: FinetuningArguments) -> str:
+    if training_args.save_only_model:
+        return WEIGHTS_ONLY
+    if finetuning_args.overwrite_output_dir:
+        return "Run it again without overwrite_output_dir (steps: without OVERWRITE=1) to resume."
+    return "The same command resumes from there."
+
+
+def _is_cut_short(training_args: TrainingArguments, train: PackedSequences) -> bool:
+    """Whether max_steps ended the run before num_train_epochs would have."""
+    planned = training_args.num_train_epochs * -(-len(train) // _total_batch(training_args))
+    return 0 < training_args.max_steps < planned
 
 
 def _memory_is_short(model: Any, data_args: DataArguments, training_args: TrainingArguments) -> bool:
@@ -344,14 +372,15 @@ def _lengths(train: PackedSequences) -> dict[str, list[int]]:
 
 
 def _settings(arguments: Arguments, train: PackedSequences) -> dict[str, Any]:
-    """What shapes a run: its settings, how many processes share it, and its data."""
+    """What shapes a run: its settings, how many processes share it, its data and the weights that it starts from."""
     data = {
         f"data set {one.name}": f"{len(one):,} rows, checksum {zlib.crc32(one.table.column('hash').tobytes()):08x}"
         for one in train.pool.sets
     }
     if arguments[0].create_new_adapter and (earlier := arguments[0].adapter_name_or_path):
         data["merged adapter"] = f"sha256 {adapter_checksum(Path(earlier))[:8]}"
-    return {**settings_to_save(arguments), "processes": arguments[2].world_size, **data}
+    model = {"model checksum": checksum(Path(arguments[0].model_name_or_path))}
+    return {**settings_to_save(arguments), "processes": arguments[2].world_size, **data, **model}
 
 
 def _checkpoint_to_go_on_from(
@@ -361,11 +390,8 @@ def _checkpoint_to_go_on_from(
     found: list[Path | None] = [None]
     named = training_args.resume_from_checkpoint
     if is_first_process():
-        check_writable(output_dir, "output_dir")
-        if overwrite:
-            forget(output_dir)
-        elif not isinstance(named, str):
-            found = [newest_whole(output_dir)]
+        if not isinstance(named, str):
+            found = [None if overwrite else newest_whole(output_dir)]
         elif damage := find_damage(Path(named)):
             raise InputError(
                 f"resume_from_checkpoint {named} cannot be gone on from: {damage}. Name another one, or none."
