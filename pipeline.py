@@ -110,8 +110,8 @@ def start_step(step: str, *needs: Path) -> None:
 def is_finished(step: str) -> bool:
     """Whether a step has come to its end, was not cut short, and its result is still there."""
     result = PLACES.get(next(gives for name, *_, gives in STEPS if name == step))
-    metrics = load_metrics(step)
-    return bool(metrics) and not metrics.get("cut_short") and (result is None or result.exists())
+    ended = (constants.METRICS_DIR / f"{step}.json").is_file() and not load_metrics(step).get("cut_short")
+    return ended and (result is None or result.exists())
 
 
 def check_lineage(*steps: str) -> None:

@@ -112,24 +112,107 @@ def test_base_directory_that_is_incomplete(tmp_path, missing):
 
 
 def test_finished_step_is_not_overwritten(tmp_path):
-    metrics = tmp_path / "work" / "metrics"
-    metrics.mkdir(parents=True)
-    (metrics / "step1.json").write_text("{}")
+    finished_steps(tmp_path / "work", step1={})
     refused(start("step1", tmp_path), "finished already", "OVERWRITE=1")
     assert start("step1", tmp_path, SKIP_FINISHED=1).returncode == 0
 
 
-def test_finished_training_starts_anew_only_when_asked_to(tmp_path):
+def test_finished_training_is_kept_until_a_new_one_can_begin(tmp_path):
     work = tmp_path / "work"
     checkpoint, finished = work / "step5_pt_adapter" / "checkpoint-5", work / "metrics" / "step5.json"
-    for directory in (checkpoint, finished.parent, work / "step3_zero"):
+    for directory in (checkpoint, finished.parent, work / "step3_zero", work / "step5_pt_merged"):
         directory.mkdir(parents=True)
-    finished.write_text("{}")
+    (checkpoint / "whole.json").write_text("{}")
+    finished.write_text('{"steps": 5}')
     refused(start("step5", tmp_path), "finished already", "OVERWRITE=1")
-    assert checkpoint.exists()
+    refused(start("step5", tmp_path, "--learing_rate", "1e-4", OVERWRITE=1), "did you mean 'learning_rate'")
     refused(start("step5", tmp_path, OVERWRITE=1), "step3_zero")  # which holds no model
-    assert not checkpoint.exists()
-    assert not finished.exists()
+    assert checkpoint.exists()
+    assert finished.exists()
+
+
+def finished_steps(work, **metrics):
+    """A work directory in which steps seem to have finished."""
+    for name in ("metrics", "step1_ja_tokenizer", "step2_merged_tokenizer", "step3_zero", "step5_pt_merged"):
+        (work / name).mkdir(parents=True)
+    (work / "step1_ja_tokenizer" / "ja_bpe.model").write_bytes(b"pieces")
+    (work / "step2_merged_tokenizer" / "tokenizer.json").write_text("{}")
+    for step, content in metrics.items():
+        (work / "metrics" / f"{step}.json").write_text(json.dumps(content))
+
+
+def test_input_that_has_changed_since_is_noticed(tmp_path):
+    from llmtuner.outputs import checksum
+
+    work = tmp_path / "work"
+    finished_steps(work)
+    made_from = {"merged tokenizer": checksum(work / "step2_merged_tokenizer")}
+    (work / "metrics" / "step3.json").write_text(json.dumps({"made_from": made_from}))
+    assert start("step3", tmp_path, SKIP_FINISHED=1).returncode == 0
+    (work / "step2_merged_tokenizer" / "tokenizer.json").write_text('{"other": 1}')
+    message = ("the merged tokenizer", "is not the one that step3 used: run step3 again", "step3_resize_model.py")
+    for step in ("step3", "step4", "step5", "step6"):
+        refused(start(step, tmp_path, SKIP_FINISHED=1), *message)
+    report = start("step7", tmp_path, "--report")
+    assert report.returncode == 0, report.stderr
+    assert message[1] in (work / "report.html").read_text(encoding="utf-8")
+
+
+def test_deleted_result_beside_its_metrics_is_made_again(tmp_path):
+    finished_steps(tmp_path / "work", step3={"old_rows": 1})
+    refused(start("step3", tmp_path), "finished already")
+    (tmp_path / "work" / "step3_zero").rmdir()
+    refused(start("step4", tmp_path), "step3_zero is missing", "step3_resize_model.py")
+    refused(start("step3", tmp_path, BASE_MODEL_DIR=tmp_path / "nowhere"), "base model directory")
+
+
+def test_run_cut_short_is_not_the_finished_step(tmp_path):
+    finished_steps(tmp_path / "work", step5={"cut_short": True, "steps": 12})
+    for variables in ({}, {"SKIP_FINISHED": 1}):
+        result = start("step5", tmp_path, **variables)
+        refused(result, "step3_zero")  # it goes on to look for a model
+    result = start("step6", tmp_path)
+    assert "step5 was cut short by max_steps" in result.stdout
+
+
+def test_second_step_in_one_work_dir_is_refused(tmp_path):
+    code = "import sys, time; from pathlib import Path; from llmtuner.outputs import acquire; "
+    code += "acquire(Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "work" / ".lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        refused(start("step4", tmp_path), f"is in use by process {holder.pid} ", "WORK_DIR=")
+    finally:
+        holder.kill()
+        holder.wait()
+    refused(start("step4", tmp_path), "is missing")  # a dead process holds nothing
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "code", "is_left"),
+    [
+        ([], "y\n", 0, False),
+        ([], "n\n", 2, True),
+        ([], "", 2, True),
+        (["WORK_DIR=elsewhere"], "y\n", 2, True),
+        (["PROFILE=../.."], "y\n", 2, True),
+    ],
+)
+def test_make_clean_deletes_the_default_only_and_asks(tmp_path, words, answer, code, is_left):
+    """In a directory of its own, with a copy of the Makefile."""
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    for directory in ("runs/mini", "elsewhere"):
+        (tmp_path / directory).mkdir(parents=True)
+        (tmp_path / directory / "mine").write_text("")
+    environment = {key: value for key, value in os.environ.items() if key not in ("WORK_DIR", "PROFILE", "MAKEFLAGS")}
+    command = ["make", "--no-print-directory", "clean", *words]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, input=answer, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == code, result.stderr
+    assert (tmp_path / "runs" / "mini" / "mine").exists() == is_left
+    assert (tmp_path / "elsewhere" / "mine").exists()
 
 
 def test_report_before_any_step(tmp_path):

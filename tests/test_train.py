@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -492,7 +493,7 @@ def test_stopped_run_goes_on_as_if_it_never_had(saving_run, tmp_path, monkeypatc
             with pytest.raises(Stopped, match=f"checkpoint-{step + 1}") as end:
                 run_exp(stopped)
         assert end.value.exit_code == code
-        assert "same command goes on" in str(end.value)
+        assert "same command resumes" in str(end.value)
         assert not (tmp_path / "stopped" / "adapter_config.json").exists()
     run_exp(stopped)
     assert f"going on from {tmp_path}/stopped/checkpoint-10" in capsys.readouterr().out
@@ -749,3 +750,75 @@ def test_bad_input_on_the_command_line_is_one_message(tiny_run, tmp_path):
     assert result.stderr.count("error:") == 1
     assert "cutoff_len is 100,000" in result.stderr
     assert not (tmp_path / "adapter").exists()
+
+
+# ------------------------------------------------------------------------------------------------ an earlier run's files
+def test_settings_data_and_model_are_checked_before_anything_is_deleted(saving_run, tmp_path):
+    out = tmp_path / "adapter"
+    run_exp(saving_run)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = {**saving_run, "overwrite_output_dir": True}
+    (tmp_path / "broken").mkdir()
+    for wrong in (
+        {"learing_rate": 1e-4},
+        {"dataset": "nowhere"},
+        {"model_name_or_path": str(tmp_path / "broken")},
+        {"additional_target": "no_such_module"},
+    ):
+        with pytest.raises(InputError):
+            run_exp({**again, **wrong})
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_changed_model_is_not_resumed_on(saving_run, tiny_model_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    run = {**saving_run, "model_name_or_path": str(model)}
+    run_exp(run)
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x01")
+    with pytest.raises(InputError, match="model checksum: "):
+        run_exp(run)
+
+
+def test_output_dir_of_another_program_is_left_alone(tiny_run, tmp_path):
+    out = tmp_path / "adapter"
+    (out / "checkpoint-500").mkdir(parents=True)
+    (out / "checkpoint-500" / "adapter_model.safetensors").write_bytes(b"another trainer's")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="no run of this project wrote, such as checkpoint-500"):
+            run_exp({**tiny_run, "overwrite_output_dir": overwrite})
+    assert [str(path.relative_to(out)) for path in out.rglob("*")] == [
+        "checkpoint-500",
+        "checkpoint-500/adapter_model.safetensors",
+    ]
+    (out / "checkpoint-500").rename(tmp_path / "elsewhere")
+    (out / "notes.txt").write_text("mine")  # of no name that a run uses
+    run_exp({**tiny_run, "max_steps": 1})
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_two_runs_in_one_output_dir(tiny_run, tmp_path):
+    code = "import sys, time; from pathlib import Path; from llmtuner.outputs import acquire; "
+    code += "acquire(Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "adapter" / ".lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"adapter is in use by process {holder.pid} "):
+            run_exp(tiny_run)
+    finally:
+        holder.kill()
+        holder.wait()
+    run_exp({**tiny_run, "max_steps": 1})
+
+
+def test_interrupted_run_that_overwrites_says_how_to_resume(saving_run, tmp_path, monkeypatch):
+    run_exp(saving_run)
+    with monkeypatch.context() as patch:
+        ended_at(patch, 5, signal.SIGINT)
+        with pytest.raises(Stopped, match="again without overwrite_output_dir"):
+            run_exp({**saving_run, "overwrite_output_dir": True})
+    run_exp(saving_run)
+    assert len(losses_of(tmp_path / "adapter")) == 14

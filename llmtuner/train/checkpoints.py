@@ -28,14 +28,16 @@ def claim_output_dir(output_dir: Path) -> Iterator[None]:
         return
     is_new = not output_dir.exists()
     check_writable(output_dir, "output_dir")
-    with exclusive(output_dir / ".lock", str(output_dir)):
-        _check_output_dir(output_dir)
-        finish_publishing(output_dir)
-        for old in output_dir.glob("checkpoint-*.old"):
-            recover_directory(output_dir / old.name.split(".")[0], SEAL)
-        yield
-    if is_new and not any(output_dir.iterdir()):
-        output_dir.rmdir()
+    try:
+        with exclusive(output_dir / ".lock", str(output_dir)):
+            _check_output_dir(output_dir)
+            finish_publishing(output_dir)
+            for old in output_dir.glob("checkpoint-*.old"):
+                recover_directory(output_dir / old.name.split(".")[0], SEAL)
+            yield
+    finally:
+        if is_new and not any(output_dir.iterdir()):
+            output_dir.rmdir()
 
 
 def _check_output_dir(output_dir: Path) -> None:
