@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from getpass import getpass
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,8 @@ def chat_in_browser(options: argparse.Namespace) -> None:
 
     password = os.environ.get("CHAT_PASSWORD")
     if options.host != LOOPBACK and not password and sys.stdin.isatty():
-        password = getpass("password for the page: ")
+        with suppress(EOFError):  # Ctrl-D: none
+            password = getpass("password for the page: ")
     serve({"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, PROFILE.free_tokens, options.host, options.port, password)
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,30 @@ def test_masks_and_positions_in_integers_are_no_quantization(model):
     weights = load_file(model / "model.safetensors")
     save_file({**weights, "model.position_ids": torch.arange(9)}, model / "model.safetensors", {"format": "pt"})
     check_not_quantized(model)
+
+
+# ------------------------------------------------------------------------------------------------------ other files
+@pytest.mark.parametrize("content", ["", '{"a": ', "[1]", "{}", '"text"', "7", "\udcff"], ids=repr)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_damaged_file_is_a_message(model, name, content):
+    (model / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(InputError, match=str(model)):
+        load_for_evaluation(model)
+
+
+@pytest.mark.parametrize("content", ["", '{"a": ', "[1]", '"text"', "7"], ids=repr)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_damaged_further_file_is_a_message_or_without_effect(model, name, content):
+    (model / name).write_text(content)
+    with suppress(InputError):  # nothing else may be raised
+        load_for_evaluation(model)
+
+
+@pytest.mark.parametrize(
+    "value", [{"hidden_size": "big"}, {"dtype": "float7"}, {"hidden_size": 48}, {"model_type": "x"}]
+)
+def test_config_with_a_wrong_value_is_a_message(model, value):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | value))
+    with pytest.raises(InputError, match=str(model)):
+        load_for_evaluation(model)

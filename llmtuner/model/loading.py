@@ -8,7 +8,6 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -53,7 +52,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged config.json, generation_config.json or safetensors raises almost anything
         raise InputError(f"the model in {path} cannot be loaded: {error}. Make or fetch it again.") from error
     return model.eval()
 
@@ -75,7 +74,7 @@ def _read_config(directory: Path | str) -> Any:
     _refuse_remote_code(Path(directory))
     try:
         return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises almost anything
         raise InputError(
             f"{directory} is not a model directory that can be used: {error}. Make or fetch it again."
         ) from error
