@@ -3,11 +3,12 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import constants
 from llmtuner.console import InputError, check_writable, command, interpreter, is_first_process, say, write_json
-from llmtuner.outputs import acquire, add_to_marker, check_destination, checksum, recover_directory
+from llmtuner.outputs import acquire, add_to_marker, check_destination, checksum, checksum_of, recover_directory
 
 # What each step does, takes and gives, for the report's drawing: what one step takes has the name under which another
 # gives it.
@@ -132,13 +133,36 @@ def changed_since(*steps: str) -> list[str]:
             continue
         found |= dict.fromkeys(changed_since(*(maker for maker, *_, gives in STEPS if gives in takes)))
         for taken, before in load_metrics(name).get("made_from", {}).items():
-            now = checksum(PLACES[taken])
+            now = checksum(PLACES[taken]) if taken in PLACES else ""
             if before and now and now != before:
                 found[
                     f"the {taken} ({PLACES[taken]}) is not the one that {name} used: run {name} again "
                     f"(OVERWRITE=1 {command(script)})."
                 ] = None
     return list(found)
+
+
+def changed_texts() -> list[str]:
+    """Which steps have read texts that have changed since; more text is no reason to stop, but one to know."""
+    return [
+        f"the texts that {step} read have changed since"
+        for step in SCRIPTS
+        if (metrics := load_metrics(step))
+        and (before := metrics.get("made_from", {}).get("texts"))
+        and (now := _checksum_of_texts(step, metrics))
+        and now != before
+    ]
+
+
+def _checksum_of_texts(step: str, metrics: dict) -> str:
+    """Over the local files of the data sets that a step learns from; "" where there are none."""
+    from llmtuner.data.sources import find_source
+
+    files: list[str] = []
+    for name in constants.TOKENIZER_MIX if step == "step1" else metrics.get("data", ()):
+        with suppress(InputError):  # taken away since, or never described
+            files += find_source(name, constants.DATASET_INFO, constants.CORPUS_DIR).files
+    return checksum_of([Path(file).name, checksum(Path(file))] for file in files) if files else ""
 
 
 def _result_dir(result: Path) -> Path:
@@ -267,7 +291,8 @@ def finish_step(step: str, metrics: dict) -> None:
 
     Beside what was measured it holds checksums of what the step was made from, as they were when it started.
     """
-    write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": _made_from})
+    texts = {"texts": _checksum_of_texts(step, metrics)}
+    write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": {**_made_from, **texts}})
     if metrics.get("cut_short"):
         say(f"{step} was cut short by max_steps, after {metrics['steps']:,} steps: it does not count as finished")
     make_report()
@@ -291,7 +316,8 @@ def make_report() -> None:
         "profile": profile | {name: str(value) for name, value in vars(constants.PROFILE).items()},
         **environment(),
     }
-    say(f"report: {write_report(constants.WORK_DIR, [Step(*step) for step in STEPS], facts, changed_since(*SCRIPTS))}")
+    warnings = [*changed_since(*SCRIPTS), *changed_texts()]
+    say(f"report: {write_report(constants.WORK_DIR, [Step(*step) for step in STEPS], facts, warnings)}")
 
 
 def write_card(model_dir: Path, metrics: dict) -> None:

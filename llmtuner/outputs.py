@@ -368,9 +368,15 @@ def checksum(path: Path) -> str:
 
     Names and sizes count, and the contents: of a file over 16 MiB sixteen pieces spread over it, which no retrained model
     leaves as they were. Where a file lies, and its date, do not count.
+
+    Raises:
+        InputError: if it cannot be read.
     """
     if path.is_file():
-        return f"{_crc(path):08x}{path.stat().st_size & 0xFFFFFFFF:08x}"
+        try:
+            return f"{_crc(path):08x}{path.stat().st_size & 0xFFFFFFFF:08x}"
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     if not path.is_dir():
         return ""
     names = sorted(

@@ -158,6 +158,23 @@ def test_input_that_has_changed_since_is_noticed(tmp_path):
     assert message[1] in (work / "report.html").read_text(encoding="utf-8")
 
 
+def test_texts_that_have_changed_since_stand_in_the_report(tmp_path):
+    work, corpus = tmp_path / "work", tmp_path / "texts"
+    corpus.mkdir()
+    (corpus / "ja_wiki.train.jsonl").write_text('{"text": "むかし。"}\n', encoding="utf-8")
+    code = (
+        "import pipeline; pipeline.finish_step('step5', {'steps': 1, 'data': {'wikipedia_ja': {}}});"
+        "print(pipeline.changed_texts())"
+    )
+    environment = {**os.environ, "WORK_DIR": str(work), "CORPUS_DIR": str(corpus), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n"), result.stderr
+    (corpus / "ja_wiki.train.jsonl").write_text('{"text": "いまは。"}\n', encoding="utf-8")
+    assert start("step7", tmp_path, "--report", CORPUS_DIR=corpus).returncode == 0
+    assert "the texts that step5 read have changed since" in (work / "report.html").read_text(encoding="utf-8")
+
+
 def test_deleted_result_beside_its_metrics_is_made_again(tmp_path):
     finished_steps(tmp_path / "work", step3={"old_rows": 1})
     refused(start("step3", tmp_path), "finished already")

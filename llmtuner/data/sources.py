@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from llmtuner.console import InputError, say
+from llmtuner.outputs import checksum
 
 FILE_KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of all kinds but parquet, which compresses by itself
@@ -26,7 +27,6 @@ SAMPLE_BY = {"line": "a line", "paragraph": "a block of lines between blank ones
 MAX_READ_ERRORS = 0.05  # share of a corpus's rows that `read_texts` leaves out because they cannot be read
 MAX_CSV_ROW = 1 << 26  # characters; a longer row is taken for an unclosed quote, so that memory stays bounded
 HUB_TIMEOUT = 10  # seconds
-SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 1 << 16  # of each file, what the cache's fingerprint reads
 # What LLaMA-Factory takes where an entry says nothing else.
 DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 DEFAULT_TAGS = {
@@ -125,30 +125,12 @@ class Source:
         )
 
     def fingerprint(self) -> str:
-        """Changes with a file's path, size, date or content (of files above 1 MiB a sample), or the way it is read."""
+        """Changes with a file's path, size, date or content (of files above 16 MiB a sample), or the way it is read."""
         files = [Path(file) for file in self.files]
         if not files and self.hf_hub_url and Path(self.hf_hub_url).is_dir():
             files = sorted(path for path in Path(self.hf_hub_url).rglob("*") if path.is_file())
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, _content_sample(file)) for file in files]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, checksum(file)) for file in files]
         return hashlib.sha256(json.dumps([stats, repr(self)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _content_sample(file: Path) -> str:
-    """SHA-256 over the head, the tail and evenly spaced blocks of a file; over all of it up to 1 MiB.
-
-    Raises:
-        InputError: if the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    last = max(0, file.stat().st_size - SAMPLE_BYTES)  # where the last block begins
-    try:
-        with file.open("rb") as stream:
-            for number in range(SAMPLE_BLOCKS):
-                stream.seek(last * number // (SAMPLE_BLOCKS - 1))
-                digest.update(stream.read(SAMPLE_BYTES))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
-    return digest.hexdigest()
 
 
 class Row(NamedTuple):
