@@ -522,7 +522,7 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
     [saved] = checkpoints.checkpoints(tmp_path / "stopped")
     assert started.returncode != 0
     assert 5 < checkpoints.step_of(saved) < 120
-    assert f"{saved}. The same command goes on" in output
+    assert f"{saved}. The same command resumes" in output
     assert f"going on from {saved}" in in_two_processes(settings, tmp_path / "stopped")
     one, other = (log_of(tmp_path / name) for name in ("whole", "stopped"))
     assert len([line for line in one if "loss" in line]) == 120
