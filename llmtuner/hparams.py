@@ -201,7 +201,7 @@ FIXED = {
     "label_smoothing_factor": (0, "the loss is plain cross-entropy"),
     "do_predict": (False, "a run trains, or measures the eval loss (do_eval)"),
 }
-Limit = tuple[Callable[[float], bool], str]  # whether a number is accepted, and in words what is
+Limit = tuple[Callable[[Any], bool], str]  # whether a number is accepted, and in words what is
 AT_LEAST_1: Limit = (lambda value: value >= 1, "at least 1")
 ABOVE_0: Limit = (lambda value: 0 < value < math.inf, "greater than 0")
 NOT_NEGATIVE: Limit = (lambda value: 0 <= value < math.inf, "a number from 0 up")
@@ -213,7 +213,10 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "lora_alpha"), ABOVE_0),
     "loraplus_lr_ratio": ABOVE_0,
     **dict.fromkeys(("learning_rate", "embedding_learning_rate", "weight_decay"), NOT_NEGATIVE),
-    **dict.fromkeys(("lora_dropout", "warmup_ratio"), BELOW_1),
+    **dict.fromkeys(("max_grad_norm", "adam_epsilon", "dataloader_num_workers"), NOT_NEGATIVE),
+    **dict.fromkeys(("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"), BELOW_1),
+    **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "a whole number from 0 to below 2^32")),
+    "optim_args": (lambda value: all("=" in part for part in value.split(",")), "name=value, with commas between"),
     "freeze_trainable_layers": (lambda value: value != 0, "the number of the last layers, or of the first if negative"),
     "cutoff_len": (lambda value: value >= 8, "at least 8 tokens"),
     "max_rejected": (lambda value: 0 <= value <= 1, "a share, from 0 to 1"),

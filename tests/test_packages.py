@@ -73,3 +73,28 @@ def test_every_optimizer_of_transformers_is_placed(bare):
     own = "adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adafactor sgd adagrad rmsprop"
     free = {one.value for one in OptimizerNames if not list(missing_packages("optim", one.value))}
     assert free == {*own.split(), "adamw_anyprecision"}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_grad_norm": -1},  # would turn every step around
+        {"seed": -1},
+        {"data_seed": 2**32},
+        {"adam_beta1": 2},
+        {"adam_beta2": -0.1},
+        {"adam_epsilon": -1e-8},
+        {"dataloader_num_workers": -1},
+        {"optim_args": "nonsense"},
+    ],
+    ids=str,
+)
+def test_values_that_end_a_run_later_or_turn_it_around_are_refused(tiny_run, setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(InputError, match=rf"{name} is {value}; it must be "):
+        get_train_args({**tiny_run, **setting})
+
+
+def test_limits_take_what_is_usual(tiny_run):
+    usual = dict(max_grad_norm=0, seed=0, adam_beta1=0.9, adam_beta2=0.999, dataloader_num_workers=0)
+    get_train_args({**tiny_run, **usual, "optim_args": "a=1,b=2"})
