@@ -454,7 +454,7 @@ def with_number(number, dtype=torch.float32):
         (EMBEDDINGS, None, ["1 missing", EMBEDDINGS]),
         ("transformer.encoder.layers.3.input_layernorm.weight", torch.ones(64), ["1 left over", "layers.3"]),
         (FIRST_FUSED, torch.ones(127, 64), ["1 of another shape", "[127, 64] instead of [128, 64]"]),
-        (EMBEDDINGS, torch.ones(512, 64, dtype=torch.int8), ["not a tensor of floating-point", "full precision", "I8"]),
+        (EMBEDDINGS, torch.ones(512, 64, dtype=torch.int8), ["is quantized", "precision", "I8"]),
         ("transformer.prefix_encoder.embedding.weight", torch.ones(8, 64), ["P-Tuning"]),
     ],
 )
