@@ -147,8 +147,8 @@ def check_destination(destination: Path, replace: bool = False) -> Path:
             f" and {len(foreign) - NAMES_SHOWN} more" * (len(foreign) > NAMES_SHOWN)
         )
         raise InputError(
-            f"{named} holds files that this project did not make ({shown}). Nothing was changed: move them away, or choose "
-            "another directory."
+            f"{named} holds files that this project did not make ({shown}). Nothing was changed: move them away "
+            "(results of an earlier version, too), or choose another directory."
         )
     if not replace:
         raise InputError(

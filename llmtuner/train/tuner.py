@@ -1,10 +1,10 @@
 """The two doors of the trainer: `run_exp` trains as the settings say, `export_model` merges and saves."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmtuner.env import env_flag
 from llmtuner.hparams import get_train_args
 from llmtuner.model.merging import merge_adapter
 
@@ -48,7 +48,7 @@ def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) ->
         InputError: if export_dir is missing, or adapter and model do not belong together; as `atomic_directory`.
     """
     model_args, _, _, finetuning_args = get_train_args(args, for_export=True)
-    overwrite = finetuning_args.overwrite_output_dir or os.environ.get("OVERWRITE") == "1"
+    overwrite = finetuning_args.overwrite_output_dir or env_flag("OVERWRITE")
     adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
     destination = Path(str(model_args.export_dir))
     merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size, overwrite)
