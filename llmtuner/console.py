@@ -56,8 +56,8 @@ def tell_launcher(message: str) -> bool:
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
-    if importlib.util.find_spec("torch") is None:  # before anything is done that the wrong Python cannot finish
-        stop(missing_package("torch"))
+    if importlib.util.find_spec("sentencepiece") is None:  # before anything is done that the wrong Python cannot finish
+        stop(missing_package("sentencepiece"))
     try:
         main()
         _part_from_other_processes()
@@ -234,10 +234,9 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8", errors=errors) as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            partial.write_text(text, encoding="utf-8", errors=errors)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

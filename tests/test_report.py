@@ -579,7 +579,7 @@ def test_in_a_browser(browser, work_dir, width, scheme):
     columns = {round(figure.bounding_box()["x"]) for figure in tab.locator("figure").all()}
     assert len(columns) == (2 if width == 1280 else 1)
     assert tab.get_by_text("Before and after", exact=True).is_visible()
-    assert tab.locator(".models tbody tr:not(.group)").count() == 12
+    assert tab.locator(".models tbody tr:not(.group)").count() == 13
     assert tab.locator(".answers dd").count() == 16
     assert tab.get_by_role("heading", name=ATTACK).is_visible()
     assert tab.locator("script").count() == 0

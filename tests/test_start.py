@@ -55,7 +55,7 @@ def test_old_pythons_of_this_machine(python):
 def test_python_without_the_packages_names_the_one_that_has_them(words):
     """-S leaves out site-packages, as an interpreter beside .venv does."""
     result = start(words, [sys.executable, "-S"])
-    refused(result, "torch is not installed for this Python", sys.executable)
+    refused(result, "sentencepiece is not installed for this Python", sys.executable)
     there = (ROOT / ".venv" / "bin" / "python").exists()  # with -S it does not count as the one that runs
     assert (
         f"Type: .venv/bin/python {' '.join(words)}" if there else "pip install -r requirements.txt"

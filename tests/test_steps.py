@@ -474,7 +474,8 @@ def test_a_questions_file_without_subjects_is_told(tmp_path, monkeypatch, capsys
 def test_report_of_a_whole_run_in_a_browser(run_of_all_steps, browser, width):
     report = run_of_all_steps / "report.html"
     tab, problems, requests = opened(browser, report.as_uri(), width)
-    assert tab.get_by_text("7 of 7 steps finished").is_visible()
+    assert tab.get_by_text("5 of 7 steps finished").is_visible()  # max_steps cut two short
+    assert tab.get_by_text("cut short by max_steps").count() == 2
     assert tab.locator("svg[role=img]").count() == tab.locator("figure").count() == 15
     for title in ("Before and after", "Generation settings", "Figures", "Answers side by side"):
         assert tab.get_by_role("heading", name=title, exact=True).is_visible(), title
