@@ -291,8 +291,9 @@ def finish_step(step: str, metrics: dict) -> None:
 
     Beside what was measured it holds checksums of what the step was made from, as they were when it started.
     """
-    texts = {"texts": _checksum_of_texts(step, metrics)}
-    write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": {**_made_from, **texts}})
+    if texts := _checksum_of_texts(step, metrics):
+        _made_from["texts"] = texts
+    write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": _made_from})
     if metrics.get("cut_short"):
         say(f"{step} was cut short by max_steps, after {metrics['steps']:,} steps: it does not count as finished")
     make_report()
