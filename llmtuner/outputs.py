@@ -1,6 +1,7 @@
 """Directories that appear complete or not at all, never replace what this project did not make, and say what they came from."""
 
 import atexit
+import errno
 import fcntl
 import fnmatch
 import json
@@ -20,6 +21,7 @@ from llmtuner.console import InputError, disk_errors, say, write_json
 
 MARKER = ".llmtuner.json"  # in each directory that this project made: by what, from what, and which files
 LITTER = (MARKER, ".lock", ".DS_Store", ".*.partial")  # patterns of files that are nobody's work
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has none: a run goes without
 REPOSITORY = Path(__file__).resolve().parent.parent
 SET_ASIDE = re.compile(r"\.[0-9a-f]{8}\.(partial|old|trash)")  # endings of a directory's name before and after its use
 READY, MANIFEST = ".ready", "manifest.json"  # files on their way into a directory that others are in
@@ -73,6 +75,10 @@ def acquire(lock_file: Path, what: str) -> None:
                 raise InputError(
                     f"{what} is in use by {holder or 'another process'}. Wait until that has ended, or stop it."
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    os.close(descriptor)
+                    raise
             if _is_same_file(descriptor, lock_file):
                 break
             os.close(descriptor)  # its holder deleted it at that very moment

@@ -1,5 +1,7 @@
 """Files of a user's are never deleted, a result is the old or the new one whenever a process dies, and one run writes at a time."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -363,6 +365,15 @@ def test_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     assert not lock.exists()
     with pytest.raises(KeyError):
         release(lock)
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    assert content(written(tmp_path / "result", "new")) == {"sub/weights": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
 def test_two_writers_never_mix(tmp_path):

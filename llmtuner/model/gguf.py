@@ -1,5 +1,6 @@
 """A Glm model with ChatGLM3's tokenizer as one GGUF file for llama.cpp, whose own converter does not know this tokenizer."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def write_gguf(source: Path, destination: Path) -> None:
     if destination.exists():
         raise InputError(f"{destination} exists. Take it away, or write to another file.")
     checkpoint = open_base(source)
-    partial = destination.with_name(f"{destination.name}.partial")
+    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     writer: Any = gguf.GGUFWriter(partial, ARCHITECTURE)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.resolve().name)
