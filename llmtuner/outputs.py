@@ -343,6 +343,9 @@ def finish_publishing(directory: Path) -> None:
     if not (ready / MANIFEST).is_file():
         return
     manifest = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
+    # An adapter may have been downloaded: no name may lead out of its directory.
+    if any(Path(name).name != name for name in (*manifest["files"], *manifest["obsolete"])):
+        raise InputError(f"{ready / MANIFEST} names files outside {directory}. Nothing was changed: delete {ready}.")
     for name in manifest["obsolete"]:
         (directory / name).unlink(missing_ok=True)
     for name in manifest["files"]:

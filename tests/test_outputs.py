@@ -337,6 +337,20 @@ def test_kill_at_every_moment_while_a_checkpoint_is_saved(tmp_path):
     assert kill_everywhere(tmp_path, "save_checkpoint", prepare, check) > 8
 
 
+def test_downloaded_adapter_cannot_move_or_delete_other_files(tmp_path):
+    (tmp_path / "thesis.tex").write_text("ten years")
+    ready = tmp_path / "adapter" / outputs.READY
+    ready.mkdir(parents=True)
+    for manifest in (
+        {"files": [], "obsolete": ["../thesis.tex"]},
+        {"files": [str(tmp_path / "thesis.tex")], "obsolete": []},
+    ):
+        (ready / outputs.MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match="names files outside"):
+            finish_publishing(tmp_path / "adapter")
+    assert (tmp_path / "thesis.tex").read_text() == "ten years"
+
+
 # ------------------------------------------------------------------------------------------------------- one at a time
 HOLDS = """
 import sys, time

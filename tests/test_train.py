@@ -24,6 +24,7 @@ from llmtuner.data.template import IGNORE
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.hparams import CHECKPOINTING
 from llmtuner.model.loading import load_model
+from llmtuner.outputs import MARKER
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import checkpoints
 from llmtuner.train.trainer import PackedTrainer
@@ -794,6 +795,12 @@ def test_output_dir_of_another_program_is_left_alone(tiny_run, tmp_path):
         "checkpoint-500/adapter_model.safetensors",
     ]
     (out / "checkpoint-500").rename(tmp_path / "elsewhere")
+    (out / "model.safetensors").write_bytes(b"a merged model of our own")
+    (out / MARKER).write_text(json.dumps({"made_by": "llmtuner", "files": ["model.safetensors"]}))
+    with pytest.raises(InputError, match=r"wrote, such as model\.safetensors"):
+        run_exp({**tiny_run, "overwrite_output_dir": True})
+    (out / "model.safetensors").unlink()
+    (out / MARKER).unlink()
     (out / "notes.txt").write_text("mine")  # of no name that a run uses
     run_exp({**tiny_run, "max_steps": 1})
     assert (out / "notes.txt").read_text() == "mine"

@@ -12,6 +12,7 @@ from llmtuner.console import InputError, check_writable, disk_errors, is_first_p
 from llmtuner.outputs import MARKER, exclusive, finish_publishing, read_marker, recover_directory, swap, sync
 
 SEAL = "whole.json"  # written last: file -> [bytes, CRC-32]
+RUN = "a training run"  # in the marker of an output_dir
 STAGING = ".saving"  # in output_dir; becomes checkpoint-N once sealed
 
 
@@ -44,7 +45,8 @@ def _check_output_dir(output_dir: Path) -> None:
     """A run writes and deletes files by name; none of another program may be among them."""
     from llmtuner.model.adapters import RUN_FILES
 
-    ours = read_marker(output_dir) or any(output_dir.glob(f"checkpoint-*/{SEAL}")) or _has_settings(output_dir)
+    is_run = (read_marker(output_dir) or {}).get("made_by") == RUN  # a merged model is no run
+    ours = is_run or any(output_dir.glob(f"checkpoint-*/{SEAL}")) or _has_settings(output_dir)
     foreign = [] if ours else sorted(path.name for pattern in RUN_FILES for path in output_dir.glob(pattern))
     if foreign:
         raise InputError(
@@ -63,7 +65,7 @@ def _has_settings(output_dir: Path) -> bool:
 
 def start_again(output_dir: Path, overwrite: bool) -> None:
     """Marks a directory as a run's, and deletes an earlier run's checkpoints if asked to."""
-    write_json(output_dir / MARKER, {"made_by": "a training run"})  # names no files: the directory is never replaced
+    write_json(output_dir / MARKER, {"made_by": RUN})  # names no files: the directory is never replaced
     if overwrite:
         forget(output_dir)
 
