@@ -7,7 +7,7 @@ Nothing needs to be edited to try something. These variables are read:
     CORPUS_DIR      where the texts and instruction sets lie; default: mini writes its own, chatglm3-6b reads the hub
     BASE_MODEL_DIR  the model to extend; default mini/base or models/chatglm3-6b
     OVERWRITE=1     let a step replace its finished result
-    SKIP_FINISHED=1 let a step that has finished end at once, without an error (`make demo` goes on in this way)
+    SKIP_COMPLETED=1 let a step that has finished end at once, without an error (`make demo` goes on in this way)
 
 An empty variable counts as unset. Switches take 1, true, yes, on or 0, false, no, off.
 """
@@ -18,7 +18,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtuner.console import say, stop
+from llmtuner.console import exit_with_error, print0
 from llmtuner.env import env_flag, misspelled_variables
 
 ROOT = Path(__file__).resolve().parent
@@ -32,7 +32,7 @@ class Profile:
     """The model to extend: config, safetensors and `tokenizer.model`."""
     base_id: str
     """Its name on the hub, for the model card; one without a slash is not there."""
-    new_pieces: int
+    num_new_tokens: int
     """Pieces that step 1 learns on top of the base tokenizer."""
     ja_vocab_size: int
     """Pieces of the sentencepiece model that step 1 trains instead with `--method sentencepiece`."""
@@ -42,9 +42,9 @@ class Profile:
     """Steps 1 and 2 read about this much Chinese text to know which Han strings are Chinese too."""
     held_out_bytes: int
     """UTF-8 bytes per language on which bits per byte and segmentations are measured."""
-    window: int
+    context_length: int
     """Tokens in one training sequence, and in one window of a measurement."""
-    free_tokens: int
+    max_new_tokens: int
     """Room for a reply of several sentences, in tokens."""
 
 
@@ -52,24 +52,24 @@ PROFILES = {
     "mini": Profile(
         base_model_dir=ROOT / "mini" / "base",
         base_id="the miniature of this repository",
-        new_pieces=900,
+        num_new_tokens=900,
         ja_vocab_size=1_500,
         tokenizer_sample_bytes=20_000_000,
         reference_bytes=40_000_000,
         held_out_bytes=60_000,
-        window=256,
-        free_tokens=160,
+        context_length=256,
+        max_new_tokens=160,
     ),
     "chatglm3-6b": Profile(
         base_model_dir=ROOT / "models" / "chatglm3-6b",
         base_id="THUDM/chatglm3-6b",
-        new_pieces=13_756,  # as many as the original added, so that the embeddings have its 78,592 rows
+        num_new_tokens=13_756,  # as many as the original added, so that the embeddings have its 78,592 rows
         ja_vocab_size=20_000,
         tokenizer_sample_bytes=100_000_000,
         reference_bytes=200_000_000,
         held_out_bytes=500_000,
-        window=1024,
-        free_tokens=512,
+        context_length=1024,
+        max_new_tokens=512,
     ),
 }
 
@@ -79,17 +79,17 @@ def _directory(variable: str, default: Path) -> Path:
     try:
         return Path(value).expanduser().resolve() if value else default
     except (OSError, RuntimeError) as error:  # no such user, a link to itself
-        stop(f"{variable}={value} is not a usable path ({error}). Set {variable} to a directory.")
+        exit_with_error(f"{variable}={value} is not a usable path ({error}). Set {variable} to a directory.")
 
 
 for given, meant in misspelled_variables(
-    ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_FINISHED")
+    ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_COMPLETED")
 ):
-    say(f"warning: the environment variable {given} is not read; did you mean {meant}?")
+    print0(f"warning: the environment variable {given} is not read; did you mean {meant}?")
 
 PROFILE_NAME = os.environ.get("PROFILE") or "mini"
 if PROFILE_NAME not in PROFILES:
-    stop(f"PROFILE={PROFILE_NAME} is unknown. Set PROFILE to one of: {', '.join(PROFILES)}.")
+    exit_with_error(f"PROFILE={PROFILE_NAME} is unknown. Set PROFILE to one of: {', '.join(PROFILES)}.")
 PROFILE = PROFILES[PROFILE_NAME]
 
 WORK_DIR = _directory("WORK_DIR", ROOT / "runs" / PROFILE_NAME)
@@ -99,7 +99,7 @@ CORPUS_DIR = _directory("CORPUS_DIR", MINI_CORPUS_DIR if PROFILE_NAME == "mini" 
 DATASET_INFO = ROOT / "data" / "dataset_info.json"
 CACHE_DIR = WORK_DIR / "cache"  # tokenized data sets
 OVERWRITE = env_flag("OVERWRITE")
-SKIP_FINISHED = env_flag("SKIP_FINISHED")
+SKIP_COMPLETED = env_flag("SKIP_COMPLETED")
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # processes that train together; torchrun sets it
 
 JA_TOKENIZER = WORK_DIR / "step1_ja_tokenizer" / "ja_bpe.model"
@@ -114,8 +114,8 @@ METRICS_DIR = WORK_DIR / "metrics"
 
 # Japanese text of step 1: encyclopedia and literature, about 4 : 1 by bytes.
 TOKENIZER_MIX = {"wikipedia_ja": 0.8, "aozora_ja": 0.2}
-# What a new piece is written with: one of `SCRIPTS` in llmtuner/tokenizer/scripts.py.
-NEW_SCRIPT = "japanese"
+# What a new piece is written with: one of `WRITING_SYSTEMS` in llmtuner/tokenizer/writing_systems.py.
+WRITING_SYSTEM = "japanese"
 # Chinese text that tells which Han strings are Chinese too.
 CHINESE_REFERENCE = ["wikipedia_zh"]
 # Pretraining mix by tokens: ja 76 : zh 12 : en 12.
@@ -123,7 +123,7 @@ PRETRAINING_MIX = {"wikipedia_ja": 0.64, "aozora_ja": 0.12, "wikipedia_zh": 0.12
 # One document in twenty is held out of steps 1 and 5, chosen by a hash of its text.
 VALIDATION_SHARE = 0.05
 # Where held-out text of each language comes from: test files where there are any, else held-out documents.
-HELD_OUT = {
+EVAL_SETS = {
     "ja": ("test_ja", ["wikipedia_ja", "aozora_ja"]),
     "zh": ("test_zh", ["wikipedia_zh"]),
     "en": ("test_en", ["wikitext_en"]),

@@ -7,8 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import constants
-from llmtuner.console import InputError, check_writable, command, interpreter, is_first_process, say, write_json
-from llmtuner.outputs import acquire, add_to_marker, check_destination, checksum, checksum_of, recover_directory
+from llmtuner.console import UserError, command, interpreter, is_rank_zero, print0
+from llmtuner.files import atomic_write_json, check_writable, checksum, checksum_of
+from llmtuner.locks import acquire_lock
+from llmtuner.outputs import add_to_marker, check_destination, recover_directory
 
 # What each step does, takes and gives, for the report's drawing: what one step takes has the name under which another
 # gives it.
@@ -40,7 +42,7 @@ STEPS = (
     ("step7", "step7_eval_chat.py", "compares all models", ("chat model",), "report"),
 )
 # Where lies what a step takes or gives, under the names of `STEPS`; what is not here is looked for elsewhere.
-PLACES = {
+ARTIFACTS = {
     "base tokenizer": constants.BASE_MODEL_DIR / "tokenizer.model",
     "base model": constants.BASE_MODEL_DIR,
     "ja_bpe.model": constants.JA_TOKENIZER,
@@ -49,25 +51,25 @@ PLACES = {
     "pretrained model": constants.PT_MERGED_DIR,
     "chat model": constants.CHAT_MODEL_DIR,
 }
-SCRIPTS = {name: script for name, script, *_ in STEPS}
-MADE_BY = {PLACES[gives]: name for name, *_, gives in STEPS if gives in PLACES}
+STEP_SCRIPTS = {name: script for name, script, *_ in STEPS}
+PRODUCED_BY = {ARTIFACTS[gives]: name for name, *_, gives in STEPS if gives in ARTIFACTS}
 # checksums of what the step at hand takes, as they were when it started
-_made_from: dict[str, str] = {}
+_input_checksums: dict[str, str] = {}
 
 
-def require(*needs: Path) -> None:
+def require_artifacts(*needs: Path) -> None:
     """Makes sure that results of earlier steps are there.
 
     Raises:
-        InputError: names the step that makes what is missing.
+        UserError: names the step that makes what is missing.
     """
     for path in needs:
-        if not path.exists() and is_first_process():
+        if not path.exists() and is_rank_zero():
             recover_directory(_result_dir(path))
         if not path.exists():
-            step = MADE_BY[path]
-            raise InputError(
-                f"{path} is missing. It is made by step {step.removeprefix('step')}: run {command(SCRIPTS[step])} first."
+            step = PRODUCED_BY[path]
+            raise UserError(
+                f"{path} is missing. It is made by step {step.removeprefix('step')}: run {command(STEP_SCRIPTS[step])} first."
             )
 
 
@@ -76,41 +78,43 @@ def start_step(step: str, *needs: Path) -> None:
 
     Args:
         step: "step1" to "step7".
-        needs: results of earlier steps, from `PLACES`.
+        needs: results of earlier steps, from `ARTIFACTS`.
 
     Raises:
-        InputError: if results cannot be written, another step is running there, this step has finished already, an
+        UserError: if results cannot be written, another step is running there, this step has finished already, an
             earlier one has not, or what an earlier one used has changed since.
     """
     check_writable(constants.WORK_DIR)
-    if is_first_process():
-        acquire(constants.WORK_DIR / ".lock", f"WORK_DIR={constants.WORK_DIR}")  # until this process ends
-    require(*needs)
+    if is_rank_zero():
+        acquire_lock(constants.WORK_DIR / ".lock", f"WORK_DIR={constants.WORK_DIR}")  # until this process ends
+    require_artifacts(*needs)
     if is_finished(step) and not constants.OVERWRITE:
         check_lineage(step)
-        if constants.SKIP_FINISHED:
-            say(f"{step} has finished already: its results are in {constants.WORK_DIR}")
+        if constants.SKIP_COMPLETED:
+            print0(f"{step} has finished already: its results are in {constants.WORK_DIR}")
             raise SystemExit(0)
-        raise InputError(
+        raise UserError(
             f"{step} has finished already: its results are in {constants.WORK_DIR}. Set OVERWRITE=1 to replace them, "
             "or WORK_DIR to keep them and work elsewhere."
         )
-    if not is_first_process():
+    if not is_rank_zero():
         return
     _, _, _, takes, gives = next(one for one in STEPS if one[0] == step)
-    if gives in PLACES:
-        check_destination(_result_dir(PLACES[gives]), replace=True)
+    if gives in ARTIFACTS:
+        check_destination(_result_dir(ARTIFACTS[gives]), replace=True)
     for maker in (maker for maker, *_, made in STEPS if made in takes):
         check_lineage(maker)
         if load_metrics(maker).get("cut_short"):
-            say(f"note: {maker} was cut short by max_steps; what it made is not its finished result")
-    names = [name for name in takes if name in PLACES and (PLACES[name] in needs or PLACES[name] not in MADE_BY)]
-    _made_from.update({name: checksum(PLACES[name]) for name in names})
+            print0(f"note: {maker} was cut short by max_steps; what it made is not its finished result")
+    names = [
+        name for name in takes if name in ARTIFACTS and (ARTIFACTS[name] in needs or ARTIFACTS[name] not in PRODUCED_BY)
+    ]
+    _input_checksums.update({name: checksum(ARTIFACTS[name]) for name in names})
 
 
 def is_finished(step: str) -> bool:
     """Whether a step has come to its end, was not cut short, and its result is still there."""
-    result = PLACES.get(next(gives for name, *_, gives in STEPS if name == step))
+    result = ARTIFACTS.get(next(gives for name, *_, gives in STEPS if name == step))
     ended = (constants.METRICS_DIR / f"{step}.json").is_file() and not load_metrics(step).get("cut_short")
     return ended and (result is None or result.exists())
 
@@ -119,10 +123,10 @@ def check_lineage(*steps: str) -> None:
     """Makes sure that finished steps, and those before them, are made from what lies there now.
 
     Raises:
-        InputError: names the first step that has to be run again.
+        UserError: names the first step that has to be run again.
     """
-    if is_first_process() and (changes := changed_since(*steps)):
-        raise InputError(changes[0])
+    if is_rank_zero() and (changes := changed_since(*steps)):
+        raise UserError(changes[0])
 
 
 def changed_since(*steps: str) -> list[str]:
@@ -133,20 +137,20 @@ def changed_since(*steps: str) -> list[str]:
             continue
         found |= dict.fromkeys(changed_since(*(maker for maker, *_, gives in STEPS if gives in takes)))
         for taken, before in load_metrics(name).get("made_from", {}).items():
-            now = checksum(PLACES[taken]) if taken in PLACES else ""
+            now = checksum(ARTIFACTS[taken]) if taken in ARTIFACTS else ""
             if before and now and now != before:
                 found[
-                    f"the {taken} ({PLACES[taken]}) is not the one that {name} used: run {name} again "
+                    f"the {taken} ({ARTIFACTS[taken]}) is not the one that {name} used: run {name} again "
                     f"(OVERWRITE=1 {command(script)})."
                 ] = None
     return list(found)
 
 
-def changed_texts() -> list[str]:
+def changed_corpora() -> list[str]:
     """Which steps have read texts that have changed since; more text is no reason to stop, but one to know."""
     return [
         f"the texts that {step} read have changed since"
-        for step in SCRIPTS
+        for step in STEP_SCRIPTS
         if (metrics := load_metrics(step))
         and (before := metrics.get("made_from", {}).get("texts"))
         and (now := _checksum_of_texts(step, metrics))
@@ -156,12 +160,12 @@ def changed_texts() -> list[str]:
 
 def _checksum_of_texts(step: str, metrics: dict) -> str:
     """Over the local files of the data sets that a step learns from; "" where there are none."""
-    from llmtuner.data.sources import find_source
+    from llmtuner.data.sources import get_dataset_attr
 
     files: list[str] = []
     for name in constants.TOKENIZER_MIX if step == "step1" else metrics.get("data", ()):
-        with suppress(InputError):  # taken away since, or never described
-            files += find_source(name, constants.DATASET_INFO, constants.CORPUS_DIR).files
+        with suppress(UserError):  # taken away since, or never described
+            files += get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR).files
     return checksum_of([Path(file).name, checksum(Path(file))] for file in files) if files else ""
 
 
@@ -170,7 +174,7 @@ def _result_dir(result: Path) -> Path:
     return result.parent if result == constants.JA_TOKENIZER else result
 
 
-def unfinish(step: str) -> None:
+def mark_unfinished(step: str) -> None:
     """Takes away the mark that a step has finished, once it starts to replace its result."""
     (constants.METRICS_DIR / f"{step}.json").unlink(missing_ok=True)
 
@@ -184,21 +188,21 @@ def require_base_model(weights: bool = True, published: bool = False) -> Path:
             that it must be converted.
 
     Raises:
-        InputError: names the file that is missing, or the command that converts the model.
+        UserError: names the file that is missing, or the command that converts the model.
     """
     how = "Set BASE_MODEL_DIR to a model directory; the README says where to get one."
     if not constants.BASE_MODEL_DIR.is_dir():
-        raise InputError(f"the base model directory {constants.BASE_MODEL_DIR} does not exist. {how}")
+        raise UserError(f"the base model directory {constants.BASE_MODEL_DIR} does not exist. {how}")
     wanted = ["tokenizer.model", *(["config.json"] if weights else [])]
     for name in wanted:
         if not (constants.BASE_MODEL_DIR / name).is_file():
-            raise InputError(f"{constants.BASE_MODEL_DIR} has no {name}. {how}")
+            raise UserError(f"{constants.BASE_MODEL_DIR} has no {name}. {how}")
     if not weights:
         return constants.BASE_MODEL_DIR
     if not [*constants.BASE_MODEL_DIR.glob("*.safetensors"), *constants.BASE_MODEL_DIR.glob("pytorch_model*.bin")]:
-        raise InputError(f"{constants.BASE_MODEL_DIR} has no *.safetensors weights. {how}")
+        raise UserError(f"{constants.BASE_MODEL_DIR} has no *.safetensors weights. {how}")
     if not published and _model_type(constants.BASE_MODEL_DIR) == "chatglm":
-        raise InputError(
+        raise UserError(
             f"{constants.BASE_MODEL_DIR} is the checkpoint as published. Convert it first: {interpreter()} -m llmtuner convert "
             f"{constants.BASE_MODEL_DIR} {constants.BASE_MODEL_DIR}-glm, then set BASE_MODEL_DIR={constants.BASE_MODEL_DIR}-glm."
         )
@@ -209,14 +213,14 @@ def _model_type(directory: Path) -> str | None:
     try:
         return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{directory / 'config.json'} is not valid JSON ({error}). Fetch it again.") from error
+        raise UserError(f"{directory / 'config.json'} is not valid JSON ({error}). Fetch it again.") from error
 
 
 def require_corpus() -> Path:
     """Returns `CORPUS_DIR`; the miniature's own texts are written first if they are not there yet.
 
     Raises:
-        InputError: if a corpus directory that was asked for does not exist.
+        UserError: if a corpus directory that was asked for does not exist.
     """
     if (
         constants.PROFILE_NAME == "mini" and not constants.QUESTIONS.is_file()
@@ -225,7 +229,7 @@ def require_corpus() -> Path:
 
         write_world(constants.MINI_CORPUS_DIR)
     if "CORPUS_DIR" in os.environ and not constants.CORPUS_DIR.is_dir():
-        raise InputError(
+        raise UserError(
             f"the corpus directory CORPUS_DIR={constants.CORPUS_DIR} does not exist. Set it to a directory of texts."
         )
     return constants.CORPUS_DIR
@@ -235,11 +239,11 @@ def held_out_texts(language: str) -> list[str]:
     """Text of "ja", "zh" or "en" that no step trains on, by which all steps measure.
 
     Raises:
-        InputError: if the corpus has none.
+        UserError: if the corpus has none.
     """
     from llmtuner.data import held_out
 
-    test_set, training_sets = constants.HELD_OUT[language]
+    test_set, training_sets = constants.EVAL_SETS[language]
     return held_out.held_out_texts(
         test_set,
         training_sets,
@@ -250,33 +254,33 @@ def held_out_texts(language: str) -> list[str]:
     )
 
 
-def japanese_texts(max_bytes: int) -> Iterator[tuple[str, str]]:
+def tokenizer_corpus(max_bytes: int) -> Iterator[tuple[str, str]]:
     """Japanese training text in the shares of `TOKENIZER_MIX`: (data set, text).
 
     Raises:
-        InputError: at once, if a data set is nowhere to be found.
+        UserError: at once, if a data set is nowhere to be found.
     """
     from llmtuner.data.held_out import training_documents
-    from llmtuner.data.sources import find_source
-    from llmtuner.tokenizer.training import mix_by_bytes
+    from llmtuner.data.sources import get_dataset_attr
+    from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes
 
     sources = {
-        name: find_source(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in constants.TOKENIZER_MIX
+        name: get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in constants.TOKENIZER_MIX
     }
     streams = {name: training_documents(source, constants.VALIDATION_SHARE) for name, source in sources.items()}
-    return mix_by_bytes(streams, constants.TOKENIZER_MIX, max_bytes)
+    return interleave_by_bytes(streams, constants.TOKENIZER_MIX, max_bytes)
 
 
 def reference_texts() -> Iterator[str]:
     """Chinese training text, by which steps 1 and 2 know what Chinese writes too; none where no character is shared.
 
     Raises:
-        InputError: at once, if there is no such text.
+        UserError: at once, if there is no such text.
     """
     from llmtuner.data import held_out
-    from llmtuner.tokenizer.scripts import SCRIPTS
+    from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
-    names = constants.CHINESE_REFERENCE if SCRIPTS[constants.NEW_SCRIPT].shared else []
+    names = constants.CHINESE_REFERENCE if WRITING_SYSTEMS[constants.WRITING_SYSTEM].shared else []
     return held_out.reference_documents(
         names,
         constants.DATASET_INFO,
@@ -292,10 +296,10 @@ def finish_step(step: str, metrics: dict) -> None:
     Beside what was measured it holds checksums of what the step was made from, as they were when it started.
     """
     if texts := _checksum_of_texts(step, metrics):
-        _made_from["texts"] = texts
-    write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": _made_from})
+        _input_checksums["texts"] = texts
+    atomic_write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": _input_checksums})
     if metrics.get("cut_short"):
-        say(f"{step} was cut short by max_steps, after {metrics['steps']:,} steps: it does not count as finished")
+        print0(f"{step} was cut short by max_steps, after {metrics['steps']:,} steps: it does not count as finished")
     make_report()
 
 
@@ -303,7 +307,7 @@ def make_report() -> None:
     """Makes WORK_DIR/report.html from what the steps have left there.
 
     Raises:
-        InputError: if no step has finished yet.
+        UserError: if no step has finished yet.
     """
     from llmtuner.report.environment import environment
     from llmtuner.report.page import Step, write_report
@@ -317,19 +321,19 @@ def make_report() -> None:
         "profile": profile | {name: str(value) for name, value in vars(constants.PROFILE).items()},
         **environment(),
     }
-    warnings = [*changed_since(*SCRIPTS), *changed_texts()]
-    say(f"report: {write_report(constants.WORK_DIR, [Step(*step) for step in STEPS], facts, warnings)}")
+    warnings = [*changed_since(*STEP_SCRIPTS), *changed_corpora()]
+    print0(f"report: {write_report(constants.WORK_DIR, [Step(*step) for step in STEPS], facts, warnings)}")
 
 
 def write_card(model_dir: Path, metrics: dict) -> None:
     """Writes README.md of the chat model: what it is, how it was made, what step 7 has measured of it."""
-    from llmtuner.data.sources import find_source
+    from llmtuner.data.sources import get_dataset_attr
     from llmtuner.eval.questions import read_questions
     from llmtuner.report.model_card import write_model_card
 
     everything = {f"step{number}": load_metrics(f"step{number}") for number in range(1, 7)} | {"step7": metrics}
     used = [name for step in ("step5", "step6") for name in everything[step].get("data", {})]
-    sources = {name: find_source(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in used}
+    sources = {name: get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in used}
     data = {name: {} if source.files else {"hf_hub_url": source.hf_hub_url} for name, source in sources.items()}
     examples = [one.question for one in read_questions(constants.QUESTIONS) if one.language == "ja" and one.value]
     write_model_card(model_dir, everything, constants.PROFILE.base_id, data, *examples[:1])

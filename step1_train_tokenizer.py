@@ -19,7 +19,7 @@ from typing import Any
 import constants
 import pipeline
 from constants import CORPUS_DIR, JA_TOKENIZER, PROFILE, TOKENIZER_MIX
-from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say, table
+from llmtuner.console import Timer, UserError, command, format_table, print0, print_header, progress, run_cli
 from llmtuner.outputs import atomic_directory
 
 
@@ -41,23 +41,29 @@ def main() -> None:
     pipeline.start_step("step1")
     base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
     pipeline.require_corpus()
-    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, check_rules, read_model
-    from llmtuner.tokenizer.merging import kinds, merge, merge_as_original, new_candidates, processor_of
-    from llmtuner.tokenizer.training import short_sentences, split_sentences, train_bpe
+    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, check_sentencepiece_spec, read_sentencepiece
+    from llmtuner.tokenizer.merge_vocab import (
+        count_scripts,
+        merge_as_original,
+        merge_vocab,
+        new_candidates,
+        to_processor,
+    )
+    from llmtuner.tokenizer.sentencepiece_bpe import short_sentences, split_sentences, train_bpe
 
     held_out = pipeline.held_out_texts("ja")
-    next(pipeline.japanese_texts(1))
+    next(pipeline.tokenizer_corpus(1))
     next(pipeline.reference_texts(), None)
-    base = read_model(base_model)
-    check_rules(base, base_model)
+    base = read_sentencepiece(base_model)
+    check_sentencepiece_spec(base, base_model)
 
     # Load: documents in their shares, as a stream.
-    heading("Step 1: learn Japanese pieces")
+    print_header("Step 1: learn Japanese pieces")
     read: dict[str, dict[str, int]] = {}
 
     def documents() -> Iterator[str]:
         read.update({name: {"documents": 0, "bytes": 0} for name in TOKENIZER_MIX})
-        mixed = pipeline.japanese_texts(int(options.sample_mb * 1e6))
+        mixed = pipeline.tokenizer_corpus(int(options.sample_mb * 1e6))
         for name, text in progress(mixed, "reading", unit=" documents"):
             read[name]["documents"] += 1
             read[name]["bytes"] += len(text.encode())
@@ -66,55 +72,60 @@ def main() -> None:
     def sentences() -> Iterator[str]:
         for text in documents():
             yield from split_sentences(text)
-        say("training: sentencepiece is silent now, seconds for 20 MB of text, minutes for more")
+        print0("training: sentencepiece is silent now, seconds for 20 MB of text, minutes for more")
 
     # Do: learn pieces that fit the base tokenizer.
-    watch = Stopwatch()
+    timer = Timer()
     skipped = 0
     with atomic_directory(JA_TOKENIZER.parent, replace=True) as directory:
         model_file = directory / JA_TOKENIZER.name
         if options.method == "continued":
-            pieces = continue_bpe(base, documents(), read_model(options.start) if options.start else None)
-            model_file.write_bytes(merge(base, pieces, placeholders=False).SerializeToString())
+            pieces = continue_bpe(base, documents(), read_sentencepiece(options.start) if options.start else None)
+            model_file.write_bytes(merge_vocab(base, pieces, placeholders=False).SerializeToString())
         else:
             trained = train_bpe(sentences(), model_file, PROFILE.ja_vocab_size)
             skipped = trained.skipped
             if skipped:
-                raise InputError(f"sentencepiece would leave out {skipped} sentences, which must not happen.")
-            pieces = new_candidates(base, read_model(model_file))
-        seconds = watch.seconds()
+                raise UserError(f"sentencepiece would leave out {skipped} sentences, which must not happen.")
+            pieces = new_candidates(base, read_sentencepiece(model_file))
+        seconds = timer.seconds()
         if options.compare:
             original_file = directory / "original_bpe.model"
-            train_bpe(sentences(), original_file, PROFILE.ja_vocab_size, base_rules=False)
+            train_bpe(sentences(), original_file, PROFILE.ja_vocab_size, chatglm3_spec=False)
 
     # Say what came out.
-    model = read_model(JA_TOKENIZER)
+    model = read_sentencepiece(JA_TOKENIZER)
     total = sum(counts["bytes"] for counts in read.values())
     rows = [
         [name, f"{counts['documents']:,}", f"{counts['bytes'] / 1e6:.1f}", f"{counts['bytes'] / total:.0%}"]
         for name, counts in read.items()
     ]
-    say(table(["text", "documents", "MB", "share"], rows))
-    written = kinds(pieces)
-    say("\n" + table(["new pieces, written with", "pieces"], [[kind, f"{n:,}"] for kind, n in written.most_common(12)]))
+    print0(format_table(["text", "documents", "MB", "share"], rows))
+    written = count_scripts(pieces)
+    print0(
+        "\n"
+        + format_table(
+            ["new pieces, written with", "pieces"], [[kind, f"{n:,}"] for kind, n in written.most_common(12)]
+        )
+    )
 
-    heading("Held-out Japanese text")
-    splits: dict[str, tuple[Any, int]] = {"base tokenizer": (processor_of(base), 0)}
-    splits[options.method] = (processor_of(model), len(pieces))
+    print_header("Held-out Japanese text")
+    splits: dict[str, tuple[Any, int]] = {"base tokenizer": (to_processor(base), 0)}
+    splits[options.method] = (to_processor(model), len(pieces))
     if options.compare:
-        as_original = merge_as_original(base, read_model(JA_TOKENIZER.parent / "original_bpe.model"))
+        as_original = merge_as_original(base, read_sentencepiece(JA_TOKENIZER.parent / "original_bpe.model"))
         added = len(as_original.pieces) - len(base.pieces) - len(SPECIAL_TOKENS)
-        splits["as the original"] = (processor_of(as_original), added)
+        splits["as the original"] = (to_processor(as_original), added)
     per_character = {name: tokens_per_character(split, held_out) for name, (split, _) in splits.items()}
     rows = [[name, f"{added:,}", f"{per_character[name]:.3f}"] for name, (_, added) in splits.items()]
-    say(table(["split by", "new pieces", "tokens per character"], rows))
+    print0(format_table(["split by", "new pieces", "tokens per character"], rows))
     for example in short_sentences(held_out, count=3):
-        say("\n" + "\n".join(f"{' | '.join(split.encode(example, out_type=str))}" for split, _ in splits.values()))
+        print0("\n" + "\n".join(f"{' | '.join(split.encode(example, out_type=str))}" for split, _ in splits.values()))
 
-    wanted = PROFILE.new_pieces
-    say(f"\n{len(pieces):,} new pieces from {total / 1e6:.1f} MB of text in {seconds:.0f} s; no text was skipped")
+    wanted = PROFILE.num_new_tokens
+    print0(f"\n{len(pieces):,} new pieces from {total / 1e6:.1f} MB of text in {seconds:.0f} s; no text was skipped")
     if options.method == "continued" and len(pieces) < wanted:
-        say(f"({wanted:,} were asked for, which is more than this text holds)")
+        print0(f"({wanted:,} were asked for, which is more than this text holds)")
     pipeline.finish_step(
         "step1",
         {
@@ -128,7 +139,7 @@ def main() -> None:
             "tokens_per_character": {name: round(value, 4) for name, value in per_character.items()},
         },
     )
-    say(f"\nsaved {JA_TOKENIZER}\nnext: {command('step2_merge_tokenizer.py')}")
+    print0(f"\nsaved {JA_TOKENIZER}\nnext: {command('step2_merge_tokenizer.py')}")
 
 
 def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list[str]:
@@ -137,23 +148,25 @@ def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list
     Args:
         start: a sentencepiece model whose pieces come first, as far as they may be added.
     """
-    from llmtuner.tokenizer.learning import learn_pieces, read_lines
-    from llmtuner.tokenizer.merging import choose_pieces, merge, merge_living
-    from llmtuner.tokenizer.scripts import SCRIPTS
+    from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
+    from llmtuner.tokenizer.merge_vocab import filter_candidates, merge_reachable, merge_vocab
+    from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
-    script = SCRIPTS[constants.NEW_SCRIPT]
+    writing_system = WRITING_SYSTEMS[constants.WRITING_SYSTEM]
     pieces: list[str] = []
     if start:
-        chosen = choose_pieces(base, start, script, pipeline.reference_texts()).pieces
-        dead = set(merge_living(base, chosen)[1])
-        pieces = [piece for piece in chosen if piece not in dead][: PROFILE.new_pieces]
-        base = merge(base, pieces, placeholders=False)
-    wanted = PROFILE.new_pieces - len(pieces)
-    lines = read_lines(base, (line for text in documents for line in text.splitlines() if line.strip()), script)
-    learned = learn_pieces(lines, wanted, script, pipeline.reference_texts())
+        chosen = filter_candidates(base, start, writing_system, pipeline.reference_texts()).pieces
+        dead = set(merge_reachable(base, chosen)[1])
+        pieces = [piece for piece in chosen if piece not in dead][: PROFILE.num_new_tokens]
+        base = merge_vocab(base, pieces, placeholders=False)
+    wanted = PROFILE.num_new_tokens - len(pieces)
+    lines = segment_corpus(
+        base, (line for text in documents for line in text.splitlines() if line.strip()), writing_system
+    )
+    learned = train_continued_bpe(lines, wanted, writing_system, pipeline.reference_texts())
     pieces += progress(learned, "learning", total=wanted, unit=" pieces")
     if not pieces:
-        raise InputError(f"there is no text to learn pieces from in {CORPUS_DIR}. Put Japanese text there.")
+        raise UserError(f"there is no text to learn pieces from in {CORPUS_DIR}. Put Japanese text there.")
     return pieces
 
 
@@ -163,4 +176,4 @@ def tokens_per_character(processor: Any, texts: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -15,7 +15,8 @@ from typing import Any
 import constants
 import pipeline
 from constants import JA_TOKENIZER, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
-from llmtuner.console import InputError, command, heading, progress, run_script, say, table, write_json
+from llmtuner.console import UserError, command, format_table, print0, print_header, progress, run_cli
+from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
 
 LANGUAGES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
@@ -36,52 +37,52 @@ def main() -> None:
     pipeline.require_corpus()
     from llmtuner.tokenizer.fast import (
         SPECIAL_TOKENS,
-        as_seen,
-        check_rules,
+        check_sentencepiece_spec,
+        display_tokens,
         load_tokenizer,
-        read_model,
+        read_sentencepiece,
         save_tokenizer,
-        special_ids,
+        special_token_ids,
     )
-    from llmtuner.tokenizer.merging import (
-        choose_pieces,
+    from llmtuner.tokenizer.merge_vocab import (
         compare,
-        dead_pieces,
-        disagreements,
-        kinds,
+        count_scripts,
+        encoding_mismatches,
+        filter_candidates,
         merge_as_original,
-        merge_living,
-        processor_of,
+        merge_reachable,
+        to_processor,
+        unreachable_tokens,
     )
-    from llmtuner.tokenizer.scripts import SCRIPTS
-    from llmtuner.tokenizer.training import short_sentences
+    from llmtuner.tokenizer.sentencepiece_bpe import short_sentences
+    from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
     # Load: the base, the candidates, and held-out text to measure with.
-    base, candidates = read_model(base_model), read_model(options.candidates)
-    check_rules(base, base_model)
+    base, candidates = read_sentencepiece(base_model), read_sentencepiece(options.candidates)
+    check_sentencepiece_spec(base, base_model)
     held_out = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
 
     # Do: choose the pieces that only Japanese can hold, rank them below all native ones, leave out what is never used.
-    heading("Step 2: merge the Japanese pieces into the base tokenizer")
+    print_header("Step 2: merge the Japanese pieces into the base tokenizer")
     if exact:
         reference = progress(pipeline.reference_texts(), "reading Chinese text", unit=" documents")
-        choice = choose_pieces(base, candidates, SCRIPTS[constants.NEW_SCRIPT], reference)
-        merged, never_used = merge_living(base, choice.pieces)
-        fates = {**choice.left_out, "never used": len(never_used)}
+        choice = filter_candidates(base, candidates, WRITING_SYSTEMS[constants.WRITING_SYSTEM], reference)
+        merged, never_used = merge_reachable(base, choice.pieces)
+        rejection_counts = {**choice.rejected, "never used": len(never_used)}
     else:
-        merged, fates = merge_as_original(base, candidates), {}
+        merged, rejection_counts = merge_as_original(base, candidates), {}
     added = [piece.piece for piece in merged.pieces[len(base.pieces) + len(SPECIAL_TOKENS) :]]
     if not added:
-        raise InputError(
+        raise UserError(
             f"none of the pieces of {options.candidates} is new to {base_model}: there is nothing to merge."
         )
-    by_script = kinds(added)
-    rows = [[f"left out: {fate}", f"{count:,}"] for fate, count in sorted(fates.items()) if count]
+    by_script = count_scripts(added)
+    rows = [[f"left out: {reason}", f"{count:,}"] for reason, count in sorted(rejection_counts.items()) if count]
     rows += [[f"added: {kind}", f"{count:,}"] for kind, count in by_script.most_common()]
-    say(table(["candidates", "pieces"], rows))
+    print0(format_table(["candidates", "pieces"], rows))
 
     # Check: on the tokenizer as it is saved and loaded again.
-    before, after = processor_of(base), processor_of(merged)
+    before, after = to_processor(base), to_processor(merged)
     with atomic_directory(MERGED_TOKENIZER_DIR if exact else ORIGINAL_MERGE_DIR, replace=True) as directory:
         model_file = directory / "tokenizer.model"
         model_file.write_bytes(merged.SerializeToString())
@@ -89,17 +90,17 @@ def main() -> None:
             save_tokenizer(model_file, directory)
             tokenizer = load_tokenizer(directory)
             for texts in held_out.values():
-                wrong = disagreements(tokenizer, after, texts)
+                wrong = encoding_mismatches(tokenizer, after, texts)
                 if wrong:
-                    raise InputError(
+                    raise UserError(
                         f"tokenizer.json and tokenizer.model split this text differently: {wrong[0][:200]!r}"
                     )
-    dead = dead_pieces(base, merged)
-    special_ids_kept = special_ids(merged) == special_ids(base)
+    dead = unreachable_tokens(base, merged)
+    special_ids_kept = special_token_ids(merged) == special_token_ids(base)
     results = {language: compare(before, after, texts) for language, texts in held_out.items()}
 
     # Say what came out.
-    heading("Held-out text before and after")
+    print_header("Held-out text before and after")
     rows = [
         [
             LANGUAGES[language],
@@ -111,28 +112,28 @@ def main() -> None:
         ]
         for language, result in results.items()
     ]
-    say(table(["language", "texts", "tokens before", "after", "ratio", "changed texts"], rows))
+    print0(format_table(["language", "texts", "tokens before", "after", "ratio", "changed texts"], rows))
     for language in ("zh", "en"):
         for change in results[language].changes[:EXAMPLES]:
-            say(f"\na {LANGUAGES[language]} text that changed, from the first difference on:")
-            say(f"  before  {' | '.join(change.before)}\n  after   {' | '.join(change.after)}")
+            print0(f"\na {LANGUAGES[language]} text that changed, from the first difference on:")
+            print0(f"  before  {' | '.join(change.before)}\n  after   {' | '.join(change.after)}")
     segmentations = {}
     for language, name in LANGUAGES.items():
-        say(f"\n{name}")
+        print0(f"\n{name}")
         for sentence in short_sentences(held_out[language], count=1):
-            was, now = (as_seen(split.encode(sentence, out_type=str)) for split in (before, after))
-            say(f"  before  {' | '.join(was)}\n  after   {' | '.join(now)}")
+            was, now = (display_tokens(split.encode(sentence, out_type=str)) for split in (before, after))
+            print0(f"  before  {' | '.join(was)}\n  after   {' | '.join(now)}")
             segmentations[language] = {"text": sentence, "before": was, "after": now}
-    say(f"\n{len(base.pieces):,} native pieces, {len(SPECIAL_TOKENS)} special tokens, {len(added):,} new pieces;")
+    print0(f"\n{len(base.pieces):,} native pieces, {len(SPECIAL_TOKENS)} special tokens, {len(added):,} new pieces;")
     named = f" ({' '.join(dead[:8])})" if dead else ""
-    say(f"{len(dead)} dead{named}, special ids {'kept' if special_ids_kept else 'MOVED'}")
+    print0(f"{len(dead)} dead{named}, special ids {'kept' if special_ids_kept else 'MOVED'}")
 
-    evidence: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "method": options.method,
         "base_pieces": len(base.pieces),
         "added_pieces": len(added),
         "pieces_by_script": dict(by_script.most_common()),
-        "dead_pieces": len(dead),
+        "unreachable_tokens": len(dead),
         "special_ids_kept": special_ids_kept,
         "token_ratio": {language: round(result.token_ratio, 4) for language, result in results.items()},
         "changed_texts": {language: len(results[language].changes) for language in ("zh", "en")},
@@ -143,14 +144,14 @@ def main() -> None:
         },
     }
     if exact:
-        pipeline.finish_step("step2", evidence)
-        say(f"\nsaved {MERGED_TOKENIZER_DIR}\nnext: {command('step3_resize_model.py')}")
+        pipeline.finish_step("step2", metrics)
+        print0(f"\nsaved {MERGED_TOKENIZER_DIR}\nnext: {command('step3_resize_model.py')}")
     else:
-        write_json(ORIGINAL_MERGE_DIR / "evidence.json", evidence)
-        say(
+        atomic_write_json(ORIGINAL_MERGE_DIR / "metrics.json", metrics)
+        print0(
             f"\nsaved {ORIGINAL_MERGE_DIR}: for comparison only, since pieces of equal score cannot be a tokenizer.json"
         )
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

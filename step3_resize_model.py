@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, command, heading, progress, run_script, say
+from llmtuner.console import Timer, UserError, command, print0, print_header, progress, run_cli
 from llmtuner.outputs import atomic_directory
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     import torch
 
-# the names of `initialising.METHODS`, which would import torch before anything is checked
+# the names of `embedding_init.METHODS`, which would import torch before anything is checked
 METHODS = ("mean", "focus", "first_weighted", "last_weighted", "global_mean", "random")
 FOCUS_BYTES = 30_000_000  # Japanese text from which "focus" knows which pieces are used alike
 SMALL_BYTES = 2e9  # of weights; a larger model is not loaded twice only to compare logits
-PROBES = [  # asked of base and Zero model: their logits over old ids must be equal
+PROBE_PROMPTS = [  # asked of base and Zero model: their logits over old ids must be equal
     "你好，请介绍一下你自己。",
     "从前有一座山，山上有一座小镇。",
     "Good morning! What can you tell me about the island?",
@@ -50,77 +50,81 @@ def main() -> None:
     pipeline.require_base_model(published=True)
     if "focus" in methods.values():
         pipeline.require_corpus()
-    watch = Stopwatch()
+    timer = Timer()
 
-    from llmtuner.model import initialising
-    from llmtuner.model.chatglm import is_published
-    from llmtuner.model.growing import grow_checkpoint, same_rows
-    from llmtuner.model.merging import copy_tokenizer
-    from llmtuner.model.shards import read_json
     from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
+    from llmtuner.weights import embedding_init
+    from llmtuner.weights.convert_chatglm import is_original_chatglm
+    from llmtuner.weights.lazy_checkpoint import read_json
+    from llmtuner.weights.merge_lora import copy_tokenizer
+    from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
 
-    heading("Step 3: grow the embeddings")
-    new = initialising.find_new_pieces(BASE_MODEL_DIR / "tokenizer.model", MERGED_TOKENIZER_DIR / "tokenizer.model")
+    print_header("Step 3: grow the embeddings")
+    new = embedding_init.find_new_tokens(BASE_MODEL_DIR / "tokenizer.model", MERGED_TOKENIZER_DIR / "tokenizer.model")
     merged_tokenizer = load_tokenizer(MERGED_TOKENIZER_DIR)
     weights = usage_weights(merged_tokenizer, new) if "focus" in methods.values() else None
 
-    def make_rows(matrix: "torch.Tensor", which: 'Literal["input", "output"]') -> "torch.Tensor":
+    def init_fn(matrix: "torch.Tensor", which: 'Literal["input", "output"]') -> "torch.Tensor":
         # A longer output row would win against old ones: only input rows are scaled.
         scaled = options.norm_correction and which == "input"
-        return initialising.new_rows(matrix, new, methods[which], scaled, seed=int(which == "output"), weights=weights)
+        return embedding_init.init_new_embeddings(
+            matrix, new, methods[which], scaled, seed=int(which == "output"), weights=weights
+        )
 
     with atomic_directory(ZERO_DIR, replace=True) as partial:
         copy_tokenizer(MERGED_TOKENIZER_DIR, partial)
-        grown = grow_checkpoint(BASE_MODEL_DIR, partial, new, constants.EMBEDDING_ROWS_MULTIPLE, make_rows)
-        if not same_rows(BASE_MODEL_DIR, partial, new.first_id):
-            raise InputError(f"rows just written to {partial} came back changed. Check the disk and run step 3 again.")
-    say(f"{grown.old_rows:,} rows -> {grown.rows:,} rows, a multiple of {constants.EMBEDDING_ROWS_MULTIPLE}")
-    say(f"the first {new.first_id:,} rows of both matrices are the base's, bit by bit; {grown.written}")
+        grown = resize_token_embeddings(BASE_MODEL_DIR, partial, new, constants.EMBEDDING_ROWS_MULTIPLE, init_fn)
+        if not rows_equal(BASE_MODEL_DIR, partial, new.first_id):
+            raise UserError(f"rows just written to {partial} came back changed. Check the disk and run step 3 again.")
+    print0(
+        f"{grown.old_vocab_size:,} rows -> {grown.vocab_size:,} rows, a multiple of {constants.EMBEDDING_ROWS_MULTIPLE}"
+    )
+    print0(f"the first {new.first_id:,} rows of both matrices are the base's, bit by bit; {grown.stats}")
     for which, method in methods.items():
         scaled = ", scaled" if options.norm_correction and which == "input" else ""
-        say(f"new {which} rows: {initialising.METHODS[method]}{scaled}")
-    if methods["output"] not in initialising.CONVEX:
-        say("such output rows can win against old ones: Chinese and English answers may change")
+        print0(f"new {which} rows: {embedding_init.METHODS[method]}{scaled}")
+    if methods["output"] not in embedding_init.CONVEX_METHODS:
+        print0("such output rows can win against old ones: Chinese and English answers may change")
 
-    heading("some new pieces and the native pieces whose rows they replace")
+    print_header("some new pieces and the native pieces whose rows they replace")
     base_tokenizer = load_tokenizer(BASE_MODEL_DIR)
-    for offset in range(0, len(new.spellings), max(1, len(new.spellings) // 8)):
+    for offset in range(0, len(new.base_ids), max(1, len(new.base_ids) // 8)):
         piece = merged_tokenizer.convert_ids_to_tokens(new.first_id + offset)
-        say(f"  {piece}  <-  {' '.join(base_tokenizer.convert_ids_to_tokens(new.spellings[offset]))}")
+        print0(f"  {piece}  <-  {' '.join(base_tokenizer.convert_ids_to_tokens(new.base_ids[offset]))}")
 
     difference = None
-    if grown.written.bytes < SMALL_BYTES and not is_published(read_json(BASE_MODEL_DIR / "config.json")):
-        heading("old logits")
-        difference = largest_difference(encode_batch(base_tokenizer, PROBES), new.first_id)
-        say(f"largest difference between the base's and the Zero model's logits of old ids: {difference}")
+    if grown.stats.nbytes < SMALL_BYTES and not is_original_chatglm(read_json(BASE_MODEL_DIR / "config.json")):
+        print_header("old logits")
+        difference = max_logit_difference(encode_batch(base_tokenizer, PROBE_PROMPTS), new.first_id)
+        print0(f"largest difference between the base's and the Zero model's logits of old ids: {difference}")
 
     pipeline.finish_step(
         "step3",
         {
-            "old_rows": grown.old_rows,
-            "new_rows": grown.rows,
+            "old_rows": grown.old_vocab_size,
+            "new_rows": grown.vocab_size,
             "old_rows_identical": True,
             "old_logits_max_diff": difference,
             "init": methods,
             "norm_correction": options.norm_correction,
-            "seconds": watch.seconds(),
+            "seconds": timer.seconds(),
         },
     )
-    say(f"\nstep 3 done: the Zero model is in {ZERO_DIR}. Next: {command('step4_test_zero.py')}")
+    print0(f"\nstep 3 done: the Zero model is in {ZERO_DIR}. Next: {command('step4_test_zero.py')}")
 
 
 def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
     """Which native pieces are used like each new one in Japanese text, for the method "focus"."""
-    from llmtuner.model.initialising import focus_weights, static_vectors
     from llmtuner.tokenizer.fast import encode_batch
+    from llmtuner.weights.embedding_init import focus_weights, static_vectors
 
-    documents = (text for _, text in progress(pipeline.japanese_texts(FOCUS_BYTES), "reading", unit=" documents"))
+    documents = (text for _, text in progress(pipeline.tokenizer_corpus(FOCUS_BYTES), "reading", unit=" documents"))
     ids = (ids for text in documents for ids in encode_batch(tokenizer, [text]))
     vectors = static_vectors(ids, new.end)
     return focus_weights(vectors, new)
 
 
-def largest_difference(prompts: list[list[int]], old_ids: int) -> float:
+def max_logit_difference(prompts: list[list[int]], old_ids: int) -> float:
     """How far the Zero model's logits of the first `old_ids` ids are from the base's, over some prompts."""
     import torch
 
@@ -138,4 +142,4 @@ def largest_difference(prompts: list[list[int]], old_ids: int) -> float:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -11,7 +11,7 @@ import argparse
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
-from llmtuner.console import command, heading, run_script, say, table
+from llmtuner.console import command, format_table, print0, print_header, run_cli
 
 QUESTIONS_PER_GROUP = 60
 SHOWN = 3
@@ -24,10 +24,10 @@ def main() -> None:
     pipeline.require_base_model()
     pipeline.require_corpus()
 
-    from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
-    from llmtuner.eval.generation import answer_all
-    from llmtuner.eval.questions import is_right, read_questions
-    from llmtuner.model.loading import load_for_evaluation, plan_evaluation
+    from llmtuner.eval.bits_per_byte import bpb_by_language, format_bpb_table
+    from llmtuner.eval.generation import generate_answers
+    from llmtuner.eval.questions import is_correct, read_questions
+    from llmtuner.model.loading import choose_placement, load_for_evaluation
     from llmtuner.tokenizer.fast import encode_batch
 
     everything = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
@@ -35,35 +35,35 @@ def main() -> None:
     texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers, bits, tokens_per_character = {}, {}, {}
     for name, directory in (("base", BASE_MODEL_DIR), ("zero", ZERO_DIR)):
-        say(f"{name}: needs {plan_evaluation(directory)}")
+        print0(f"{name}: needs {choose_placement(directory)}")
         model, tokenizer = load_for_evaluation(directory)
         tokens_per_character[name] = {
             language: round(sum(map(len, encode_batch(tokenizer, own))) / sum(map(len, own)), 4)
             for language, own in texts.items()
         }
-        answers[name] = answer_all(model, tokenizer, [one.question for one in questions], name=name).texts
-        bits[name] = bits_per_language(model, tokenizer, texts, PROFILE.window, name)
+        answers[name] = generate_answers(model, tokenizer, [one.question for one in questions], name=name).texts
+        bits[name] = bpb_by_language(model, tokenizer, texts, PROFILE.context_length, name)
         del model  # before the other is loaded
 
-    heading("the same questions, base and Zero model")
+    print_header("the same questions, base and Zero model")
     metrics: dict[str, dict] = {}
     for group in ("zh", "en", "ja"):
         asked = [index for index, one in enumerate(questions) if one.group == group]
         identical = sum(answers["base"][index] == answers["zero"][index] for index in asked)
-        correct = sum(is_right(questions[index], answers["zero"][index]) for index in asked)
-        metrics[group] = {"asked": len(asked), **({"correct": correct} if group == "ja" else {"identical": identical})}
+        correct = sum(is_correct(questions[index], answers["zero"][index]) for index in asked)
+        metrics[group] = {"total": len(asked), **({"correct": correct} if group == "ja" else {"identical": identical})}
         for index in asked[:SHOWN]:
-            say(f"{group}  Q     {questions[index].question}")
-            say(f"    base  {answers['base'][index]}\n    zero  {answers['zero'][index]}")
-        say(f"{group}: {identical} of {len(asked)} answers identical, {correct} right\n")
-    heading("held-out text (lower is better)")
-    say(bits_table(bits))
+            print0(f"{group}  Q     {questions[index].question}")
+            print0(f"    base  {answers['base'][index]}\n    zero  {answers['zero'][index]}")
+        print0(f"{group}: {identical} of {len(asked)} answers identical, {correct} right\n")
+    print_header("held-out text (lower is better)")
+    print0(format_bpb_table(bits))
     rows = [[name, *(f"{own[one]:.3f}" for one in LANGUAGES)] for name, own in tokens_per_character.items()]
-    say("\n" + table(["tokens per character", *LANGUAGES], rows))
+    print0("\n" + format_table(["tokens per character", *LANGUAGES], rows))
 
     pipeline.finish_step("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
-    say(f"\nstep 4 done. Next: {command('step5_train_pt_single_gpu.py')}")
+    print0(f"\nstep 4 done. Next: {command('step5_train_pt_single_gpu.py')}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -17,8 +17,8 @@ from pathlib import Path
 import constants
 import pipeline
 from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, command, heading, is_first_process, run_script, say
-from llmtuner.settings_help import parse_step
+from llmtuner.console import Timer, UserError, command, is_rank_zero, print0, print_header, run_cli
+from llmtuner.settings_help import parse_step_args
 
 SETTINGS = dict(
     **constants.DATA_SETTINGS,
@@ -32,7 +32,7 @@ SETTINGS = dict(
     dataset=list(constants.PRETRAINING_MIX),
     mix_strategy="interleave_under",
     interleave_probs=list(constants.PRETRAINING_MIX.values()),
-    cutoff_len=PROFILE.window,
+    cutoff_len=PROFILE.context_length,
     val_size=constants.VALIDATION_SHARE,
     lr_scheduler_type="cosine",
     weight_decay=0.01,
@@ -57,7 +57,7 @@ BY_PROFILE = {
         per_device_train_batch_size=max(1, 8 // constants.WORLD_SIZE),  # 2,048 tokens a step, however many processes
         eval_steps=150,
         save_steps=150,
-        max_eval_sequences=48,
+        max_eval_samples=48,
     ),
     # Ranks and rates for a new language: docs/decisions.md. The batch grows with the number of GPUs.
     "chatglm3-6b": dict(
@@ -69,60 +69,62 @@ BY_PROFILE = {
         gradient_accumulation_steps=4,
         eval_steps=1000,
         save_steps=1000,
-        max_eval_sequences=256,
+        max_eval_samples=256,
     ),
 }
 
 
 def main() -> None:
     settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
-    options, arguments = parse_step(str(__doc__), settings, {"--staged": "train the embeddings alone, then LoRA alone"})
+    options, arguments = parse_step_args(
+        str(__doc__), settings, {"--staged": "train the embeddings alone, then LoRA alone"}
+    )
     pipeline.start_step("step5", ZERO_DIR)
     pipeline.require_corpus()
-    watch = Stopwatch()
+    timer = Timer()
 
-    from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
-    from llmtuner.hparams import override
+    from llmtuner.eval.bits_per_byte import bpb_by_language, format_bpb_table
+    from llmtuner.hparams import parse_overrides
     from llmtuner.model.loading import load_for_evaluation
-    from llmtuner.model.merging import merge_adapter
     from llmtuner.train.tuner import run_exp
+    from llmtuner.weights.merge_lora import merge_adapter
 
-    settings = override(settings, arguments)
+    settings = parse_overrides(settings, arguments)
     base, first_half = ZERO_DIR, {}
     if options.staged:
-        settings, base, first_half = train_embeddings_alone(settings)
-    heading("continued pretraining")
+        settings, base, first_half = train_embeddings_only(settings)
+    print_header("continued pretraining")
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
-    metrics = {**run_exp(settings, texts, partial(pipeline.unfinish, "step5")), **first_half}
-    if not is_first_process():
+    metrics = {**run_exp(settings, texts, partial(pipeline.mark_unfinished, "step5")), **first_half}
+    if not is_rank_zero():
         return
     merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR, overwrite=True)
 
-    heading("held-out text, before and after (lower is better)")
+    print_header("held-out text, before and after (lower is better)")
     bits = {
-        when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
+        when: bpb_by_language(*load_for_evaluation(directory), texts, PROFILE.context_length, when)
         for when, directory in (("before", ZERO_DIR), ("after", PT_MERGED_DIR))
     }
-    say(bits_table(bits))
-    pipeline.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
-    say(
+    print0(format_bpb_table(bits))
+    pipeline.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": timer.seconds()})
+    print0(
         f"\nstep 5 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {PT_ADAPTER_DIR}, merged model in {PT_MERGED_DIR}. "
         f"Next: {command('step6_train_sft_single_gpu.py')}"
     )
 
 
-def train_embeddings_alone(settings: dict) -> tuple[dict, Path, dict]:
+def train_embeddings_only(settings: dict) -> tuple[dict, Path, dict]:
     """The first half of the original's first attempt; returns settings and base of the second, LoRA alone, and metrics.
 
     Each half makes half of the steps, so that tokens are those of the joint recipe.
     """
-    from llmtuner.model.merging import merge_adapter
     from llmtuner.train.tuner import run_exp
+    from llmtuner.weights.merge_lora import merge_adapter
 
     if constants.WORLD_SIZE > 1:
-        raise InputError("--staged is for one process: start step5_train_pt_single_gpu.py.")
-    heading("continued pretraining, embeddings alone")
+        raise UserError("--staged is for one process: start step5_train_pt_single_gpu.py.")
+    print_header("continued pretraining, embeddings alone")
     settings["num_train_epochs"] /= 2
     if "max_steps" in settings:
         settings["max_steps"] //= 2
@@ -130,12 +132,12 @@ def train_embeddings_alone(settings: dict) -> tuple[dict, Path, dict]:
     lora = {name: settings.pop(name) for name in ("lora_target", "lora_rank")}
     rate = settings.pop("embedding_learning_rate")
     alone = dict(finetuning_type="freeze", output_dir=str(output_dir), learning_rate=rate)
-    metrics = run_exp({**settings, **alone}, before_training=partial(pipeline.unfinish, "step5"))
+    metrics = run_exp({**settings, **alone}, before_training=partial(pipeline.mark_unfinished, "step5"))
     merge_adapter(ZERO_DIR, output_dir, merged, overwrite=True)
     # Other documents come first in the second half than in the first.
     second = dict(model_name_or_path=str(merged), additional_target=[], seed=settings["seed"] + 1)
-    return {**settings, **lora, **second}, merged, {"embeddings_alone": metrics}
+    return {**settings, **lora, **second}, merged, {"embeddings_only": metrics}
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

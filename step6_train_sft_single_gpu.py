@@ -16,8 +16,8 @@ from functools import partial
 import constants
 import pipeline
 from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
-from llmtuner.console import Stopwatch, command, heading, is_first_process, run_script, say, table
-from llmtuner.settings_help import parse_step
+from llmtuner.console import Timer, command, format_table, is_rank_zero, print0, print_header, run_cli
+from llmtuner.settings_help import parse_step_args
 
 DATASETS = [
     "oasst2_ja",
@@ -42,7 +42,7 @@ SETTINGS = dict(
     lora_target="all",
     additional_target=["embed_tokens", "lm_head"],
     dataset=DATASETS,
-    cutoff_len=PROFILE.window,
+    cutoff_len=PROFILE.context_length,
     val_size=constants.VALIDATION_SHARE,
     lr_scheduler_type="cosine",
     weight_decay=0.01,
@@ -67,7 +67,7 @@ BY_PROFILE = {
         per_device_train_batch_size=max(1, 8 // constants.WORLD_SIZE),  # 2,048 tokens a step, however many processes
         eval_steps=150,
         save_steps=150,
-        max_eval_sequences=48,
+        max_eval_samples=48,
     ),
     "chatglm3-6b": dict(
         lora_rank=64,
@@ -79,43 +79,49 @@ BY_PROFILE = {
         gradient_accumulation_steps=4,
         eval_steps=200,
         save_steps=200,
-        max_eval_sequences=256,
+        max_eval_samples=256,
     ),
 }
 
 
 def main() -> None:
     settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
-    options, arguments = parse_step(str(__doc__), settings, {"--lora-only": "leave the embeddings as step 5 left them"})
+    options, arguments = parse_step_args(
+        str(__doc__), settings, {"--lora-only": "leave the embeddings as step 5 left them"}
+    )
     if options.lora_only:
         settings["additional_target"] = []
     pipeline.start_step("step6", PT_MERGED_DIR)
     pipeline.require_corpus()
-    watch = Stopwatch()
+    timer = Timer()
 
-    from llmtuner.eval.bits_per_byte import bits_per_language, bits_table
-    from llmtuner.hparams import override
+    from llmtuner.eval.bits_per_byte import bpb_by_language, format_bpb_table
+    from llmtuner.hparams import parse_overrides
     from llmtuner.model.loading import load_for_evaluation
-    from llmtuner.model.merging import merge_adapter
     from llmtuner.train.tuner import run_exp
+    from llmtuner.weights.merge_lora import merge_adapter
 
-    heading("instruction tuning" + (" (LoRA only)" if options.lora_only else ""))
-    metrics = run_exp(override(settings, arguments), before_training=partial(pipeline.unfinish, "step6"))
-    if not is_first_process():
+    print_header("instruction tuning" + (" (LoRA only)" if options.lora_only else ""))
+    metrics = run_exp(parse_overrides(settings, arguments), before_training=partial(pipeline.mark_unfinished, "step6"))
+    if not is_rank_zero():
         return
     merge_adapter(PT_MERGED_DIR, SFT_ADAPTER_DIR, CHAT_MODEL_DIR, overwrite=True)
 
-    heading("loss of each data set before tuning")
-    say(table(["data set", "initial loss"], [[name, f"{loss:.2f}"] for name, loss in metrics["initial_loss"].items()]))
-    heading("held-out text, before and after (lower is better)")
+    print_header("loss of each data set before tuning")
+    print0(
+        format_table(
+            ["data set", "initial loss"], [[name, f"{loss:.2f}"] for name, loss in metrics["initial_loss"].items()]
+        )
+    )
+    print_header("held-out text, before and after (lower is better)")
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
     bits = {
-        when: bits_per_language(*load_for_evaluation(directory), texts, PROFILE.window, when)
+        when: bpb_by_language(*load_for_evaluation(directory), texts, PROFILE.context_length, when)
         for when, directory in (("before", PT_MERGED_DIR), ("after", CHAT_MODEL_DIR))
     }
-    say(bits_table(bits))
-    pipeline.finish_step("step6", {**metrics, "bits_per_byte": bits, "seconds": watch.seconds()})
-    say(
+    print0(format_bpb_table(bits))
+    pipeline.finish_step("step6", {**metrics, "bits_per_byte": bits, "seconds": timer.seconds()})
+    print0(
         f"\nstep 6 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
         f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {SFT_ADAPTER_DIR}, chat model in {CHAT_MODEL_DIR}. "
         f"Next: {command('step7_eval_chat.py')}"
@@ -123,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

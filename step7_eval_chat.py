@@ -23,7 +23,8 @@ from typing import Any
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
-from llmtuner.console import InputError, Stopwatch, command, heading, run_script, say, table, write_text
+from llmtuner.console import Timer, UserError, command, format_table, print0, print_header, run_cli
+from llmtuner.files import atomic_write_text
 
 MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR, "chat": CHAT_MODEL_DIR}
 LANGUAGES = ("ja", "zh", "en")
@@ -94,35 +95,43 @@ def read_options() -> argparse.Namespace:
 
 def evaluate() -> None:
     """Examines the four models, gives the chat model its settings and its card, and saves metrics and answers."""
-    from llmtuner.eval.examination import FREE, agreement_with, choose_settings, examine, save_settings
-    from llmtuner.eval.questions import is_right, read_questions
-    from llmtuner.model.loading import load_for_evaluation, plan_evaluation
-    from llmtuner.model.shards import open_checkpoint
+    from llmtuner.eval.evaluate import (
+        FREE_FORM,
+        agreement_by_language,
+        evaluate_model,
+        save_generation_config,
+        select_generation_config,
+    )
+    from llmtuner.eval.questions import is_correct, read_questions
+    from llmtuner.model.loading import choose_placement, load_for_evaluation
+    from llmtuner.weights.lazy_checkpoint import open_checkpoint
 
-    watch = Stopwatch()
+    timer = Timer()
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
-    if not any(one.group == FREE for one in questions):
-        raise InputError(f"{constants.QUESTIONS} has no request of the group {FREE}, by which repetition is measured.")
+    if not any(one.group == FREE_FORM for one in questions):
+        raise UserError(
+            f"{constants.QUESTIONS} has no request of the group {FREE_FORM}, by which repetition is measured."
+        )
     if constants.QUESTIONS.suffix == ".jsonl" and not any(one.subject for one in questions):
-        say(
+        print0(
             f"{constants.QUESTIONS} names no subjects: an answer about something else than its question is not noticed."
         )
     for directory in MODELS.values():  # before time is spent on the first
-        plan_evaluation(directory)
+        choose_placement(directory)
         open_checkpoint(directory)
     texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers: dict[str, list[str]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, directory in MODELS.items():
         model, tokenizer = load_for_evaluation(directory)
-        found[name], answers[name] = examine(
-            model, tokenizer, questions, texts, PROFILE.window, PROFILE.free_tokens, name
+        found[name], answers[name] = evaluate_model(
+            model, tokenizer, questions, texts, PROFILE.context_length, PROFILE.max_new_tokens, name
         )
-        found[name]["agreement"] = agreement_with(questions, answers[name], answers["base"])
+        found[name]["agreement"] = agreement_by_language(questions, answers[name], answers["base"])
         if name == "chat":
-            generation = choose_settings(model, tokenizer, questions, PROFILE.free_tokens)
+            generation = select_generation_config(model, tokenizer, questions, PROFILE.max_new_tokens)
         del model  # before the next is loaded
-    save_settings(CHAT_MODEL_DIR, generation["candidates"][generation["chosen"]]["settings"])
+    save_generation_config(CHAT_MODEL_DIR, generation["candidates"][generation["chosen"]]["settings"])
 
     lines = []
     for index, one in enumerate(questions):
@@ -135,36 +144,36 @@ def evaluate() -> None:
         row |= {"wrong_values": one.wrong_values, "subject": one.subject}
         row |= {name: answers[name][index] for name in MODELS}
         if one.value is not None:
-            row["correct"] = {name: is_right(one, answers[name][index]) for name in MODELS}
+            row["correct"] = {name: is_correct(one, answers[name][index]) for name in MODELS}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(WORK_DIR / "answers.jsonl", "".join(lines))
+    atomic_write_text(WORK_DIR / "answers.jsonl", "".join(lines))
 
-    heading("the same questions to all four")
+    print_header("the same questions to all four")
     for group in dict.fromkeys(one.group for one in questions):
         for index in [index for index, one in enumerate(questions) if one.group == group][:SHOWN]:
-            say(f"{group}  {questions[index].question}")
+            print0(f"{group}  {questions[index].question}")
             for name in MODELS:
-                say(f"    {name:<11}{answers[name][index]}")
+                print0(f"    {name:<11}{answers[name][index]}")
     # model -> figure becomes figure -> model
     metrics = {figure: {name: own[figure] for name, own in found.items()} for figure in found["base"]}
-    metrics |= {"generation": generation, "seconds": watch.seconds()}
+    metrics |= {"generation": generation, "seconds": timer.seconds()}
     pipeline.write_card(CHAT_MODEL_DIR, metrics)
     pipeline.finish_step("step7", metrics)
 
 
 def show(metrics: dict[str, Any]) -> None:
     """Prints the before/after table, the language of the answers and the settings that were tried."""
-    from llmtuner.report.claims import percent
+    from llmtuner.report.checks import percent
 
     def share(value: float | None) -> str:
         return "-" if value is None else percent(value)
 
-    heading("before and after")
-    groups = list(metrics["exact"]["base"])
+    print_header("before and after")
+    groups = list(metrics["accuracy"]["base"])
     rows = [
         [
             name,
-            *(share(metrics["exact"][name][group]) for group in groups),
+            *(share(metrics["accuracy"][name][group]) for group in groups),
             *(f"{metrics['bits_per_byte'][name][language]:.3f}" for language in LANGUAGES),
             share(metrics["repetition"][name]["ja"]),
         ]
@@ -172,36 +181,40 @@ def show(metrics: dict[str, Any]) -> None:
     ]
     named = [group.replace("_", " ") for group in groups]
     header = ["right answers in", *named, "bits/byte ja", "zh", "en", "ja repeated"]
-    say(table(header, rows))
-    say("ja unseen: asked in Japanese about what only Chinese and English texts describe. ja repeated: 4-grams of free")
-    say("Japanese answers that occurred before in the same answer.")
+    print0(format_table(header, rows))
+    print0(
+        "ja unseen: asked in Japanese about what only Chinese and English texts describe. ja repeated: 4-grams of free"
+    )
+    print0("Japanese answers that occurred before in the same answer.")
 
     confusion = metrics.get("language_confusion")
     if confusion:  # runs of earlier versions have not measured it
-        heading("answers in the language of their question")
+        print_header("answers in the language of their question")
         groups = list(confusion["base"])
         rows = [[name, *(share(confusion[name][group][rate]) for rate in RATES for group in groups)] for name in MODELS]
         named = [group.replace("_", " ") for group in groups]
-        say(table(["share of answers in", *named, "of lines in " + named[0], *named[1:]], rows))
-        say("Answers without a line in another language, and lines; those whose characters do not tell are left out.")
+        print0(format_table(["share of answers in", *named, "of lines in " + named[0], *named[1:]], rows))
+        print0(
+            "Answers without a line in another language, and lines; those whose characters do not tell are left out."
+        )
 
-    heading("free Japanese answers of the chat model")
+    print_header("free Japanese answers of the chat model")
     tried = metrics["generation"]["candidates"]
     rows = [
         [
             name,
-            share(one["repeated"]),
+            share(one["repeated_4gram_ratio"]),
             f"{one['longest_loop']} characters",
-            share(one["ended"]),
-            share(one["right"]),
+            share(one["finished_ratio"]),
+            share(one["accuracy"]),
             f"{one['tokens_per_second']:,.0f}",
         ]
         for name, one in tried.items()
     ]
-    say(table(["settings", "repeated", "longest loop", "ended", "right", "tokens/s"], rows))
+    print0(format_table(["settings", "repeated", "longest loop", "ended", "right", "tokens/s"], rows))
     chosen = metrics["generation"]["chosen"]
-    say(f"The chat model's own settings are now: {chosen} (least repetition for at most 2 points of right answers).")
-    say(
+    print0(f"The chat model's own settings are now: {chosen} (least repetition for at most 2 points of right answers).")
+    print0(
         f"\nstep 7 done: everything is in {WORK_DIR} (report.html, metrics/, answers.jsonl, chat_model/). "
         f"Chat: {command('step7_eval_chat.py')} --chat, or --web"
     )
@@ -209,15 +222,15 @@ def show(metrics: dict[str, Any]) -> None:
 
 def chat() -> None:
     """A dialogue on the terminal with the chat model."""
-    pipeline.require(CHAT_MODEL_DIR)
-    from llmtuner.chat.terminal import talk
+    pipeline.require_artifacts(CHAT_MODEL_DIR)
+    from llmtuner.chat.cli import run_chat
 
-    talk(CHAT_MODEL_DIR, PROFILE.free_tokens)
+    run_chat(CHAT_MODEL_DIR, PROFILE.max_new_tokens)
 
 
 def chat_in_browser(options: argparse.Namespace) -> None:
     """A page with base and chat model side by side, for this machine unless --host says otherwise."""
-    pipeline.require(CHAT_MODEL_DIR)
+    pipeline.require_artifacts(CHAT_MODEL_DIR)
     pipeline.require_base_model()
     from llmtuner.chat.web import serve
 
@@ -225,7 +238,9 @@ def chat_in_browser(options: argparse.Namespace) -> None:
     if options.host != LOOPBACK and not password and sys.stdin.isatty():
         with suppress(EOFError):  # Ctrl-D: none
             password = getpass("password for the page: ")
-    serve({"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, PROFILE.free_tokens, options.host, options.port, password)
+    serve(
+        {"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, PROFILE.max_new_tokens, options.host, options.port, password
+    )
 
 
 def run_suite(options: argparse.Namespace) -> None:
@@ -234,8 +249,8 @@ def run_suite(options: argparse.Namespace) -> None:
     if options.model == "base":
         pipeline.require_base_model()
     else:
-        pipeline.require(directory)
-    from llmtuner.eval.suites import CHAT_FORMAT, run_suite
+        pipeline.require_artifacts(directory)
+    from llmtuner.eval.lm_eval_adapter import USES_CHAT_TEMPLATE, run_suite
 
     run_suite(
         options.suite,
@@ -244,7 +259,7 @@ def run_suite(options: argparse.Namespace) -> None:
         tasks=options.tasks.split(",") if options.tasks else None,
         include_path=options.task_dir,
         limit=options.limit,
-        chat=CHAT_FORMAT[options.model],
+        chat=USES_CHAT_TEMPLATE[options.model],
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
     )
@@ -253,4 +268,4 @@ def run_suite(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

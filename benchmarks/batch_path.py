@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pt": "step5_train_pt_single_gpu", "sft": "step6_train_sft_single_gpu"}
-PREPARATION = ("sources", "messages", "template", "examples")  # llmtuner/data: from files to ids
+PREPARATION = ("sources", "converter", "template", "tokenize")  # llmtuner/data: from files to ids
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def files_of_first_step(script: str) -> set[Path]:
     import torch
 
     module = importlib.import_module(script)
-    from llmtuner.data.packing import PackedSequences
+    from llmtuner.data.packing import PackedDataset
 
     seen: set[Path] = set()
 
@@ -56,17 +56,17 @@ def files_of_first_step(script: str) -> set[Path]:
         if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
             seen.add(Path(frame.f_code.co_filename))
 
-    original = PackedSequences.__getitem__
+    original = PackedDataset.__getitem__
 
-    def first_fetch(self: PackedSequences, number: int) -> Any:
+    def first_fetch(self: PackedDataset, number: int) -> Any:
         seen.clear()
         frame: FrameType | None = sys._getframe(1)
         while frame:
-            if frame.f_code.co_name == "loss_on":  # an evaluation before training
+            if frame.f_code.co_name == "evaluate_loss":  # an evaluation before training
                 return original(self, number)
             note(frame, "call", None)
             frame = frame.f_back
-        PackedSequences.__getitem__ = original  # type: ignore[method-assign]
+        PackedDataset.__getitem__ = original  # type: ignore[method-assign]
         sys.setprofile(note)
         return self[number]
 
@@ -74,7 +74,7 @@ def files_of_first_step(script: str) -> set[Path]:
         sys.setprofile(None)
         raise Done
 
-    PackedSequences.__getitem__ = first_fetch  # type: ignore[method-assign]
+    PackedDataset.__getitem__ = first_fetch  # type: ignore[method-assign]
     torch.optim.AdamW.step = stop  # type: ignore[method-assign, assignment]
     words = ["--max_steps", "1", "--eval_on_start", "false", "--eval_strategy", "no", "--save_strategy", "no"]
     sys.argv = [script, *words]
@@ -94,7 +94,7 @@ def report(stage: str, files: set[Path]) -> None:
         source = file.read_text(encoding="utf-8")
         return [str(file.relative_to(ROOT)), f"{len(source.splitlines()):,}", f"{code_lines(source):,}"]
 
-    from llmtuner.console import table
+    from llmtuner.console import format_table
 
     on_the_way = [row(file) for file in sorted(files)]
     before = [row(ROOT / "llmtuner" / "data" / f"{name}.py") for name in PREPARATION]
@@ -103,9 +103,13 @@ def report(stage: str, files: set[Path]) -> None:
     def total(rows: list[list[str]]) -> list[str]:
         return [f"{len(rows)} files", *(f"{sum(int(one[i].replace(',', '')) for one in rows):,}" for i in (1, 2))]
 
-    print(f"\n{stage}: the way of a batch\n" + table(["file", "lines", "of code"], [*on_the_way, total(on_the_way)]))
     print(
-        "\nbefore it, from files to ids\n" + table(["file", "lines", "of code"], [*before, total(before)]), flush=True
+        f"\n{stage}: the way of a batch\n"
+        + format_table(["file", "lines", "of code"], [*on_the_way, total(on_the_way)])
+    )
+    print(
+        "\nbefore it, from files to ids\n" + format_table(["file", "lines", "of code"], [*before, total(before)]),
+        flush=True,
     )
 
 

@@ -12,11 +12,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import InputError, Stopwatch, heading, run_script, say, table, write_json
-from llmtuner.eval.examination import FREE, GROUPS, SHORT_TOKENS, confusion_by_group
-from llmtuner.eval.generation import GREEDY, NEUTRAL, answer_all
-from llmtuner.eval.questions import Question, is_right, questions_from_rows
-from llmtuner.report.claims import percent
+from llmtuner.console import Timer, UserError, format_table, print0, print_header, run_cli
+from llmtuner.eval.evaluate import FREE_FORM, QA_GROUPS, QA_MAX_NEW_TOKENS, language_confusion_by_group
+from llmtuner.eval.generation import GENERATION_DEFAULTS, GREEDY, generate_answers
+from llmtuner.eval.questions import Question, is_correct, parse_questions
+from llmtuner.files import atomic_write_json
+from llmtuner.report.checks import percent
 from llmtuner.report.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fresh_questions.json"
@@ -36,31 +37,35 @@ def main() -> None:
     import pipeline
 
     if constants.PROFILE_NAME != "mini":
-        raise InputError("this benchmark asks the miniature's questions. Leave PROFILE unset.")
+        raise UserError("this benchmark asks the miniature's questions. Leave PROFILE unset.")
     pipeline.require_corpus()
     directory = options.model or constants.CHAT_MODEL_DIR
     if not options.model:
-        pipeline.require(directory)
+        pipeline.require_artifacts(directory)
     from llmtuner.model.loading import load_for_evaluation
 
-    watch = Stopwatch()
+    watch = Timer()
     questions = draw(options.seed, None if options.no_exclude else constants.QUESTIONS)
     model, tokenizer = load_for_evaluation(directory)
     results = {}
     candidates = {"greedy": GREEDY, "own settings": own_settings(directory)}
-    if {**NEUTRAL, **candidates["own settings"]} == {**NEUTRAL, **GREEDY}:
+    if {**GENERATION_DEFAULTS, **candidates["own settings"]} == {**GENERATION_DEFAULTS, **GREEDY}:
         del candidates["own settings"]
     for name, settings in candidates.items():
-        told = answer_all(model, tokenizer, [one.question for one in questions], SHORT_TOKENS, settings, name=name)
+        told = generate_answers(
+            model, tokenizer, [one.question for one in questions], QA_MAX_NEW_TOKENS, settings, name=name
+        )
         results[name] = {"settings": settings, "groups": graded(questions, told.texts)}
-    heading(f"{len(questions)} fresh questions to {directory}")
+    print_header(f"{len(questions)} fresh questions to {directory}")
     rows = [
         [name, group.replace("_", " "), str(one["asked"]), str(one["right"]), percent(one["right"] / one["asked"]),
          percent(one["response_pass_rate"] or 0)]
         for name, own in results.items() for group, one in own["groups"].items()
     ]  # fmt: skip
-    say(table(["settings", "group", "asked", "right", "share", "in its language"], rows))
-    write_json(options.output, {**environment(), "seconds": watch.seconds(), "seed": options.seed, "results": results})
+    print0(format_table(["settings", "group", "asked", "right", "share", "in its language"], rows))
+    atomic_write_json(
+        options.output, {**environment(), "seconds": watch.seconds(), "seed": options.seed, "results": results}
+    )
 
 
 def draw(seed: str, questions_file: Path | None) -> list[Question]:
@@ -68,9 +73,9 @@ def draw(seed: str, questions_file: Path | None) -> list[Question]:
     from llmtuner.eval.questions import read_questions
     from mini import world
 
-    drawn = questions_from_rows([*world.questions(world.build_tellers(seed)), world.subjects()])
+    drawn = parse_questions([*world.questions(world.build_generators(seed)), world.subjects()])
     known = {one.question for one in read_questions(questions_file)} if questions_file else set()
-    return [one for one in drawn if one.group != FREE and one.question not in known]
+    return [one for one in drawn if one.group != FREE_FORM and one.question not in known]
 
 
 def own_settings(directory: Path) -> dict[str, Any]:
@@ -78,20 +83,20 @@ def own_settings(directory: Path) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
-    chosen = {name: getattr(config, name, None) for name in ("do_sample", *NEUTRAL)}
+    chosen = {name: getattr(config, name, None) for name in ("do_sample", *GENERATION_DEFAULTS)}
     return {name: value for name, value in chosen.items() if value is not None}
 
 
 def graded(questions: list[Question], answers: list[str]) -> dict[str, dict[str, Any]]:
     """What was asked and right in each group, with the pass rates of language confusion."""
-    confusion = confusion_by_group(questions, answers)
+    confusion = language_confusion_by_group(questions, answers)
     found = {}
-    for group in GROUPS:
-        marks = [is_right(one, answer) for one, answer in zip(questions, answers, strict=True) if one.group == group]
+    for group in QA_GROUPS:
+        marks = [is_correct(one, answer) for one, answer in zip(questions, answers, strict=True) if one.group == group]
         if marks:
             found[group] = {"asked": len(marks), "right": sum(marks), **confusion[group]}
     return found
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmtuner.console import run_script, say, stop, table, write_json  # noqa: E402
+from llmtuner.console import atomic_write_json, exit_with_error, format_table, print0, run_cli  # noqa: E402
 
 # The parent process imports no torch: a child's peak memory counts what its parent held when it was started.
 
@@ -52,11 +52,11 @@ def make(directory: Path, layers: int) -> None:
     """Writes a random checkpoint, named and cut into files like the published one."""
     import torch
 
-    from llmtuner.model.chatglm import COMPUTED, glm_settings, published_shapes
-    from llmtuner.model.shards import LazyTensor, write_checkpoint
+    from llmtuner.weights.convert_chatglm import ROPE_BUFFER, chatglm_shapes, glm_config_args
+    from llmtuner.weights.lazy_checkpoint import LazyTensor, write_checkpoint
 
     config = {**CONFIG, "num_layers": layers}
-    shapes = {**published_shapes(glm_settings(config, directory)), COMPUTED: (32,)}
+    shapes = {**chatglm_shapes(glm_config_args(config, directory)), ROPE_BUFFER: (32,)}
     torch.manual_seed(0)
 
     def random_rows(shape: tuple[int, ...]) -> Callable[[int, int], torch.Tensor]:
@@ -65,48 +65,48 @@ def make(directory: Path, layers: int) -> None:
     tensors = [LazyTensor(name, shape, torch.float16, random_rows(shape), name) for name, shape in shapes.items()]
     directory.mkdir(parents=True)
     write_checkpoint(tensors, directory)
-    write_json(directory / "config.json", config)
+    atomic_write_json(directory / "config.json", config)
 
 
 def convert(source: Path, destination: Path) -> None:
     """ChatGLM's names to Glm's."""
-    from llmtuner.model import chatglm
+    from llmtuner.weights import convert_chatglm
 
-    chatglm.convert(source, destination)
+    convert_chatglm.convert_chatglm(source, destination)
 
 
 def grow(source: Path, destination: Path) -> None:
     """Embeddings with rows for the new pieces, each the mean of three old rows."""
     import random
 
-    from llmtuner.model.growing import grow_checkpoint
+    from llmtuner.weights.resize_embeddings import resize_token_embeddings
 
     destination.mkdir()
-    grown = grow_checkpoint(source, destination, new_pieces(random.Random(0)), MULTIPLE)
-    say(f"{grown.old_rows:,} -> {grown.rows:,} rows")
+    grown = resize_token_embeddings(source, destination, new_pieces(random.Random(0)), MULTIPLE)
+    print0(f"{grown.old_vocab_size:,} -> {grown.vocab_size:,} rows")
 
 
 def new_pieces(generator):  # type: ignore[no-untyped-def]
-    from llmtuner.model.initialising import NewPieces
+    from llmtuner.weights.embedding_init import NewTokens
 
-    spellings = [generator.sample(range(3, FIRST_NEW_ID - 9), 3) for _ in range(NEW_PIECES)]
-    return NewPieces(FIRST_NEW_ID, spellings, 0)
+    base_ids = [generator.sample(range(3, FIRST_NEW_ID - 9), 3) for _ in range(NEW_PIECES)]
+    return NewTokens(FIRST_NEW_ID, base_ids, 0)
 
 
 def compare(source: Path, grown: Path) -> None:
     """The check of step 3: old rows on the disk are the same, bit by bit."""
-    from llmtuner.model.growing import same_rows
+    from llmtuner.weights.resize_embeddings import rows_equal
 
-    if not same_rows(source, grown, FIRST_NEW_ID):
-        stop(f"the old rows of {grown} are not those of {source}.")
+    if not rows_equal(source, grown, FIRST_NEW_ID):
+        exit_with_error(f"the old rows of {grown} are not those of {source}.")
 
 
 def make_adapter(grown: Path, destination: Path) -> None:
     """Writes a random adapter as step 5 leaves it: LoRA on all linear layers, both embedding matrices in fp32."""
     import torch
 
-    from llmtuner.model.merging import LORA_A, LORA_B, PREFIX
-    from llmtuner.model.shards import LazyTensor, open_checkpoint, write_checkpoint
+    from llmtuner.weights.lazy_checkpoint import LazyTensor, open_checkpoint, write_checkpoint
+    from llmtuner.weights.merge_lora import LORA_A, LORA_B, PEFT_PREFIX
 
     def random(name: str, shape: tuple[int, int]) -> LazyTensor:
         return LazyTensor(
@@ -116,9 +116,9 @@ def make_adapter(grown: Path, destination: Path) -> None:
     tensors = []
     for name, tensor in open_checkpoint(grown).items():
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensors.append(random(PREFIX + name, tensor.shape))
+            tensors.append(random(PEFT_PREFIX + name, tensor.shape))
         elif name.endswith("_proj.weight"):
-            layer = PREFIX + name.removesuffix(".weight")
+            layer = PEFT_PREFIX + name.removesuffix(".weight")
             tensors += [
                 random(layer + LORA_A, (RANK, tensor.shape[1])),
                 random(layer + LORA_B, (tensor.shape[0], RANK)),
@@ -128,12 +128,12 @@ def make_adapter(grown: Path, destination: Path) -> None:
     (destination / "model.safetensors").rename(destination / "adapter_model.safetensors")
     modules = ["embed_tokens", "lm_head"]
     config = dict(peft_type="LORA", r=RANK, lora_alpha=2 * RANK, modules_to_save=modules, target_modules=[])
-    write_json(destination / "adapter_config.json", config)
+    atomic_write_json(destination / "adapter_config.json", config)
 
 
 def merge(grown: Path, destination: Path) -> None:
     """Adapter and base to a plain model; the miniature's tokenizer stands in for ChatGLM3's."""
-    from llmtuner.model.merging import copy_tokenizer, merge_adapter
+    from llmtuner.weights.merge_lora import copy_tokenizer, merge_adapter
 
     copy_tokenizer(ROOT / "mini" / "base", grown)
     merge_adapter(grown, grown.with_name("adapter"), destination)
@@ -161,7 +161,7 @@ def measure(name: str, line: list[str], source: Path, gigabytes_of: Path) -> dic
     os.sync()
     seconds = time.perf_counter() - start
     if process.returncode:
-        stop(f"{name} failed.")
+        exit_with_error(f"{name} failed.")
     gigabytes = weight_bytes(gigabytes_of) / 1e9
     return {
         "job": name,
@@ -227,17 +227,17 @@ def main() -> None:
         results = measure_all(directory, options.layers)
     finally:
         if options.keep:
-            say(f"the checkpoints are in {directory}")
+            print0(f"the checkpoints are in {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
     header = ["job", "GB", "seconds", "seconds/GB", "processor s", "peak MB"]
     names = ("gigabytes", "seconds", "seconds_per_gigabyte", "processor_seconds", "peak_megabytes")
-    say(table(header, [[one["job"], *(f"{one[name]:,}" for name in names)] for one in results]))
+    print0(format_table(header, [[one["job"], *(f"{one[name]:,}" for name in names)] for one in results]))
     report = {"layers": options.layers, **environment(), "results": results}
-    say(json.dumps(report["device"]))
+    print0(json.dumps(report["device"]))
     if options.output:
-        write_json(options.output, report)
+        atomic_write_json(options.output, report)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llmtuner.console import run_script, say, table, write_json
-from llmtuner.data.sources import find_source, read_rows
-from llmtuner.eval.generation import answer_all
+from llmtuner.console import format_table, print0, run_cli
+from llmtuner.data.sources import get_dataset_attr, read_rows
+from llmtuner.eval.generation import generate_answers
+from llmtuner.files import atomic_write_json
 from llmtuner.model.loading import load_for_evaluation
 from llmtuner.report.environment import environment
 
@@ -35,24 +36,26 @@ def main() -> None:
     import constants
     import pipeline
 
-    source = find_source("dolly_ja", constants.DATASET_INFO, pipeline.require_corpus())
+    source = get_dataset_attr("dolly_ja", constants.DATASET_INFO, pipeline.require_corpus())
     questions = [row.values["instruction"] for row, _ in zip(read_rows(source), range(options.questions), strict=False)]
     model, tokenizer = load_for_evaluation(options.model)
     runs: dict[int, list[Any]] = {size: [] for size in SIZES}
     for _ in range(options.repeats):
         for size, own in runs.items():
-            own.append(answer_all(model, tokenizer, questions, batch_size=size))
+            own.append(generate_answers(model, tokenizer, questions, batch_size=size))
     alone, results = runs[1], {}
     for size, own in runs.items():
         results[f"{size} at once"] = {
             "tokens_per_second": median(one.tokens_per_second for one in own),
             "ratio": round(median(a.seconds / b.seconds for a, b in zip(alone, own, strict=True)), 3),
-            "other_answers": sum(a != b for a, b in zip(alone[0].texts, own[0].texts, strict=True)),
+            "changed_answers": sum(a != b for a, b in zip(alone[0].texts, own[0].texts, strict=True)),
         }
     lines = [[name, *(f"{value:,}" for value in one.values())] for name, one in results.items()]
-    say(table(["", "tokens/s", "times as fast as one at a time", f"other answers of {len(questions)}"], lines))
-    write_json(options.output, {**environment(), "results": results})
+    print0(
+        format_table(["", "tokens/s", "times as fast as one at a time", f"other answers of {len(questions)}"], lines)
+    )
+    atomic_write_json(options.output, {**environment(), "results": results})
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

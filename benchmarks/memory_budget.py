@@ -21,15 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GlmConfig, GlmForCausalLM
 
-from benchmarks.scaling import table
-from llmtuner.console import write_json
+from benchmarks.scaling import markdown_table
+from llmtuner.files import atomic_write_json
 from llmtuner.hparams import FinetuningArguments
-from llmtuner.model.adapters import prepare_for_training
-from llmtuner.model.growing import APPENDED_ROWS
+from llmtuner.model.adapters import init_adapter
 from llmtuner.report.environment import environment
 from llmtuner.train import loss
-from llmtuner.train.memory import step_memory
+from llmtuner.train.memory import estimate_step_memory
 from llmtuner.train.trainer import PackedTrainer
+from llmtuner.weights.resize_embeddings import APPENDED_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "memory.md", ROOT / "benchmarks" / "results" / "memory_budget.json"
@@ -86,7 +86,7 @@ def follow_step(model: Any, rows: int, length: int, checkpointing: bool, dtype: 
         dtype: autocast's; fp32 means none.
     """
     causal_lm, autocast = model.get_base_model(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    trainer: Any = SimpleNamespace(model=model, finetuning=FinetuningArguments(), hidden=None)
+    trainer: Any = SimpleNamespace(model=model, finetuning_args=FinetuningArguments(), hidden=None)
     living = LivingTensors([*model.parameters(), *model.buffers()])
 
     def keep_hidden(_: Any, __: Any, outputs: Any) -> None:
@@ -95,16 +95,21 @@ def follow_step(model: Any, rows: int, length: int, checkpointing: bool, dtype: 
 
     ids = torch.zeros(rows, length, dtype=torch.long)
     positions = torch.arange(length).expand(rows, -1)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "trained": torch.arange(rows * length - 1)}
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": positions,
+        "loss_indices": torch.arange(rows * length - 1),
+    }
     model.train()
     hook = causal_lm.base_model.register_forward_hook(keep_hidden)
     under_autocast = mock.patch.object(model, "forward", autocast(model.forward))
     # On a GPU more logits are formed at once.
-    as_on_a_gpu = mock.patch.object(loss, "LOGITS_AT_ONCE_ON_CPU", loss.LOGITS_AT_ONCE)
+    as_on_a_gpu = mock.patch.object(loss, "CHUNK_NUMEL_CPU", loss.CHUNK_NUMEL)
     with _checkpointing(model, checkpointing), under_autocast, as_on_a_gpu, living:
         for _ in range(MICRO_BATCHES):
             living.phase = "forward"
-            summed, _ = PackedTrainer._summed_loss(trainer, model, batch)
+            summed, _ = PackedTrainer._compute_loss_sum(trainer, model, batch)
             living.phase = "backward"
             summed.backward()
             del summed
@@ -142,7 +147,7 @@ def chatglm3(beside: dict[str, Any]) -> Any:
     with torch.device("meta"):
         base = GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     setattr(base.config, APPENDED_ROWS, [64_798, 78_554])
-    return prepare_for_training(base, FinetuningArguments(lora_rank=RANK, **beside)).to_empty(device="cpu")
+    return init_adapter(base, FinetuningArguments(lora_rank=RANK, **beside)).to_empty(device="cpu")
 
 
 def without_content(model: Any) -> FakeTensorMode:
@@ -167,7 +172,7 @@ def budgets() -> list[dict[str, Any]]:
         count = sum(one.numel() for one in model.parameters() if one.requires_grad)
         ways = [(rows, again) for rows in (1, 4) for again in (True, False)]
         estimates = [
-            [step_memory(model, rows, LENGTH, again, torch.bfloat16, optimizer) for optimizer in optimizers]
+            [estimate_step_memory(model, rows, LENGTH, again, torch.bfloat16, optimizer) for optimizer in optimizers]
             for rows, again in ways
         ]
         with without_content(model):
@@ -189,7 +194,7 @@ def budgets() -> list[dict[str, Any]]:
 
 def main() -> None:
     found = budgets()
-    write_json(RESULTS, {**environment(), "bytes": found})
+    atomic_write_json(RESULTS, {**environment(), "bytes": found})
     PAGE.write_text(page(found), encoding="utf-8")
 
 
@@ -221,7 +226,7 @@ bf16, one GPU, gradients accumulated; GB. **Computed, not measured on a GPU**, i
 
 The estimate lies between {min(off):.0%} and {max(off):+.0%} of what was followed. A card counts as large enough where both fit.
 
-{table(header, lines)}
+{markdown_table(header, lines)}
 
 Weights are the frozen model in bf16 and what is trained in fp32. Of a card's memory 23, 38 and 76 GB are counted on.
 

@@ -20,23 +20,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmtuner.console import run_script, say, table, write_json
-from llmtuner.data.sources import FILE_KINDS, Source, read_texts
-from llmtuner.tokenizer.fast import SPECIAL_TOKENS, encode_by, read_model
-from llmtuner.tokenizer.learning import learn_pieces, read_lines
-from llmtuner.tokenizer.merging import (
-    choose_pieces,
+from llmtuner.console import format_table, print0, run_cli
+from llmtuner.data.sources import FILE_TYPES, DatasetAttr, read_texts
+from llmtuner.files import atomic_write_json
+from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
+from llmtuner.tokenizer.fast import SPECIAL_TOKENS, encode_sentencepiece, read_sentencepiece
+from llmtuner.tokenizer.merge_vocab import (
     compare,
-    dead_pieces,
-    merge,
+    filter_candidates,
     merge_as_original,
-    merge_living,
-    processor_of,
+    merge_reachable,
+    merge_vocab,
+    to_processor,
+    unreachable_tokens,
 )
-from llmtuner.tokenizer.scripts import SCRIPTS
-from llmtuner.tokenizer.training import mix_by_bytes, split_sentences, train_bpe
+from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes, split_sentences, train_bpe
+from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
-SCRIPT = SCRIPTS["japanese"]
+SCRIPT = WRITING_SYSTEMS["japanese"]
 CODE_FILES = 400
 SEED = "seed list"
 
@@ -54,35 +55,37 @@ def main() -> None:
 
     def japanese() -> Iterator[str]:
         streams = {name: texts(corpora, f"ja_{name}.train.*") for name in ("wiki", "aozora")}
-        for _, text in mix_by_bytes(streams, {"wiki": 0.8, "aozora": 0.2}, int(options.sample_mb * 1e6)):
+        for _, text in interleave_by_bytes(streams, {"wiki": 0.8, "aozora": 0.2}, int(options.sample_mb * 1e6)):
             yield text
 
     def chinese() -> Iterator[str]:
         return texts(corpora, "zh_*.train.*")
 
-    base = read_model(options.base)
+    base = read_sentencepiece(options.base)
     native = len(base.pieces) + len(SPECIAL_TOKENS)
     merges: dict[str, Any] = {}
     seconds: dict[str, float] = {}
 
     def learned(start: Any, count: int) -> list[str]:
-        lines = read_lines(start, (line for text in japanese() for line in text.splitlines() if line.strip()), SCRIPT)
-        return list(learn_pieces(lines, count, SCRIPT, chinese()))
+        lines = segment_corpus(
+            start, (line for text in japanese() for line in text.splitlines() if line.strip()), SCRIPT
+        )
+        return list(train_continued_bpe(lines, count, SCRIPT, chinese()))
 
     with tempfile.TemporaryDirectory() as scratch:
-        for name, base_rules in (("original", False), ("original, base's rules", True)):
+        for name, chatglm3_spec in (("original", False), ("original, base's rules", True)):
             file, start = Path(scratch) / "candidates.model", time.perf_counter()
             train_bpe(
                 (s for text in japanese() for s in split_sentences(text)),
                 file,
                 options.vocab_size,
-                base_rules=base_rules,
+                chatglm3_spec=chatglm3_spec,
             )
             seconds[name] = round(time.perf_counter() - start, 1)
-            merges[name] = merge_as_original(base, read_model(file))
-            if base_rules:
-                chosen = choose_pieces(base, read_model(file), SCRIPT, chinese()).pieces
-                merges["the same pieces, filtered, below"] = merge_living(base, chosen)[0]
+            merges[name] = merge_as_original(base, read_sentencepiece(file))
+            if chatglm3_spec:
+                chosen = filter_candidates(base, read_sentencepiece(file), SCRIPT, chinese()).pieces
+                merges["the same pieces, filtered, below"] = merge_reachable(base, chosen)[0]
 
     def added(name: str) -> int:
         return len(merges[name].pieces) - native
@@ -93,15 +96,15 @@ def main() -> None:
     pieces = learned(base, max(added(theirs) for _, theirs in pairs))
     seconds["continued BPE"] = round(time.perf_counter() - start, 1)
     for ours, theirs in pairs:
-        merges[ours] = merge_living(base, pieces[: added(theirs)])[0]
+        merges[ours] = merge_reachable(base, pieces[: added(theirs)])[0]
     if options.candidates:
-        candidates = read_model(options.candidates)
+        candidates = read_sentencepiece(options.candidates)
         merges[f"{SEED}, original"] = merge_as_original(base, candidates)
-        chosen = choose_pieces(base, candidates, SCRIPT, chinese()).pieces
-        merges[f"{SEED}, filtered, below"] = living = merge_living(base, chosen)[0]
+        chosen = filter_candidates(base, candidates, SCRIPT, chinese()).pieces
+        merges[f"{SEED}, filtered, below"] = living = merge_reachable(base, chosen)[0]
         kept = [piece.piece for piece in living.pieces[native:]]
-        more = learned(merge(base, kept, placeholders=False), added(f"{SEED}, original") - len(kept))
-        merges[f"{SEED}, filtered, filled up by continued BPE"] = merge_living(base, kept + more)[0]
+        more = learned(merge_vocab(base, kept, placeholders=False), added(f"{SEED}, original") - len(kept))
+        merges[f"{SEED}, filtered, filled up by continued BPE"] = merge_reachable(base, kept + more)[0]
         pairs.append((f"{SEED}, filtered, filled up by continued BPE", f"{SEED}, original"))
 
     ja = {file.name.split(".")[0]: list(read(file)) for file in sorted(corpora.glob("ja_*.test.*"))}
@@ -113,28 +116,28 @@ def main() -> None:
     }
     others["code"] = code_lines()
     rows, results = [], {}
-    before = processor_of(base)
+    before = to_processor(base)
     for name, merged in merges.items():
-        after = processor_of(merged)
-        result: dict[str, Any] = {"added": len(merged.pieces) - native, "dead": len(dead_pieces(base, merged))}
+        after = to_processor(merged)
+        result: dict[str, Any] = {"added": len(merged.pieces) - native, "dead": len(unreachable_tokens(base, merged))}
         result["ja"] = {file: round(compare(before, after, documents).token_ratio, 4) for file, documents in ja.items()}
         for language, lines in others.items():
             changed = [line for line, old, new in split_by_both(before, after, lines) if old != new]
             result[language] = {
                 "lines": len(lines),
                 "changed": len(changed),
-                "beyond quotes": sum(not quotes_japanese(line) for line in changed),
+                "beyond_quotes": sum(not quotes_japanese(line) for line in changed),
             }
         results[name] = result
         rows.append(
             [name, f"{result['added']:,}", *(f"{ratio:.4f}" for ratio in result["ja"].values())]
-            + [f"{result[lang]['changed']:,} / {result[lang]['beyond quotes']:,}" for lang in others]
+            + [f"{result[lang]['changed']:,} / {result[lang]['beyond_quotes']:,}" for lang in others]
             + [f"{result['dead']}"]
         )
     counts = [f"{language} of {len(lines):,}" for language, lines in others.items()]
-    say(table(["merge", "added", *ja, *counts, "dead"], rows))
-    say("\nzh, en, code: changed lines / changed lines beyond quotes")
-    say(f"seconds to learn: {seconds}")
+    print0(format_table(["merge", "added", *ja, *counts, "dead"], rows))
+    print0("\nzh, en, code: changed lines / changed lines beyond quotes")
+    print0(f"seconds to learn: {seconds}")
     relative = {
         f"{ours} / {theirs}": {
             file: round(results[ours]["ja"][file] / results[theirs]["ja"][file], 4) for file in results[ours]["ja"]
@@ -142,13 +145,13 @@ def main() -> None:
         for ours, theirs in pairs
         if added(ours) == added(theirs)
     }
-    say("")
-    say(
-        table(
+    print0("")
+    print0(
+        format_table(
             ["Japanese tokens, ours / theirs", *ja], [[key, *map(str, row.values())] for key, row in relative.items()]
         )
     )
-    write_json(
+    atomic_write_json(
         options.output,
         {
             "python": platform.python_version(),
@@ -162,12 +165,12 @@ def main() -> None:
 
 def texts(directory: Path, pattern: str) -> Iterator[str]:
     for file in sorted(directory.glob(pattern)):
-        if file.suffix in FILE_KINDS:
+        if file.suffix in FILE_TYPES:
             yield from read(file)
 
 
 def read(file: Path) -> Iterator[str]:
-    return read_texts(Source(name=file.name, files=(str(file),), columns={"prompt": "text"}))
+    return read_texts(DatasetAttr(name=file.name, files=(str(file),), columns={"prompt": "text"}))
 
 
 def code_lines() -> list[str]:
@@ -182,13 +185,15 @@ def code_lines() -> list[str]:
 
 
 def split_by_both(before: Any, after: Any, lines: list[str]) -> Iterator[tuple[str, list[int], list[int]]]:
-    return zip(lines, encode_by(before, lines), encode_by(after, lines), strict=True)
+    return zip(lines, encode_sentencepiece(before, lines), encode_sentencepiece(after, lines), strict=True)
 
 
 def quotes_japanese(line: str) -> bool:
     """Whether a line holds a kana, or a Han character outside GB 2312 (Japanese or traditional script)."""
-    return bool(SCRIPT.has_own.search(line)) or any(map(SCRIPT.stranger, SCRIPT.shared_run.findall(line)))
+    return bool(SCRIPT.exclusive_pattern.search(line)) or any(
+        map(SCRIPT.has_uncommon, SCRIPT.shared_run_pattern.findall(line))
+    )
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

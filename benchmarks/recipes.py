@@ -23,9 +23,10 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks.full_size_checkpoint import environment
-from llmtuner.console import InputError, heading, run_script, say, table, write_json
+from llmtuner.console import UserError, format_table, print0, print_header, run_cli
+from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
-from llmtuner.train.checkpoints import checkpoints
+from llmtuner.train.checkpointing import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP5 = "step5_train_pt_single_gpu.py"
@@ -57,7 +58,7 @@ def main() -> None:
     for script in ("step1_train_tokenizer.py", "step2_merge_tokenizer.py", "step3_resize_model.py"):
         start(script, base, texts)
     # One step and no more, so that the texts are tokenized before the clock of any recipe starts.
-    start(STEP5, base, texts, "--max_steps", "1", "--max_eval_sequences", "1")
+    start(STEP5, base, texts, "--max_steps", "1", "--max_eval_samples", "1")
     runs = []
     for seed in options.seeds:
         for recipe in options.recipes:
@@ -72,43 +73,47 @@ def main() -> None:
     show(runs)
     tokens = [run["tokens"] for run in runs]
     if max(tokens) > (1 + TOLERANCE) * min(tokens):
-        raise InputError(f"the runs trained {min(tokens):,} to {max(tokens):,} tokens, not equally many.")
+        raise UserError(f"the runs trained {min(tokens):,} to {max(tokens):,} tokens, not equally many.")
     results = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
     results[corpus] = {**surroundings(), "max_steps": steps, "runs": runs}
-    write_json(options.output, results)
-    say(f"\nfigures in {options.output}")
+    atomic_write_json(options.output, results)
+    print0(f"\nfigures in {options.output}")
 
 
 def start(script: str, work: Path, texts: Path, *words: str) -> None:
     """Runs a step script with the miniature's profile; one that has finished in this WORK_DIR ends at once.
 
     Raises:
-        InputError: if it fails; it has said why itself.
+        UserError: if it fails; it has said why itself.
     """
-    heading(f"{work.name}: {script} {' '.join(words)}")
+    print_header(f"{work.name}: {script} {' '.join(words)}")
     environment = {name: value for name, value in os.environ.items() if name not in ("BASE_MODEL_DIR", "OVERWRITE")}
-    environment |= {"PROFILE": "mini", "WORK_DIR": str(work), "CORPUS_DIR": str(texts), "SKIP_FINISHED": "1"}
+    environment |= {"PROFILE": "mini", "WORK_DIR": str(work), "CORPUS_DIR": str(texts), "SKIP_COMPLETED": "1"}
     environment["HF_HUB_OFFLINE"] = "1"  # the texts are those of this directory, or none
     command = [sys.executable, str(ROOT / script), *words]
     if subprocess.run(command, env=environment, stdin=subprocess.DEVNULL).returncode:
-        raise InputError(f"{script} failed in {work}; its message stands above. The same command goes on from there.")
+        raise UserError(f"{script} failed in {work}; its message stands above. The same command goes on from there.")
 
 
 def measured(work: Path) -> dict[str, Any]:
     """What a finished step 5 measured; what counts by run is taken from both runs of `staged`."""
     metrics = json.loads((work / "metrics" / "step5.json").read_text(encoding="utf-8"))
     adapters = [path for name in ("embeddings", "pt") if (path := work / f"step5_{name}_adapter").is_dir()]
-    logs = [json.loads(line) for one in adapters for line in (one / "log.jsonl").read_text("utf-8").splitlines()]
+    logs = [
+        json.loads(line) for one in adapters for line in (one / "trainer_log.jsonl").read_text("utf-8").splitlines()
+    ]
     eval_losses = [line["eval_loss"] for line in logs if "eval_loss" in line]
-    meters = [json.loads((checkpoints(one)[0] / "meter.json").read_text(encoding="utf-8")) for one in adapters]
+    meters = [
+        json.loads((list_checkpoints(one)[0] / "throughput.json").read_text(encoding="utf-8")) for one in adapters
+    ]
     # The last steps may have no line in the log; the meter counts them apart.
-    tokens = sum(meter["all_tokens"] + meter["tokens"] for meter in meters)
+    tokens = sum(meter["total_tokens"] + meter["tokens"] for meter in meters)
     return {
         "bits_per_byte": metrics["bits_per_byte"],
         "eval_loss": {"first": round(eval_losses[0], 4), "last": round(eval_losses[-1], 4)},
         "tokens": tokens,
         "seconds": metrics["seconds"],
-        "tokens_per_second": round(tokens / sum(meter["all_seconds"] for meter in meters), 1),
+        "tokens_per_second": round(tokens / sum(meter["total_seconds"] for meter in meters), 1),
         "trainable_parameters": max([metrics["trainable_parameters"], *map(parameters, adapters[:-1])]),
     }
 
@@ -131,21 +136,29 @@ def surroundings() -> dict[str, Any]:
 
 def show(runs: list[dict[str, Any]]) -> None:
     """Prints every run, and the means over seeds."""
-    heading("each run: bits per byte of held-out text after training, and what it took")
+    print_header("each run: bits per byte of held-out text after training, and what it took")
     rows = []
     for run in runs:
         bits, loss = run["bits_per_byte"]["after"], run["eval_loss"]
         own = [str(run["seed"]), *(f"{bits[one]:.4f}" for one in LANGUAGES), f"{loss['first']} -> {loss['last']}"]
         own += [f"{run['tokens']:,}", f"{run['seconds']:.0f}", f"{run['tokens_per_second']:,.0f}"]
         rows.append([run["recipe"], *own, f"{run['trainable_parameters']:,}"])
-    say(table(["recipe", "seed", *LANGUAGES, "eval loss", "tokens", "seconds", "tokens/s", "trained at once"], rows))
-    heading("bits per byte, mean over seeds (lower is better)")
+    print0(
+        format_table(
+            ["recipe", "seed", *LANGUAGES, "eval loss", "tokens", "seconds", "tokens/s", "trained at once"], rows
+        )
+    )
+    print_header("bits per byte, mean over seeds (lower is better)")
     means = {"before": [runs[0]["bits_per_byte"]["before"][one] for one in LANGUAGES]}
     for recipe in dict.fromkeys(run["recipe"] for run in runs):
         after = [run["bits_per_byte"]["after"] for run in runs if run["recipe"] == recipe]
         means[recipe] = [mean(bits[one] for bits in after) for one in LANGUAGES]
-    say(table(["recipe", *LANGUAGES], [[name, *(f"{value:.4f}" for value in own)] for name, own in means.items()]))
+    print0(
+        format_table(
+            ["recipe", *LANGUAGES], [[name, *(f"{value:.4f}" for value in own)] for name, own in means.items()]
+        )
+    )
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -40,7 +40,7 @@ def sent(parameters: int, gpus: int, accumulation: int) -> float:
     return (2 * accumulation + 1) * (gpus - 1) / gpus * parameters * 2 / 1e9
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -90,21 +90,21 @@ sheet). The peaks: {peaks} TFLOP/s.
 
 (2 A + 1) (N - 1) / N * P * 2 bytes for P trained parameters, N GPUs, A micro-batches.
 
-{table(["trained", "P", *(f"A = {a}, N = {n}" for a in (1, 4) for n in (2, 4, 8, 64))], traffic)}
+{markdown_table(["trained", "P", *(f"A = {a}, N = {n}" for a in (1, 4) for n in (2, 4, 8, 64))], traffic)}
 
 ## Tokens a micro-batch and GPU from which 8 GPUs keep 95 % of their speed
 
 If nothing is sent while something is computed, which is the worst case; DeepSpeed overlaps a part (`overlap_comm`). With A
 micro-batches a step it is (2 A + 1) / (3 A) of that.
 
-{table(["", *trained], enough)}
+{markdown_table(["", *trained], enough)}
 
 ## Hours for 1B tokens, LoRA and both embedding matrices, {TOKENS:,} tokens a step and GPU
 
 With gradient checkpointing, and sending as above after each of four micro-batches, not overlapped. Between machines a network
 slower than that takes longer.
 
-{table(["", "tokens/s and GPU, computing alone", *(f"{count} GPU{'s' * (count > 1)}" for count in COUNTS)], hours)}
+{markdown_table(["", "tokens/s and GPU, computing alone", *(f"{count} GPU{'s' * (count > 1)}" for count in COUNTS)], hours)}
 """,
         encoding="utf-8",
     )

@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llmtuner.console import InputError, run_script, say, table, write_json
-from llmtuner.data.examples import load_examples
-from llmtuner.data.messages import to_messages
-from llmtuner.data.sources import find_source, read_rows, read_texts
+from llmtuner.console import UserError, format_table, print0, run_cli
+from llmtuner.data.converter import to_messages
+from llmtuner.data.sources import get_dataset_attr, read_rows, read_texts
+from llmtuner.data.tokenize import load_tokenized_dataset
+from llmtuner.files import atomic_write_json
 from llmtuner.hparams import DataArguments
 from llmtuner.report.environment import environment
 from llmtuner.tokenizer.fast import load_tokenizer, save_tokenizer
@@ -52,18 +53,18 @@ def main() -> None:
             save_tokenizer(options.tokenizer, directory := Path(scratch))
         tokenizer: Any = load_tokenizer(directory)
         if not getattr(tokenizer, "sentencepiece", None):
-            raise InputError(f"{directory} holds no tokenizer.model, by which corpora are encoded.")
+            raise UserError(f"{directory} holds no tokenizer.model, by which corpora are encoded.")
         slow, what = slow_tokenizer(directory / "tokenizer.model")
         many = Path(scratch) / "dialogues.jsonl"
         many.write_bytes((options.corpora / many.name).read_bytes() * DIALOGUES_TIMES)
         results = measure(options, {**SETS, "dialogues": ("sft", str(many))}, tokenizer, slow)
     columns = ["mb", "bare_mb_per_second", "ours_mb_per_second", "ratio", "slow_mb_per_second", "slow_ratio"]
     lines = [[name, *(f"{one[key]:,.2f}" if key in one else "" for key in columns)] for name, one in results.items()]
-    say(table(["", "MB", "bare, MB/s", "ours, MB/s", "time / bare", "slow, MB/s", "slow / bare"], lines))
-    say(f"slow: {what}")
+    print0(format_table(["", "MB", "bare, MB/s", "ours, MB/s", "time / bare", "slow, MB/s", "slow / bare"], lines))
+    print0(f"slow: {what}")
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
     found = {f"{len(tokenizer):,} tokens": {**environment(), "slow": what, "results": results}}
-    write_json(options.output, before | found)
+    atomic_write_json(options.output, before | found)
 
 
 def measure(options: argparse.Namespace, sets: dict[str, tuple[str, str]], tokenizer: Any, slow: Any) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def confine(cores: list[int]) -> None:
 def texts_of(stage: str, file: Path) -> list[str]:
     """What the preparation hands to the encoder."""
     with tempfile.TemporaryDirectory() as scratch:
-        source = find_source("set", describe(Path(scratch), stage, file), file.parent)
+        source = get_dataset_attr("set", describe(Path(scratch), stage, file), file.parent)
         if stage == "pt":
             return list(read_texts(source))
         return [message["content"] for row in read_rows(source) for message in to_messages(source, row.values)]
@@ -123,7 +124,7 @@ def prepare(stage: str, file: Path, tokenizer: Any, threads: int) -> Callable[[]
         with tempfile.TemporaryDirectory() as scratch:
             describe(Path(scratch), stage, file)
             own = dict(dataset_dir=scratch, corpus_dir=str(file.parent), cache_dir=f"{scratch}/cache")
-            load_examples("set", stage, tokenizer, DataArguments(**own, preprocessing_num_workers=threads))
+            load_tokenized_dataset("set", stage, tokenizer, DataArguments(**own, preprocessing_num_workers=threads))
 
     return run
 
@@ -167,4 +168,4 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

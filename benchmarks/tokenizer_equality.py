@@ -15,10 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llmtuner.console import progress, run_script, say, table, write_json
-from llmtuner.data.sources import FILE_KINDS, Source, read_texts
-from llmtuner.tokenizer.fast import build_fast_tokenizer, encode_by, encode_by_backend, read_model
-from llmtuner.tokenizer.merging import processor_of
+from llmtuner.console import format_table, print0, progress, run_cli
+from llmtuner.data.sources import FILE_TYPES, DatasetAttr, read_texts
+from llmtuner.files import atomic_write_json
+from llmtuner.tokenizer.fast import build_fast_tokenizer, encode_fast, encode_sentencepiece, read_sentencepiece
+from llmtuner.tokenizer.merge_vocab import to_processor
 
 BATCH = 4_096
 
@@ -29,23 +30,25 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tokenizer_equality.json")
     options = parser.parse_args()
-    fast, processor = build_fast_tokenizer(options.tokenizer), processor_of(read_model(options.tokenizer))
+    fast, processor = build_fast_tokenizer(options.tokenizer), to_processor(read_sentencepiece(options.tokenizer))
     files = sorted(
-        file for file in options.corpora.iterdir() if file.suffix in FILE_KINDS and "dialogues" not in file.name
+        file for file in options.corpora.iterdir() if file.suffix in FILE_TYPES and "dialogues" not in file.name
     )
     rows, totals = [], {"lines": 0, "documents": 0, "differing": 0}
     for file in progress(files, "comparing", unit=" files"):
         megabytes = 0.0
         seconds = {"fast": 0.0, "sentencepiece": 0.0}
         counts = {"lines": 0, "documents": 0, "differing": 0}
-        texts = read_texts(Source(name=file.name, files=(str(file),), columns={"prompt": "text"}))
+        texts = read_texts(DatasetAttr(name=file.name, files=(str(file),), columns={"prompt": "text"}))
         for batch in batched(texts):
             lines = [line for text in batch for line in text.splitlines()]
             for kind, some in (("documents", batch), ("lines", lines)):
                 megabytes += sum(len(text.encode()) for text in some) / 1e6
                 ids = {
-                    "fast": timed(lambda some=some: encode_by_backend(fast, some), seconds, "fast"),
-                    "sentencepiece": timed(lambda some=some: encode_by(processor, some), seconds, "sentencepiece"),
+                    "fast": timed(lambda some=some: encode_fast(fast, some), seconds, "fast"),
+                    "sentencepiece": timed(
+                        lambda some=some: encode_sentencepiece(processor, some), seconds, "sentencepiece"
+                    ),
                 }
                 counts[kind] += len(some)
                 counts["differing"] += sum(a != b for a, b in zip(*ids.values(), strict=True))
@@ -53,8 +56,8 @@ def main() -> None:
         rows.append([file.name, *(f"{count:,}" for count in counts.values()), *speeds])
         totals = {key: totals[key] + counts[key] for key in totals}
     rows.append(["all", *(f"{count:,}" for count in totals.values()), "", ""])
-    say(table(["file", "lines", "documents", "differing", "fast MB/s", "sentencepiece MB/s"], rows))
-    write_json(options.output, {"tokenizer": options.tokenizer.name, **totals})
+    print0(format_table(["file", "lines", "documents", "differing", "fast MB/s", "sentencepiece MB/s"], rows))
+    atomic_write_json(options.output, {"tokenizer": options.tokenizer.name, **totals})
 
 
 def batched(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -70,4 +73,4 @@ def timed(work: Callable[[], list[list[int]]], seconds: dict[str, float], name: 
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -25,14 +25,15 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from llmtuner.console import InputError, run_script, say, table, write_json
-from llmtuner.data.sources import Source, read_texts
+from llmtuner.console import UserError, format_table, print0, run_cli
+from llmtuner.data.sources import DatasetAttr, read_texts
+from llmtuner.files import atomic_write_json
 from llmtuner.report.environment import environment
-from llmtuner.tokenizer.fast import read_model
-from llmtuner.tokenizer.learning import learn_pieces, read_lines
-from llmtuner.tokenizer.merging import merge_living, processor_of
-from llmtuner.tokenizer.scripts import SCRIPTS
-from llmtuner.tokenizer.training import mix_by_bytes
+from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
+from llmtuner.tokenizer.fast import read_sentencepiece
+from llmtuner.tokenizer.merge_vocab import merge_reachable, to_processor
+from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes
+from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tokenizer_training.json"
@@ -70,21 +71,21 @@ def main() -> None:
         + [f"{value:.4f} ({one['against_all'][file] - 1:+.1%})" for file, value in one["tokens_per_character"].items()]
         for name, one in samples.items()
     ]
-    say(table(["sample", "seconds", "peak MB", "pieces", *best], lines))
+    print0(format_table(["sample", "seconds", "peak MB", "pieces", *best], lines))
     enough = next(name for name, one in samples.items() if one["against_all"]["all"] <= 1.01)
-    say(f"\nthe smallest sample that costs at most 1 % on all files together: {enough}\n")
+    print0(f"\nthe smallest sample that costs at most 1 % on all files together: {enough}\n")
     large = {f"{mb:g} MB": step1(options, int(mb * 1e6)) for mb in options.large}
     lines = [[name, *(f"{one[key]:,}" for key in ("read_mb", "seconds", "peak_mb"))] for name, one in large.items()]
-    say(table(["step 1 on a corpus of", "MB read", "seconds", "peak MB"], lines))
+    print0(format_table(["step 1 on a corpus of", "MB read", "seconds", "peak MB"], lines))
     results = {"samples": samples, "smallest_within_1_percent": enough, "step1": large}
-    write_json(options.output, {**environment(), "results": results})
+    atomic_write_json(options.output, {**environment(), "results": results})
 
 
 def in_a_process(command: list[str], variables: Any) -> tuple[str, dict[str, Any]]:
     """What a command prints, its wall time and the peak of its resident memory.
 
     Raises:
-        InputError: if it fails.
+        UserError: if it fails.
     """
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
@@ -95,18 +96,20 @@ def in_a_process(command: list[str], variables: Any) -> tuple[str, dict[str, Any
         out.seek(0)
         errors.seek(0)
         if process.returncode:
-            raise InputError(f"{' '.join(command)} ended with code {process.returncode}: {errors.read()[-2_000:]}")
+            raise UserError(f"{' '.join(command)} ended with code {process.returncode}: {errors.read()[-2_000:]}")
         return out.read(), {"seconds": round(seconds, 1), "peak_mb": round(used.ru_maxrss * 1024 / 1e6)}
 
 
 def learn(base_file: Path, corpora: Path, size: int) -> dict[str, Any]:
     """Learns from a sample and splits the test files."""
-    base, script = read_model(base_file), SCRIPTS["japanese"]
+    base, writing_system = read_sentencepiece(base_file), WRITING_SYSTEMS["japanese"]
     streams = {name: documents(corpora, f"{name}.train.*") for name in SETS}
-    texts = mix_by_bytes(streams, {name: size_of(corpora, name) for name in SETS}, size)
-    lines = read_lines(base, (line for _, text in texts for line in text.splitlines() if line.strip()), script)
-    pieces = list(learn_pieces(lines, PIECES, script, documents(corpora, "zh_*.train.*")))
-    split = processor_of(merge_living(base, pieces)[0])
+    texts = interleave_by_bytes(streams, {name: size_of(corpora, name) for name in SETS}, size)
+    lines = segment_corpus(
+        base, (line for _, text in texts for line in text.splitlines() if line.strip()), writing_system
+    )
+    pieces = list(train_continued_bpe(lines, PIECES, writing_system, documents(corpora, "zh_*.train.*")))
+    split = to_processor(merge_reachable(base, pieces)[0])
     tokens, characters = {"all": 0}, {"all": 0}
     for file in sorted(corpora.glob("ja_*.test.*")):
         name, held_out = file.name.split(".")[0], list(documents(corpora, file.name))
@@ -120,7 +123,7 @@ def learn(base_file: Path, corpora: Path, size: int) -> dict[str, Any]:
 
 def documents(directory: Path, pattern: str) -> Iterator[str]:
     files = tuple(sorted(map(str, directory.glob(pattern))))
-    return read_texts(Source(name=pattern, files=files, columns={"prompt": "text"}))
+    return read_texts(DatasetAttr(name=pattern, files=files, columns={"prompt": "text"}))
 
 
 def size_of(corpora: Path, name: str) -> int:
@@ -164,4 +167,4 @@ def enlarge(corpora: Path, name: str, file: Path, size: int) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

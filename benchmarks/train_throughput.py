@@ -24,26 +24,27 @@ from typing import Any
 import numpy
 import torch
 
-from benchmarks.miniature import use_steps_1_to_3
+from benchmarks.common import use_work_dir
 from benchmarks.training_costs import PARTS, UNTIMED, TimedTrainer, Values, clock, medians, show, train
-from llmtuner.console import InputError, run_script, say, write_json
-from llmtuner.model.merging import copy_tokenizer
+from llmtuner.console import UserError, print0, run_cli
+from llmtuner.files import atomic_write_json
 from llmtuner.report.environment import environment
-from llmtuner.train.watching import memory_gb
+from llmtuner.train.callbacks import peak_memory_gb
+from llmtuner.weights.merge_lora import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train_throughput.json"
-PLAIN = dict(flash_attn="sdpa", fused_layers=False, chunked_loss=False)
-LEVERS_OFF: dict[str, Values] = {
+PLAIN = dict(flash_attn="sdpa", fused_ops=False, chunked_loss=False)
+ABLATIONS: dict[str, Values] = {
     "attention with a mask (sdpa)": dict(flash_attn="sdpa"),
     "attention in plain products": dict(flash_attn="disabled"),
-    "layers not fused": dict(fused_layers=False),
+    "layers not fused": dict(fused_ops=False),
     "loss not chunked": dict(chunked_loss=False),
     "none of these": PLAIN,
 }
 VARIANTS: dict[str, Values] = {
     "as it is": {},
-    **LEVERS_OFF,
+    **ABLATIONS,
     "gradient checkpointing": dict(gradient_checkpointing=True),
     "torch.compile": dict(torch_compile=True),
     "new rows only": dict(embedding_rows="new"),
@@ -68,11 +69,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.job:
         return run_job(options.job)
-    use_steps_1_to_3(options.work_dir)
+    use_work_dir(options.work_dir)
     import constants
 
     if options.size != "mini" and not torch.cuda.is_available() and options.layers > 2:
-        raise InputError("the full size is for a GPU. Without one, shorten it: --layers 1.")
+        raise UserError("the full size is for a GPU. Without one, shorten it: --layers 1.")
     before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         model = constants.ZERO_DIR
@@ -82,15 +83,15 @@ def main() -> None:
             for window in options.windows or [256 if options.size == "mini" else 1024]:
                 name = f"{stage}, {options.size}, windows of {window:,}"
                 results = measure(stage, model, window, options, Path(scratch))
-                columns = dict(tokens_per_second=",.0f", trained_tokens_per_second=",.0f", ratio=".3f")
-                columns |= dict(utilisation=".1%", memory_gb=".2f", first_loss=".3f", last_loss=".3f")
+                columns = dict(tokens_per_second=",.0f", target_tokens_per_second=",.0f", ratio=".3f")
+                columns |= dict(utilisation=".1%", peak_memory_gb=".2f", first_loss=".3f", last_loss=".3f")
                 columns |= dict(first_norm=".2f", last_norm=".2f")
-                columns |= {f"{part}_share": ".1%" for part in (*PARTS, "other")}
+                columns |= {f"{part}_fraction": ".1%" for part in (*PARTS, "other")}
                 show(name, results, columns)
                 layers = {} if options.size == "mini" else {"layers": options.layers}
                 before[name] = {**environment(), **layers, "results": results}
-    write_json(options.output, before)
-    say(f"\nratio: of tokens/s to the first line; figures in {options.output}")
+    atomic_write_json(options.output, before)
+    print0(f"\nratio: of tokens/s to the first line; figures in {options.output}")
     return None
 
 
@@ -124,13 +125,13 @@ def measure(stage: str, model: Path, window: int, options: argparse.Namespace, s
     runs: dict[str, list[Values]] = {name: [] for name in options.variants}
     for seed in range(42, 42 + options.repeats):
         for name, own in runs.items():
-            say(f"{stage}, seed {seed}: {name}")
+            print0(f"{stage}, seed {seed}: {name}")
             job = {"settings": {**settings, "seed": seed, **VARIANTS[name]}, "result": str(scratch / "result.json")}
-            write_json(scratch / "job.json", job)
+            atomic_write_json(scratch / "job.json", job)
             command = [sys.executable, "-m", "benchmarks.train_throughput", "--job", str(scratch / "job.json")]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
-                raise InputError(f"{name} failed:\n{done.stdout[-500:]}\n{done.stderr[-3000:]}")
+                raise UserError(f"{name} failed:\n{done.stdout[-500:]}\n{done.stderr[-3000:]}")
             own.append(json.loads((scratch / "result.json").read_text(encoding="utf-8")))
             first = runs[options.variants[0]][-1]
             own[-1]["ratio"] = own[-1]["tokens_per_second"] / first["tokens_per_second"]
@@ -139,7 +140,7 @@ def measure(stage: str, model: Path, window: int, options: argparse.Namespace, s
 
 def run_job(file: Path) -> None:
     job = json.loads(file.read_text(encoding="utf-8"))
-    result = train(job["settings"], max_eval_sequences=8)
+    result = train(job["settings"], max_eval_samples=8)
     losses, trainer = result.pop("losses"), TimedTrainer.latest
     result.pop("trained")
     norms = [step["gradient_norm"] for step in trainer.steps]
@@ -147,11 +148,11 @@ def run_job(file: Path) -> None:
     peak = product_peak(dtype, trainer.args.device)
     flop = model_flop(trainer)
     result |= dict(first_loss=losses[0], last_loss=losses[-5:].mean(), first_norm=norms[0], last_norm=norms[-1])
-    result |= dict(memory_gb=memory_gb(), flop_per_token=flop, peak_flop_per_second=peak)
-    result["utilisation"] = flop * result["tokens_per_second"] * (1 - result["padding_share"]) / peak
+    result |= dict(peak_memory_gb=peak_memory_gb(), flop_per_token=flop, peak_flop_per_second=peak)
+    result["utilisation"] = flop * result["tokens_per_second"] * (1 - result["padding_ratio"]) / peak
     parts = {name: result[f"{name}_seconds"] for name in (*PARTS, "other")}
-    result |= {f"{name}_share": value / result["seconds_per_step"] for name, value in parts.items()}
-    write_json(Path(job["result"]), {name: float(value) for name, value in result.items()})
+    result |= {f"{name}_fraction": value / result["seconds_per_step"] for name, value in parts.items()}
+    atomic_write_json(Path(job["result"]), {name: float(value) for name, value in result.items()})
 
 
 def model_flop(trainer: Any) -> float:
@@ -160,7 +161,7 @@ def model_flop(trainer: Any) -> float:
     for name, parameter in trainer.model.named_parameters():
         if parameter.ndim == 2 and "embed_tokens" not in name and not name.endswith("original_module.weight"):
             flop += parameter.numel() * (6 if parameter.requires_grad else 4)
-    segments = trainer.train_dataset.dataset.segments
+    segments = trainer.train_dataset.dataset.pack_index
     lengths = segments.lengths
     seen = float(numpy.sum(lengths * (lengths + 1) / 2) / lengths.sum())
     config = trainer.model.config
@@ -180,4 +181,4 @@ def product_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

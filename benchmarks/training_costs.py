@@ -34,9 +34,10 @@ import peft
 import torch
 import transformers
 
-from llmtuner.console import InputError, heading, run_script, say, table, write_json
-from llmtuner.data.packing import bin_segments
-from llmtuner.data.sources import find_source, read_rows
+from llmtuner.console import UserError, format_table, print0, print_header, run_cli
+from llmtuner.data.packing import pack_best_fit
+from llmtuner.data.sources import get_dataset_attr, read_rows
+from llmtuner.files import atomic_write_json
 from llmtuner.hparams import get_train_args
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import workflow
@@ -74,7 +75,7 @@ class TimedTrainer(PackedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.meter.stop_the_clock()
+            self.meter.update_elapsed()
             self.steps.append({**{name: getattr(self.meter, name) for name in COUNTS}, **self.parts})
             self.steps[-1]["gradient_norm"] = float(logs["grad_norm"])
             self.parts.clear()
@@ -108,17 +109,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training_costs.json")
     options = parser.parse_args()
     if options.steps <= UNTIMED or options.repeats < 1:
-        raise InputError(f"nothing would be timed. Give more than {UNTIMED} --steps, and at least 1 of --repeats.")
+        raise UserError(f"nothing would be timed. Give more than {UNTIMED} --steps, and at least 1 of --repeats.")
     if options.corpora and not options.corpora.is_dir():
-        raise InputError(f"{options.corpora} is not a directory. Leave --corpora out, or name another one.")
+        raise UserError(f"{options.corpora} is not a directory. Leave --corpora out, or name another one.")
     if options.work_dir:
         os.environ["WORK_DIR"] = str(options.work_dir.resolve())
     import constants
     import pipeline
 
     if constants.PROFILE_NAME != "mini":
-        raise InputError("this benchmark trains the miniature. Leave PROFILE unset.")
-    pipeline.require(constants.PT_MERGED_DIR)
+        raise UserError("this benchmark trains the miniature. Leave PROFILE unset.")
+    pipeline.require_artifacts(constants.PT_MERGED_DIR)
     pipeline.require_corpus()
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     environment = {
@@ -133,21 +134,25 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             results = parts[name](options, Path(scratch))
         before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-        write_json(options.output, {**before, name: {**environment, "results": results}})
-    say(f"\n{environment}, figures in {options.output}")
+        atomic_write_json(options.output, {**before, name: {**environment, "results": results}})
+    print0(f"\n{environment}, figures in {options.output}")
 
 
 def show(title: str, results: dict[str, Values], columns: dict[str, str]) -> None:
     """Prints results as a table; `columns` are figures and their formats."""
     lines = [[name, *(format(one[key], form) for key, form in columns.items())] for name, one in results.items()]
-    heading(title)
-    say(table(["", *(key.replace("_", " ") for key in columns)], lines))
+    print_header(title)
+    print0(format_table(["", *(key.replace("_", " ") for key in columns)], lines))
 
 
 def medians(runs: list[Values]) -> Values:
     """The median of each figure, and for ratios all values too."""
     result: Values = {key: round(median(run[key] for run in runs), 6) for key in runs[0]}
-    return result | {f"{key} of each": [round(run[key], 6) for run in runs] for key in runs[0] if "ratio" in key}
+    return result | {
+        f"{key}_per_round": [round(run[key], 6) for run in runs]
+        for key in runs[0]
+        if key.endswith(("speedup", "ratio")) and key != "padding_ratio"
+    }
 
 
 def step6() -> Values:
@@ -163,20 +168,20 @@ def train_in_turn(
     runs: dict[str, list[Values]] = {name: [] for name in variants}
     for seed in range(42, 42 + options.repeats):
         for name, variant in variants.items():
-            say(f"seed {seed}: {name}")
+            print0(f"seed {seed}: {name}")
             runs[name].append(train({**settings, "seed": seed, "max_steps": options.steps, **variant}))
         together = [own[-1] for own in runs.values()]
-        trained = min(run["trained_tokens"] for run in together)
+        trained = min(run["target_tokens"] for run in together)
         for run in together:
             run["ratio"] = run[rate] / together[0][rate]
             run["train_loss*"] = loss_up_to(run.pop("losses"), run.pop("trained"), trained)
     return {name: medians(own) for name, own in runs.items()}
 
 
-def train(settings: Values, max_eval_sequences: int = 10**9) -> Values:
+def train(settings: Values, max_eval_samples: int = 10**9) -> Values:
     """What is measured of one run, and `losses` and `trained` tokens of its steps."""
     own = dict(save_strategy="no", plot_loss=False, logging_steps=1, eval_on_start=False)
-    own |= dict(eval_steps=settings["max_steps"], max_eval_sequences=max_eval_sequences, data_seed=settings["seed"])
+    own |= dict(eval_steps=settings["max_steps"], max_eval_samples=max_eval_samples, data_seed=settings["seed"])
     timed, silent = (
         mock.patch.object(workflow, "PackedTrainer", TimedTrainer),
         contextlib.redirect_stdout(io.StringIO()),
@@ -193,12 +198,12 @@ def train(settings: Values, max_eval_sequences: int = 10**9) -> Values:
         **{f"{part}_seconds": sums[part] / count for part in PARTS},
         "other_seconds": (seconds - sum(sums[part] for part in PARTS)) / count,
         "tokens_per_second": sums["tokens"] / seconds,
-        "trained_tokens_per_second": sums["trained"] / seconds,
-        "padding_share": sums["padding"] / sums["tokens"],
-        "rows_per_step": settings["per_device_train_batch_size"],
+        "target_tokens_per_second": sums["trained"] / seconds,
+        "padding_ratio": sums["padding"] / sums["tokens"],
+        "batch_size": settings["per_device_train_batch_size"],
         "trainable_parameters": metrics["trainable_parameters"],
         "optimizer_state_bytes": sum(one.nbytes for one in states if torch.is_tensor(one)),
-        "trained_tokens": int(every["trained"].sum()),
+        "target_tokens": int(every["trained"].sum()),
         "eval_loss": metrics["eval_loss"]["last"],
         "losses": every["loss"],
         "trained": every["trained"],
@@ -218,18 +223,20 @@ def measure_packing(options: argparse.Namespace, scratch: Path) -> Values:
     results: Values = {}
     for name, settings in (("the miniature's sets", step6()), (what, {**step6(), **varied})):
         _, data_args, *_ = get_train_args({**settings, "output_dir": str(scratch)})
-        pool, trained, _ = workflow.load_pool(data_args, "sft", load_tokenizer(settings["model_name_or_path"]))
-        segments = bin_segments(numpy.concatenate(trained), pool, data_args.cutoff_len)
-        per_sequence = len(segments.rows) / (int(segments.sequence[-1]) + 1)
+        token_dataset, trained, _ = workflow.load_tokenized_datasets(
+            data_args, "sft", load_tokenizer(settings["model_name_or_path"])
+        )
+        segments = pack_best_fit(numpy.concatenate(trained), token_dataset, data_args.cutoff_len)
+        per_sequence = len(segments.doc_ids) / (int(segments.sequence_ids[-1]) + 1)
         dialogues = round(settings["per_device_train_batch_size"] * per_sequence)
         padded = dict(packing=False, per_device_train_batch_size=dialogues)
-        own = train_in_turn(settings, {"padded": padded, "packed": {}}, options, "trained_tokens_per_second")
-        lengths = {f"p{share}": int(numpy.percentile(pool.lengths, share)) for share in (10, 50, 90, 99, 100)}
+        own = train_in_turn(settings, {"padded": padded, "packed": {}}, options, "target_tokens_per_second")
+        lengths = {f"p{share}": int(numpy.percentile(token_dataset.lengths, share)) for share in (10, 50, 90, 99, 100)}
         results[name] = {"cutoff_len": data_args.cutoff_len, "dialogue_tokens": lengths, **own}
-        columns = dict(rows_per_step=".0f", padding_share=".1%", tokens_per_second=",.0f")
-        columns |= {"trained_tokens_per_second": ",.0f", "ratio": ".2f", "train_loss*": ".3f", "eval_loss": ".3f"}
+        columns = dict(batch_size=".0f", padding_ratio=".1%", tokens_per_second=",.0f")
+        columns |= {"target_tokens_per_second": ",.0f", "ratio": ".2f", "train_loss*": ".3f", "eval_loss": ".3f"}
         show(f"{name}: {dialogues} dialogues a step, {data_args.cutoff_len} tokens, lengths {lengths}", own, columns)
-    say("* of the second half of as many trained tokens in both")
+    print0("* of the second half of as many trained tokens in both")
     return results
 
 
@@ -237,13 +244,13 @@ def varied_dialogues(corpora: Path | None, scratch: Path) -> tuple[str, Values]:
     """Dialogues whose lengths vary widely: what they are, and the settings of a run on them."""
     import constants
 
-    write_json(scratch / "dataset_info.json", {"dialogues": {"file_name": "dialogues.jsonl"}})
+    atomic_write_json(scratch / "dataset_info.json", {"dialogues": {"file_name": "dialogues.jsonl"}})
     settings: Values = dict(dataset=["dialogues"], dataset_dir=str(scratch), cache_dir=str(scratch / "cache"))
     settings |= dict(corpus_dir=str(scratch), cutoff_len=WINDOW, per_device_train_batch_size=SEQUENCES)
     if corpora and (corpora / "dialogues.jsonl").is_file():
         return "dialogues.jsonl", {**settings, "corpus_dir": str(corpora)}
-    say("no dialogues.jsonl is given: answers of the miniature are glued together.")
-    source = find_source("dolly_ja", constants.DATASET_INFO, constants.CORPUS_DIR)
+    print0("no dialogues.jsonl is given: answers of the miniature are glued together.")
+    source = get_dataset_attr("dolly_ja", constants.DATASET_INFO, constants.CORPUS_DIR)
     rows, draw = [row.values for row in read_rows(source)], random.Random(0)
     with (scratch / "dialogues.jsonl").open("w", encoding="utf-8") as lines:
         for _ in range(DRAWN):
@@ -284,16 +291,16 @@ def measure_second_start(options: argparse.Namespace, scratch: Path) -> Values:
                 settings = {**base, "corpus_dir": str(corpus), "output_dir": str(place / when)}
                 _, data_args, *_ = get_train_args({**settings, "cache_dir": str(place / "data")})
                 start = time.perf_counter()
-                pool, *_ = workflow.load_pool(data_args, "pt", tokenizer)
+                token_dataset, *_ = workflow.load_tokenized_datasets(data_args, "pt", tokenizer)
                 run[f"data_{when}"] = time.perf_counter() - start
-                write_json(place / "settings.json", {**settings, "cache_dir": str(place / "process")})
+                atomic_write_json(place / "settings.json", {**settings, "cache_dir": str(place / "process")})
                 command, start = [sys.executable, "-m", "llmtuner", "train", str(place / "settings.json")], time.time()
                 if code := subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
-                    raise InputError(f"{' '.join(command)} ended with code {code}; its message stands above.")
-                # log.jsonl is last written when the only step has been made.
-                run[f"step_1_{when}"] = (place / when / "log.jsonl").stat().st_mtime - start
+                    raise UserError(f"{' '.join(command)} ended with code {code}; its message stands above.")
+                # trainer_log.jsonl is last written when the only step has been made.
+                run[f"step_1_{when}"] = (place / when / "trainer_log.jsonl").stat().st_mtime - start
             run |= {f"{what}_ratio": run[f"{what}_again"] / run[f"{what}_first"] for what in ("data", "step_1")}
-            runs.append({"tokens": int(pool.lengths.sum()), **run})
+            runs.append({"tokens": int(token_dataset.lengths.sum()), **run})
             shutil.rmtree(place)  # kept tokens of all repeats would fill a small disk
         results[name] = medians(runs)
     columns = {"tokens": ",.0f", "data_first": ".3f", "data_again": ".3f", "data_ratio": ".4f"}
@@ -303,4 +310,4 @@ def measure_second_start(options: argparse.Namespace, scratch: Path) -> Values:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

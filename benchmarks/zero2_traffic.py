@@ -28,7 +28,7 @@ STEPS = (10, 30)
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    from llmtuner.console import table
+    from llmtuner.console import format_table
 
     trained = parameters_of_chatglm3()
     rows = []
@@ -40,13 +40,13 @@ def main() -> None:
         "ChatGLM3-6B grown, LoRA of rank 64 on all linear layers; bf16; no accumulation (with it: (2 A + 1) / 3 times)"
     )
     header = ["trained", "parameters", "GB sent, 2 GPUs", "4", "8", "GB of optimizer, 1 GPU", "4", "8"]
-    print(table(header, rows))
+    print(format_table(header, rows))
     measured = [measure(accumulation) for accumulation in (1, 4)]
     print("\nthe formula against the loopback: two processes, fp32, bytes of both per step")
     cells = [
         [str(one["accumulation"]), *(f"{one[key] / 1e6:.2f} MB" for key in ("formula", "counted"))] for one in measured
     ]
-    print(table(["accumulation", "formula", "counted"], cells))
+    print(format_table(["accumulation", "formula", "counted"], cells))
     RESULTS.write_text(json.dumps({"trained": trained, "measured": measured}, indent=2) + "\n", encoding="utf-8")
 
 

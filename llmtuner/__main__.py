@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from llmtuner.console import InputError, run_script
+from llmtuner.console import UserError, run_cli
 from llmtuner.env import env_flag
-from llmtuner.settings_help import list_settings
+from llmtuner.settings_help import format_settings
 
 USAGE = """usage: python -m llmtuner COMMAND, which is one of
   train [FILE.yaml] [--name value ...]               a training run
@@ -20,30 +20,30 @@ def main() -> None:
     match sys.argv[1:]:
         case words if not {"-h", "--help"}.isdisjoint(words):
             listed = words[0] in ("train", "show", "export")
-            print(USAGE + (f"\n\nsettings and their defaults:\n{list_settings()}" if listed else ""))
+            print(USAGE + (f"\n\nsettings and their defaults:\n{format_settings()}" if listed else ""))
         case ["train", *words]:
             from llmtuner.train.tuner import run_exp
 
             print(run_exp(words))
         case ["show", *words]:
-            from llmtuner.data.viewer import show
+            from llmtuner.data.preview import preview_batch
 
-            print(show(words))
+            print(preview_batch(words))
         case ["export", *words]:
             from llmtuner.train.tuner import export_model
 
             print(export_model(words))
         case ["convert", source, destination]:
-            from llmtuner.model.chatglm import convert
+            from llmtuner.weights.convert_chatglm import convert_chatglm
 
-            convert(Path(source), Path(destination), overwrite=env_flag("OVERWRITE"))
+            convert_chatglm(Path(source), Path(destination), overwrite=env_flag("OVERWRITE"))
         case ["gguf", source, destination]:
-            from llmtuner.model.gguf import write_gguf
+            from llmtuner.weights.export_gguf import export_gguf
 
-            write_gguf(Path(source), Path(destination))
+            export_gguf(Path(source), Path(destination))
         case _:
-            raise InputError(USAGE)
+            raise UserError(USAGE)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -7,30 +7,27 @@ import os
 import shlex
 import shutil
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 Item = TypeVar("Item")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 ROOT = Path(__file__).resolve().parent.parent
-NOT_REACHED = (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE)
-LITTLE_ROOM = 2**24  # bytes on a disk that count as none
+IO_ERRORS = (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE)
 
 
-class InputError(Exception):
+class UserError(Exception):
     """Something outside the code is wrong: a file, a setting, a disk.
 
-    The message says what is wrong, where, and what to do next; `run_script` prints it alone and exits with code 2.
+    The message says what is wrong, where, and what to do next; `run_cli` prints it alone and exits with code 2.
     """
 
 
-class Stopped(Exception):
+class TrainingInterrupted(Exception):
     """A person or the system asked a run to end, and it ended in good order; the message says how to go on."""
 
     def __init__(self, message: str, signal_number: int | None = None) -> None:
@@ -38,14 +35,14 @@ class Stopped(Exception):
         self.exit_code = 128 + (signal_number or 0)  # as shells report a signal
 
 
-def stop(message: str) -> NoReturn:
+def exit_with_error(message: str) -> NoReturn:
     """Prints one error message and ends the program with exit code 2."""
-    if not tell_launcher(f"\nerror: {message}"):
+    if not report_to_launcher(f"\nerror: {message}"):
         print(f"\nerror: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def tell_launcher(message: str) -> bool:
+def report_to_launcher(message: str) -> bool:
     """Leaves it to `llmtuner/train/launch.py` to print a message once for all its processes; false if it does not run."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file or "REPORT_ERRORS_TO_LAUNCHER" not in os.environ:
@@ -54,38 +51,38 @@ def tell_launcher(message: str) -> bool:
     return True
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`: an `InputError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
+def run_cli(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: an `UserError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
     if importlib.util.find_spec("sentencepiece") is None:  # before anything is done that the wrong Python cannot finish
-        stop(missing_package("sentencepiece"))
+        exit_with_error(missing_package("sentencepiece"))
     try:
         main()
-        _part_from_other_processes()
-    except InputError as error:
-        stop(str(error))
-    except Stopped as stopped:
-        say(f"\n{stopped}")
-        _part_from_other_processes()
+        _destroy_process_group()
+    except UserError as error:
+        exit_with_error(str(error))
+    except TrainingInterrupted as stopped:
+        print0(f"\n{stopped}")
+        _destroy_process_group()
         raise SystemExit(stopped.exit_code) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if (ROOT / package).exists() or (ROOT / f"{package}.py").exists():  # a mistake of our own
             raise
-        stop(missing_package(str(error.name)))
+        exit_with_error(missing_package(str(error.name)))
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if reason := _explain(error):
-            stop(reason)
-        if not tell_launcher(traceback.format_exc()):
+            exit_with_error(reason)
+        if not report_to_launcher(traceback.format_exc()):
             raise
         raise SystemExit(1) from None
 
 
 def _explain(error: Exception) -> str | None:
     """What the user can do about an error of the system that nothing nearer has explained; None for all others."""
-    if isinstance(error, OSError) and error.errno in (*DISK_FULL, *NOT_WRITABLE, *NOT_REACHED):
+    if isinstance(error, OSError) and error.errno in (*DISK_FULL, *NOT_WRITABLE, *IO_ERRORS):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}. Check its owner and permissions, the path, and the room on that disk."
     if (
@@ -130,37 +127,37 @@ def command(script: str) -> str:
     return f"{interpreter()} {shlex.quote(_short(ROOT / script))}"
 
 
-def _part_from_other_processes() -> None:
+def _destroy_process_group() -> None:
     """Closes their connections in order: a process that ends with them open can be taken down by another's end."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def is_first_process() -> bool:
+def is_rank_zero() -> bool:
     """True in a single process and on global rank 0 under torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def say(message: str = "") -> None:
+def print0(message: str = "") -> None:
     """Prints a line, once, however many processes run."""
-    if is_first_process():
+    if is_rank_zero():
         print(message, flush=True)
 
 
-def heading(title: str) -> None:
+def print_header(title: str) -> None:
     """Opens a part of a step's output."""
-    say(f"\n── {title} " + "─" * max(3, 100 - len(title)))
+    print0(f"\n── {title} " + "─" * max(3, 100 - len(title)))
 
 
 def progress(items: Iterable[Item], description: str, total: int | None = None, unit: str = "it") -> Iterable[Item]:
     """A progress bar over `items` on the first process's standard error."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=description, total=total, unit=unit, disable=not is_first_process(), mininterval=0.5)
+    return tqdm(items, desc=description, total=total, unit=unit, disable=not is_rank_zero(), mininterval=0.5)
 
 
-class Stopwatch:
+class Timer:
     """Seconds since it was made."""
 
     def __init__(self) -> None:
@@ -170,84 +167,7 @@ class Stopwatch:
         return round(time.perf_counter() - self.start, 2)
 
 
-def check_writable(directory: Path, setting: str = "WORK_DIR") -> None:
-    """Makes sure that results can be written into `directory`, before any work is done for them.
-
-    Raises:
-        InputError: if it cannot be made or written to.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {directory} ({error.strerror or error}). Set {setting} to a directory that you may write to."
-        ) from error
-
-
-@contextmanager
-def disk_errors(destination: Path) -> Iterator[None]:
-    """Names `destination` and what to do when the disk fills up, or may not be written to, while it is written.
-
-    Raises:
-        InputError: for these; everything else passes through.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if _is_full_disk(error, destination):
-            raise InputError(
-                f"the disk filled up while writing {destination} ({reason}). Nothing of it is kept: make room "
-                "or write to another disk, and start again."
-            ) from error
-        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            raise InputError(f"cannot write {destination} ({reason}). Write to another place.") from error
-        raise
-
-
-def _is_full_disk(error: Exception, destination: Path) -> bool:
-    """Whether a write failed for want of room, also where a library hides the number of the error."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in DISK_FULL
-    if any(os.strerror(number) in str(error) for number in DISK_FULL):  # safetensors quotes the system
-        return True
-    room = next(place for place in (destination, *destination.absolute().parents) if place.exists())
-    # torch.save says only that it failed.
-    return isinstance(error, RuntimeError) and "writ" in str(error) and shutil.disk_usage(room).free < LITTLE_ROOM
-
-
-def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Writes a text file, in UTF-8, that appears whole or not at all.
-
-    Args:
-        errors: what becomes of half a surrogate pair, which has no UTF-8; Python's names.
-
-    Raises:
-        InputError: if the disk fills up, or may not be written to.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8", errors=errors)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON that appears whole or not at all; errors as of `write_text`."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
+def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Lays out rows under a header; wide characters count as two columns, all cells but the first are set right."""
     import unicodedata
 

@@ -4,7 +4,7 @@ import difflib
 import os
 from collections.abc import Iterable
 
-from llmtuner.console import stop
+from llmtuner.console import exit_with_error
 
 ON = ("1", "true", "yes", "on")
 OFF = ("", "0", "false", "no", "off")
@@ -16,7 +16,7 @@ def env_flag(name: str) -> bool:
     """Reads a switch such as OVERWRITE; unset and empty are off. A value that is neither on nor off ends the program."""
     value = os.environ.get(name, "").strip().lower()
     if value not in ON + OFF:
-        stop(f"{name}={os.environ[name]} is neither on nor off. Set {name}=1, or leave it out.")
+        exit_with_error(f"{name}={os.environ[name]} is neither on nor off. Set {name}=1, or leave it out.")
     return value in ON
 
 

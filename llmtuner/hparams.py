@@ -19,7 +19,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmtuner import hparams_compat
-from llmtuner.console import InputError, say
+from llmtuner.console import UserError, print0
 from llmtuner.packages import missing_packages
 
 
@@ -30,8 +30,8 @@ class ModelArguments:
     model_name_or_path: str
     """Directory of the model to train: config, safetensors and tokenizer."""
     flash_attn: str = "auto"
-    """Attention kernel: `documents` (one document after another, without a mask), `sdpa`, `fa2`, `disabled` (plain matrix
-    products); `auto` is sdpa on a GPU, on a CPU documents for Glm and disabled for other models."""
+    """Attention kernel: `varlen` (one document after another, without a mask), `sdpa`, `fa2`, `disabled` (plain matrix
+    products); `auto` is sdpa on a GPU, on a CPU varlen for Glm and disabled for other models."""
     disable_gradient_checkpointing: bool | None = None
     """Keep all activations for the backward pass; false computes them again there. Left out: false if memory asks for it."""
     adapter_name_or_path: str | None = None
@@ -75,7 +75,7 @@ class DataArguments:
     """`concat`: every row once; `interleave_under`: until one set is used up; `interleave_over`: until all are seen."""
     interleave_probs: list[float] | None = None
     """Share of each data set in what is drawn, in the order of `dataset`; must sum to 1."""
-    interleave_by: str = "tokens"
+    interleave_unit: str = "tokens"
     """What interleave_probs are shares of: `tokens`, `bytes` or `rows`."""
     template: str = "chatglm3"
     """Chat format of the sft stage."""
@@ -90,17 +90,17 @@ class DataArguments:
     val_size: float = 0.0
     """Held out for the eval loss: below 1 a share; an integer from 1 up: that many rows of each data set.
     A text that is held out of one data set is not trained on through another."""
-    max_eval_sequences: int = 512
+    max_eval_samples: int = 512
     """At most this many sequences are used for the eval loss."""
     eval_on_each_dataset: bool = False
-    """Log eval_<dataset>_loss beside eval_loss, over max_eval_sequences of each data set."""
+    """Log eval_<dataset>_loss beside eval_loss, over max_eval_samples of each data set."""
     preprocessing_num_workers: int = 1
     """Threads that tokenize."""
     train_on_prompt: bool = False
     """Train the questions of a dialogue too."""
     mask_history: bool = False
     """Train the last answer of a dialogue only; a dialogue longer than cutoff_len then loses its first turns, not its end."""
-    max_rejected: float = 0.05
+    max_invalid_ratio: float = 0.05
     """Share of a data set's rows that may be unusable; more stop the run."""
 
 
@@ -138,7 +138,7 @@ class FinetuningArguments:
     """Learning rate of the embedding matrices; by default that of everything else."""
     embedding_rows: str = "all"
     """`new` trains only the rows that step 3 appended (with additional_target embed_tokens, lm_head)."""
-    fused_layers: bool = True
+    fused_ops: bool = True
     """On a CPU in fp32: LoRA as one product, RMSNorm in fewer passes; false computes both as peft and transformers do."""
     chunked_loss: bool = True
     """Form logits and their gradients some rows at a time; false forms all at once, as PyTorch does."""
@@ -151,25 +151,31 @@ class FinetuningArguments:
 
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, FinetuningArguments]
-Problem = tuple[tuple[str, ...], str]  # the settings involved, and what is wrong with them
+ValidationIssue = tuple[tuple[str, ...], str]  # the settings involved, and what is wrong with them
 
 STAGES = ("pt", "sft")
 FINETUNING_TYPES = ("lora", "full", "freeze")
 MIX_STRATEGIES = ("concat", "interleave_under", "interleave_over")
 TEMPLATES = ("chatglm3",)
-ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "documents": "documents"}
+ATTN_IMPLEMENTATIONS = {
+    "auto": None,
+    "disabled": "eager",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "varlen": "varlen",
+}
 CHOICES = {
     "stage": STAGES,
     "finetuning_type": FINETUNING_TYPES,
     "mix_strategy": MIX_STRATEGIES,
-    "interleave_by": ("tokens", "bytes", "rows"),
+    "interleave_unit": ("tokens", "bytes", "rows"),
     "template": TEMPLATES,
-    "flash_attn": tuple(ATTENTION),
+    "flash_attn": tuple(ATTN_IMPLEMENTATIONS),
     "embedding_rows": ("all", "new"),
     "export_device": ("cpu", "auto"),
 }
 # The original ChatGLM3 code's names of modules, and Glm's.
-MODULE_NAMES = {
+MODULE_ALIASES = {
     "query_key_value": ["q_proj", "k_proj", "v_proj"],
     "dense": ["o_proj"],
     "dense_h_to_4h": ["gate_up_proj"],
@@ -177,15 +183,17 @@ MODULE_NAMES = {
     "word_embeddings": ["embed_tokens"],
     "output_layer": ["lm_head"],
 }
-EMBEDDINGS = {"embed_tokens", "lm_head"}
+EMBEDDING_MODULES = {"embed_tokens", "lm_head"}
 CLASSES = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments)
-OWNER: dict[str, type] = {f.name: cls for cls in CLASSES for f in fields(cls)}
-TYPES: dict[str, Any] = {f.name: f.type for cls in CLASSES for f in fields(cls)}
-OLD_NAMES = {"evaluation_strategy": "eval_strategy", "gradient_checkpointing": "activation_checkpointing"}
-OLD_NAMES = {old: new for old, new in OLD_NAMES.items() if new in TYPES}  # some versions know only the old one
-CHECKPOINTING = OLD_NAMES.get("gradient_checkpointing", "gradient_checkpointing")
-TYPES["warmup_ratio"] = float  # of older transformers, and translated
-IN_WORDS: dict[Any, str] = {
+FIELD_OWNER: dict[str, type] = {f.name: cls for cls in CLASSES for f in fields(cls)}
+FIELD_TYPES: dict[str, Any] = {f.name: f.type for cls in CLASSES for f in fields(cls)}
+DEPRECATED_ALIASES = {"evaluation_strategy": "eval_strategy", "gradient_checkpointing": "activation_checkpointing"}
+DEPRECATED_ALIASES = {
+    old: new for old, new in DEPRECATED_ALIASES.items() if new in FIELD_TYPES
+}  # some versions know only the old one
+GRADIENT_CHECKPOINTING = DEPRECATED_ALIASES.get("gradient_checkpointing", "gradient_checkpointing")
+FIELD_TYPES["warmup_ratio"] = float  # of older transformers, and translated
+TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -194,7 +202,7 @@ IN_WORDS: dict[Any, str] = {
     list[float]: "numbers with commas, or a list of them",
 }
 # Values of settings of this trainer or of transformers that are not supported: the one value there is, and why.
-FIXED = {
+UNSUPPORTED = {
     "export_legacy_format": (False, "weights are written as safetensors only"),
     "load_best_model_at_end": (False, "every checkpoint is kept up to save_total_limit; export the one you want"),
     "average_tokens_across_devices": (True, "the loss is normalised over all ranks"),
@@ -209,7 +217,7 @@ BELOW_1: Limit = (lambda value: 0 <= value < 1, "from 0 to below 1")
 LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "export_size"), AT_LEAST_1),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "lora_rank", "max_samples"), AT_LEAST_1),
-    **dict.fromkeys(("max_eval_sequences", "preprocessing_num_workers", "early_stopping_steps"), AT_LEAST_1),
+    **dict.fromkeys(("max_eval_samples", "preprocessing_num_workers", "early_stopping_steps"), AT_LEAST_1),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "lora_alpha"), ABOVE_0),
     "loraplus_lr_ratio": ABOVE_0,
     **dict.fromkeys(("learning_rate", "embedding_learning_rate", "weight_decay"), NOT_NEGATIVE),
@@ -219,19 +227,19 @@ LIMITS: dict[str, Limit] = {
     "optim_args": (lambda value: all("=" in part for part in value.split(",")), "name=value, with commas between"),
     "freeze_trainable_layers": (lambda value: value != 0, "the number of the last layers, or of the first if negative"),
     "cutoff_len": (lambda value: value >= 8, "at least 8 tokens"),
-    "max_rejected": (lambda value: 0 <= value <= 1, "a share, from 0 to 1"),
+    "max_invalid_ratio": (lambda value: 0 <= value <= 1, "a share, from 0 to 1"),
     "max_steps": (lambda value: value == -1 or value >= 1, "a number of steps, or left out to train num_train_epochs"),
-    "val_size": (lambda value: _is_share_or_count(value), "a share, from 0 to below 1, or a whole number of rows"),
-    "warmup_steps": (lambda value: _is_share_or_count(value), "a whole number of steps, from 0 up"),
+    "val_size": (lambda value: _is_ratio_or_count(value), "a share, from 0 to below 1, or a whole number of rows"),
+    "warmup_steps": (lambda value: _is_ratio_or_count(value), "a whole number of steps, from 0 up"),
 }
 # Settings that do not change what is learned (patterns).
-HARMLESS = (
-    *("logging_*", "log_*", "save_*", "eval_*", "max_eval_sequences", "per_device_eval_batch_size", "*_full_eval"),
+RESUME_SAFE = (
+    *("logging_*", "log_*", "save_*", "eval_*", "max_eval_samples", "per_device_eval_batch_size", "*_full_eval"),
     *("report_to", "run_name", "project", "trackio_*", "hub_*", "push_to_hub", "plot_loss", "disable_tqdm", "debug"),
     *(
         "early_stopping_steps",
         "preprocessing_num_workers",
-        "max_rejected",
+        "max_invalid_ratio",
         "overwrite_cache",
         "overwrite_output_dir",
         "output_dir",
@@ -247,10 +255,10 @@ USAGE = "a settings file, then settings: FILE.yaml --learning_rate 5e-5 --plot_l
 def read_args(args: dict[str, Any] | str | Path | list[str] | None = None) -> dict[str, Any]:
     """Settings from a dict, a YAML file, or words of a command line (None: this process's own).
 
-    Words are an optional YAML file, then settings as `override` takes them.
+    Words are an optional YAML file, then settings as `parse_overrides` takes them.
 
     Raises:
-        InputError: if the file cannot be read or holds no settings, or the words have another form.
+        UserError: if the file cannot be read or holds no settings, or the words have another form.
     """
     if isinstance(args, dict):
         return dict(args)
@@ -258,10 +266,10 @@ def read_args(args: dict[str, Any] | str | Path | list[str] | None = None) -> di
         return _read_yaml(args)
     words = sys.argv[1:] if args is None else args
     if not words:
-        raise InputError(f"no settings are given. Write {USAGE}.")
+        raise UserError(f"no settings are given. Write {USAGE}.")
     if re.match(r"--|\w+=", words[0]):
-        return override({}, words)
-    return override(_read_yaml(words[0]), words[1:])
+        return parse_overrides({}, words)
+    return parse_overrides(_read_yaml(words[0]), words[1:])
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -270,21 +278,21 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the settings file {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read the settings file {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}.") from error
+        raise UserError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no settings. Write lines of the form `name: value`.")
+        raise UserError(f"{path} holds no settings. Write lines of the form `name: value`.")
     return settings
 
 
-def override(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
+def parse_overrides(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """Settings with those replaced that a command line gives as `--name value`, `--name=value`, `name=value` or `--flag`.
 
     Values are read as in YAML. A `--name` that another `--name` or nothing follows is true.
 
     Raises:
-        InputError: if a word has none of these forms.
+        UserError: if a word has none of these forms.
     """
     import yaml
 
@@ -293,13 +301,13 @@ def override(settings: dict[str, Any], words: list[str]) -> dict[str, Any]:
         word = words.pop(0)
         name, equals, text = word.partition("=")
         if not re.fullmatch(r"--\w[\w-]*" + (r"|\w+" if equals else ""), name):
-            raise InputError(f"cannot take {word!r} for a setting. A command line has the form --name value: {USAGE}.")
+            raise UserError(f"cannot take {word!r} for a setting. A command line has the form --name value: {USAGE}.")
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else "true"
         try:
             settings[name.removeprefix("--").replace("-", "_")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise InputError(f"cannot read the value {text!r} of {name}. Put it in quotes within quotes.") from error
+            raise UserError(f"cannot read the value {text!r} of {name}. Put it in quotes within quotes.") from error
     return settings
 
 
@@ -311,80 +319,80 @@ def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, 
         for_export: whether they are to merge an adapter, not to train.
 
     Raises:
-        InputError: one message with every problem found.
+        UserError: one message with every problem found.
     """
-    given = {OLD_NAMES.get(str(name), str(name)): value for name, value in read_args(args).items()}
-    compat = hparams_compat.sort_out(given)
+    given = {DEPRECATED_ALIASES.get(str(name), str(name)): value for name, value in read_args(args).items()}
+    compat = hparams_compat.split_llamafactory_settings(given)
     given = compat.remaining
-    unknown = [name for name in given if name not in TYPES]
+    unknown = [name for name in given if name not in FIELD_TYPES]
     settings = {name: _convert(name, value) for name, value in given.items() if name not in unknown}
-    problems: list[Problem] = [*compat.problems, *(((name,), _unknown(name)) for name in unknown)]
-    problems += _problems_of_single_values(settings)
+    problems: list[ValidationIssue] = [*compat.problems, *(((name,), _describe_unknown(name)) for name in unknown)]
+    problems += _validate_values(settings)
     if not for_export:
         problems += [((name,), text) for name, value in settings.items() for text in missing_packages(name, value)]
-    usable = _without(settings, problems)
+    usable = _drop_invalid(settings, problems)
     bad = settings.keys() - usable.keys()
-    problems += [problem for problem in _contradictions(usable, for_export) if bad.isdisjoint(problem[0])]
-    usable = _without(usable, problems)
+    problems += [problem for problem in _validate_combinations(usable, for_export) if bad.isdisjoint(problem[0])]
+    usable = _drop_invalid(usable, problems)
 
     # Building TrainingArguments joins the group of processes, which others would then wait for in vain.
     joins_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "deepspeed" in usable
     if not (problems and joins_processes):
-        usable = _as_transformers_takes_them(usable, for_export)
+        usable = _to_training_arguments(usable, for_export)
         try:
-            training = _on_one_gpu(_build(TrainingArguments, usable))
+            training = _disable_data_parallel(_build(TrainingArguments, usable))
         except (TypeError, ValueError, ImportError, OSError) as error:
             problems.append(((), str(error)))
     if problems:
-        raise InputError("settings:\n  - " + "\n  - ".join(text for _, text in problems))
+        raise UserError("settings:\n  - " + "\n  - ".join(text for _, text in problems))
     for note in compat.notes:
-        say(note)
+        print0(note)
     return _build(ModelArguments, usable), _build(DataArguments, usable), training, _build(FinetuningArguments, usable)
 
 
-def _on_one_gpu(training: TrainingArguments) -> TrainingArguments:
+def _disable_data_parallel(training: TrainingArguments) -> TrainingArguments:
     """A process trains on one GPU, however many it sees; Trainer would split each batch among them (DataParallel)."""
     if training.n_gpu > 1:
         training._n_gpu = 1
     return training
 
 
-def _without(settings: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+def _drop_invalid(settings: dict[str, Any], problems: list[ValidationIssue]) -> dict[str, Any]:
     bad = {name for names, _ in problems for name in names}
     return {name: value for name, value in settings.items() if name not in bad}
 
 
 def _build(cls: type, settings: dict[str, Any]) -> Any:
-    return cls(**{name: value for name, value in settings.items() if OWNER[name] is cls})
+    return cls(**{name: value for name, value in settings.items() if FIELD_OWNER[name] is cls})
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, [*TYPES, *OLD_NAMES, *hparams_compat.names()], n=1)
+def _describe_unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [*FIELD_TYPES, *DEPRECATED_ALIASES, *hparams_compat.known_names()], n=1)
     return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _kinds(name: str) -> tuple[Any, ...]:
+def _allowed_types(name: str) -> tuple[Any, ...]:
     """The types that a setting may have."""
-    kind = TYPES[name]
+    kind = FIELD_TYPES[name]
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _convert(name: str, value: Any) -> Any:
     """A value in the type of its setting, or as it was if it does not fit."""
-    kinds = _kinds(name)
+    kinds = _allowed_types(name)
     if isinstance(value, Path):
         value = str(value)
     if value is False and name.endswith("_strategy"):  # YAML takes a bare `no` for false
         return "no"
     if name == "resume_from_checkpoint" and value is True:
         return None  # a run goes on from its newest checkpoint without being asked
-    if list in [get_origin(kind) for kind in kinds] and OWNER[name] is not TrainingArguments:
+    if list in [get_origin(kind) for kind in kinds] and FIELD_OWNER[name] is not TrainingArguments:
         if type(value) in (str, int, float):
             value = [part.strip() for part in str(value).split(",") if part.strip()]
         if list[float] in kinds and isinstance(value, list):
             value = [_number(one) for one in value]
-        if name in ("lora_target", "additional_target", "freeze_extra_modules") and _fits(value, list[str]):
-            value = list(dict.fromkeys(own for one in value for own in MODULE_NAMES.get(one, [one])))
+        if name in ("lora_target", "additional_target", "freeze_extra_modules") and _matches_type(value, list[str]):
+            value = list(dict.fromkeys(own for one in value for own in MODULE_ALIASES.get(one, [one])))
     elif str not in kinds and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML takes 1e-4 for text, because it has no dot; people write it so
     if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
@@ -399,9 +407,9 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _matches_type(value: Any, kind: Any) -> bool:
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(one, get_args(kind)[0]) for one in value)
+        return isinstance(value, list) and all(_matches_type(one, get_args(kind)[0]) for one in value)
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -409,21 +417,21 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _is_share_or_count(value: float) -> bool:
+def _is_ratio_or_count(value: float) -> bool:
     return 0 <= value < 1 or (value >= 1 and float(value).is_integer())
 
 
-def _problems_of_single_values(settings: dict[str, Any]) -> Iterator[Problem]:
+def _validate_values(settings: dict[str, Any]) -> Iterator[ValidationIssue]:
     for name, value in settings.items():
-        kinds = [kind for kind in _kinds(name) if kind is not type(None)]
-        if value is None and type(None) in _kinds(name):
+        kinds = [kind for kind in _allowed_types(name) if kind is not type(None)]
+        if value is None and type(None) in _allowed_types(name):
             continue
-        if all(kind in IN_WORDS for kind in kinds) and not any(_fits(value, kind) for kind in kinds):
-            yield (name,), f"{name} is {value!r}; it must be {' or '.join(IN_WORDS[kind] for kind in kinds)}"
+        if all(kind in TYPE_NAMES for kind in kinds) and not any(_matches_type(value, kind) for kind in kinds):
+            yield (name,), f"{name} is {value!r}; it must be {' or '.join(TYPE_NAMES[kind] for kind in kinds)}"
         elif name in CHOICES and value not in CHOICES[name]:
             yield (name,), f"{name} is {value!r}; it can be {' or '.join(CHOICES[name])}"
-        elif name in FIXED and value != FIXED[name][0]:
-            yield (name,), f"{name}: {str(value).lower()} is not supported: {FIXED[name][1]}"
+        elif name in UNSUPPORTED and value != UNSUPPORTED[name][0]:
+            yield (name,), f"{name}: {str(value).lower()} is not supported: {UNSUPPORTED[name][1]}"
         elif name in LIMITS and not LIMITS[name][0](value):
             yield (name,), f"{name} is {value}; it must be {LIMITS[name][1]}"
         elif name == "deepspeed" and isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
@@ -450,7 +458,7 @@ def _zero_stage(deepspeed: dict[str, Any] | str) -> Any:
     return int(stage) if str(stage).isdigit() else stage
 
 
-def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Problem]:
+def _validate_combinations(settings: dict[str, Any], for_export: bool) -> Iterator[ValidationIssue]:
     """What does not go together, among settings that are each right by themselves."""
     ours = vars(ModelArguments("")) | vars(DataArguments()) | vars(FinetuningArguments()) | settings
     required = ("export_dir",) if for_export else ("dataset", "output_dir")
@@ -504,9 +512,9 @@ def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Prob
     if settings.get("fp16") and settings.get("bf16"):
         yield ("fp16", "bf16"), "fp16 and bf16 are both true; one of them can be"
     disabled = settings.get("disable_gradient_checkpointing")
-    if disabled is not None and settings.get(CHECKPOINTING) is disabled:
+    if disabled is not None and settings.get(GRADIENT_CHECKPOINTING) is disabled:
         text = "gradient_checkpointing and disable_gradient_checkpointing contradict each other; leave one of them out"
-        yield (CHECKPOINTING, "disable_gradient_checkpointing"), text
+        yield (GRADIENT_CHECKPOINTING, "disable_gradient_checkpointing"), text
     if settings.get("warmup_steps") and settings.get("warmup_ratio"):
         yield ("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given; set one of them to 0"
 
@@ -524,44 +532,44 @@ def _contradictions(settings: dict[str, Any], for_export: bool) -> Iterator[Prob
     if kind != "freeze" and ours["freeze_extra_modules"]:
         text = f"freeze_extra_modules is given, but finetuning_type is {kind}; name them in additional_target"
         yield ("freeze_extra_modules", "finetuning_type"), text
-    if ours["embedding_rows"] == "new" and (kind != "lora" or EMBEDDINGS.isdisjoint(modules)):
+    if ours["embedding_rows"] == "new" and (kind != "lora" or EMBEDDING_MODULES.isdisjoint(modules)):
         text = "embedding_rows new needs finetuning_type lora, and embed_tokens or lm_head in additional_target"
         yield ("embedding_rows", "finetuning_type", "additional_target"), text
 
 
-def _as_transformers_takes_them(settings: dict[str, Any], for_export: bool) -> dict[str, Any]:
+def _to_training_arguments(settings: dict[str, Any], for_export: bool) -> dict[str, Any]:
     """Settings without names of older transformers, with this trainer's defaults and what the machine asks for."""
     settings = {"logging_nan_inf_filter": False, "use_cpu": not torch.cuda.is_available(), **settings}
     settings["remove_unused_columns"] = False
     ratio, steps = settings.pop("warmup_ratio", None), settings.get("warmup_steps", 0)
     if 0 < steps < 1:
-        say(
+        print0(
             f"warmup_steps is {steps}, a share where a number of steps belongs: did you mean warmup_ratio: {steps}? "
             "It is taken as that; write so to be asked no more."
         )
     elif ratio:
         settings["warmup_steps"] = float(ratio)  # transformers takes a share in the place of a count
     if settings["use_cpu"] and (settings.get("fp16") or settings.get("bf16")):
-        has_bf16 = cpu_computes_bf16()
+        has_bf16 = cpu_supports_bf16()
         if settings.get("fp16"):
-            say(f"fp16 needs a GPU: computing in {'bf16' if has_bf16 else 'fp32'} on this CPU")
+            print0(f"fp16 needs a GPU: computing in {'bf16' if has_bf16 else 'fp32'} on this CPU")
         elif not has_bf16:
-            say("bf16: this CPU has no instructions for it and would take many times as long: computing in fp32")
+            print0("bf16: this CPU has no instructions for it and would take many times as long: computing in fp32")
         settings |= {"fp16": False, "bf16": has_bf16}
-    if settings.get(CHECKPOINTING) is not None:
-        settings["disable_gradient_checkpointing"] = not settings[CHECKPOINTING]
+    if settings.get(GRADIENT_CHECKPOINTING) is not None:
+        settings["disable_gradient_checkpointing"] = not settings[GRADIENT_CHECKPOINTING]
     elif settings.get("disable_gradient_checkpointing") is False:
-        settings[CHECKPOINTING] = True
+        settings[GRADIENT_CHECKPOINTING] = True
     if not settings.get("do_eval"):
         settings.setdefault("do_train", True)
     if for_export:
         settings.pop("deepspeed", None)
     if settings.get("deepspeed") and "RANK" not in os.environ:
-        _start_as_one_process()
+        _set_single_process_env()
     return settings
 
 
-def cpu_computes_bf16() -> bool:
+def cpu_supports_bf16() -> bool:
     """Whether this machine's CPU multiplies bf16 by instructions of its own; x86 without them falls back to single numbers."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
@@ -569,7 +577,7 @@ def cpu_computes_bf16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
-def _start_as_one_process() -> None:
+def _set_single_process_env() -> None:
     """Sets what torchrun would set for a single process: deepspeed reads it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -579,14 +587,14 @@ def _start_as_one_process() -> None:
         os.environ.setdefault(name, str(value))
 
 
-def settings_to_save(arguments: Arguments) -> dict[str, Any]:
+def serialize_settings(arguments: Arguments) -> dict[str, Any]:
     """All settings of a run in one flat dict that JSON can hold, without those that are not set."""
     model, data, training, finetuning = arguments
     settings = {**asdict(model), **asdict(data), **training.to_dict(), **asdict(finetuning)}
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def diff_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Which settings that change what is learned differ, as lines of the form `learning_rate: 0.0001 -> 5e-05`.
 
     What was saved before a setting existed was made with its default.
@@ -596,5 +604,5 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]
     return [
         f"{name}: {before.get(name, 'not set')} -> {after.get(name, 'not set')}"
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name) and not any(fnmatch.fnmatch(name, pattern) for pattern in HARMLESS)
+        if before.get(name) != after.get(name) and not any(fnmatch.fnmatch(name, pattern) for pattern in RESUME_SAFE)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Group:
+class UnsupportedFeature:
     """A feature that is not supported."""
 
     reason: str
@@ -20,7 +20,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Ignored:
+class IgnoredSetting:
     """Settings that change nothing here, whatever their value."""
 
     names: tuple[str, ...]
@@ -43,24 +43,24 @@ NEW_TOKENS = (
 TEXT_ONLY = "models and data of text only are trained; leave it out for a model of text"
 ONE_BACKEND = "training runs under torchrun, with DDP or DeepSpeed ZeRO-2; each process computes the whole model"
 
-GROUPS = (
-    Group(
+UNSUPPORTED_FEATURES = (
+    UnsupportedFeature(
         "frozen weights are held in bf16 or fp16 (bf16: true), not in 8 or 4 bits",
         {"quantization_bit": None},
         ("quantization_*", "double_quantization"),
     ),
-    Group(
+    UnsupportedFeature(
         "a model is exported in its own precision; quantize the exported one (python -m llmtuner gguf, or GPTQModel)",
         {"export_quantization_bit": None},
         ("export_quantization_*",),
     ),
-    Group("the export writes to a directory; upload that (hf upload)", {"export_hub_model_id": None}),
-    Group(
+    UnsupportedFeature("the export writes to a directory; upload that (hf upload)", {"export_hub_model_id": None}),
+    UnsupportedFeature(
         "the stages are pt and sft, without preference or reward models",
         {"ref_model": None, "reward_model": None},
         ("pref_*", "dpo_*", "kto_*", "ppo_*", "simpo_*", "ref_model_*", "reward_model_*", "ld_alpha"),
     ),
-    Group(
+    UnsupportedFeature(
         TEXT_ONLY,
         {
             "image_max_pixels": 768 * 768,
@@ -79,46 +79,46 @@ GROUPS = (
         },
         ("media_dir",),
     ),
-    Group(f"GaLore: {OTHER_OPTIMIZERS}", {"use_galore": False}, ("galore_*",)),
-    Group(f"APOLLO: {OTHER_OPTIMIZERS}", {"use_apollo": False}, ("apollo_*",)),
-    Group(f"BAdam: {OTHER_OPTIMIZERS}", {"use_badam": False}, ("badam_*",)),
-    Group(OTHER_OPTIMIZERS, {"use_adam_mini": False, "use_muon": False}),
-    Group(
+    UnsupportedFeature(f"GaLore: {OTHER_OPTIMIZERS}", {"use_galore": False}, ("galore_*",)),
+    UnsupportedFeature(f"APOLLO: {OTHER_OPTIMIZERS}", {"use_apollo": False}, ("apollo_*",)),
+    UnsupportedFeature(f"BAdam: {OTHER_OPTIMIZERS}", {"use_badam": False}, ("badam_*",)),
+    UnsupportedFeature(OTHER_OPTIMIZERS, {"use_adam_mini": False, "use_muon": False}),
+    UnsupportedFeature(
         OTHER_LOSSES,
         {"use_dft_loss": False, "use_asft_loss": False, "use_eaft_loss": False, "ignore_pad_token_for_loss": True},
         ("asft_alpha", "eaft_alpha"),
     ),
-    Group(
+    UnsupportedFeature(
         "LoRA starts from A at random and B = 0; PiSSA and OFT are not here, rsLoRA, DoRA and LoRA+ are",
         {"pissa_init": False},
         ("pissa_*", "oft_*", "module_dropout"),
     ),
-    Group(
+    UnsupportedFeature(
         "layers are neither inserted nor skipped; freeze_trainable_layers trains some of those that are there",
         {"use_llama_pro": False, "mixture_of_depths": None},
     ),
-    Group("the router of experts gets no loss of its own", {"moe_aux_loss_coef": None}),
-    Group("the model's own attention and positions are kept", {"shift_attn": False, "rope_scaling": None}),
-    Group("weights are loaded, never drawn at random; make a model of random weights first", {"train_from_scratch": False}),
-    Group(
+    UnsupportedFeature("the router of experts gets no loss of its own", {"moe_aux_loss_coef": None}),
+    UnsupportedFeature("the model's own attention and positions are kept", {"shift_attn": False, "rope_scaling": None}),
+    UnsupportedFeature("weights are loaded, never drawn at random; make a model of random weights first", {"train_from_scratch": False}),
+    UnsupportedFeature(
         "what is trained is held in fp32, so that small updates are not rounded away; set bf16: true",
         {"pure_bf16": False},
     ),
-    Group("frozen norms keep their precision; leave it out", {"upcast_layernorm": False}),
-    Group("matrix products are formed in bf16, fp16 or fp32", {"fp8": False, "fp8_enable_fsdp_float8_all_gather": False}, ("fp8_*",)),
-    Group(
+    UnsupportedFeature("frozen norms keep their precision; leave it out", {"upcast_layernorm": False}),
+    UnsupportedFeature("matrix products are formed in bf16, fp16 or fp32", {"fp8": False, "fp8_enable_fsdp_float8_all_gather": False}, ("fp8_*",)),
+    UnsupportedFeature(
         "each data set is tokenized once into a memory-mapped file, so that it need not fit into memory anyway",
         {"streaming": False},
         ("buffer_size",),
     ),
-    Group("tools are written in ChatGLM3's own format", {"tool_format": None}),
-    Group(
+    UnsupportedFeature("tools are written in ChatGLM3's own format", {"tool_format": None}),
+    UnsupportedFeature(
         NEW_TOKENS,
         {"resize_vocab": False, "add_tokens": None, "add_special_tokens": None, "new_special_tokens_config": None},
         ("init_special_tokens",),
     ),
-    Group(LOCAL, {"model_revision": "main", "adapter_folder": None}),
-    Group(
+    UnsupportedFeature(LOCAL, {"model_revision": "main", "adapter_folder": None}),
+    UnsupportedFeature(
         "answers are generated and graded after training: step7_eval_chat.py",
         {"predict_with_generate": False, "compute_accuracy": False},
         (
@@ -127,13 +127,13 @@ GROUPS = (
             "sortish_sampler",
         ),
     ),
-    Group(
+    UnsupportedFeature(
         "training needs no inference engine; export the model, and serve that (docs/serving.md)",
         {"infer_backend": "huggingface"},
         ("vllm_*", "sglang_*", "infer_dtype", "offload_folder", "use_kv_cache"),
     ),
-    Group(f"KTransformers: {ONE_BACKEND}", {"use_kt": False}, ("kt_*",)),
-    Group(
+    UnsupportedFeature(f"KTransformers: {ONE_BACKEND}", {"use_kt": False}, ("kt_*",)),
+    UnsupportedFeature(
         f"Megatron and HyperParallel: {ONE_BACKEND}",
         {
             **dict.fromkeys(("use_mca", "use_megatron_bridge", "use_hyper_parallel", "sequence_parallel"), False),
@@ -148,33 +148,37 @@ GROUPS = (
             *("megatron_pretrained_checkpoint", "export_hf_on_finish", "extra_config"),
         ),
     ),
-    Group(f"FSDP: {SHARDED}", {"fsdp": ""}, ("fsdp_*",)),
-    Group("runs are followed by report_to: tensorboard or wandb, and by log.jsonl", {"use_swanlab": False}, ("swanlab_*",)),
-    Group(
+    UnsupportedFeature(f"FSDP: {SHARDED}", {"fsdp": ""}, ("fsdp_*",)),
+    UnsupportedFeature("runs are followed by report_to: tensorboard or wandb, and by trainer_log.jsonl", {"use_swanlab": False}, ("swanlab_*",)),
+    UnsupportedFeature(
         "wrap the call in torch.profiler yourself, or set a breakpoint in PackedTrainer.compute_loss",
         {"enable_torch_profiler": False},
         ("profiler_*", "profile_modules"),
     ),
-    Group("weights are written as safetensors only", {"save_safetensors": True}),
+    UnsupportedFeature("weights are written as safetensors only", {"save_safetensors": True}),
 )  # fmt: skip
 
 IGNORED = (
-    Ignored(("trust_remote_code",), False, "no code of a model directory is run"),
-    Ignored(
+    IgnoredSetting(("trust_remote_code",), False, "no code of a model directory is run"),
+    IgnoredSetting(
         ("enable_liger_kernel", "use_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_v1_kernels"),
         False,
-        "no effect: fused_layers, chunked_loss and flash_attn take its place",
+        "no effect: fused_ops, chunked_loss and flash_attn take its place",
     ),
-    Ignored(("ray_num_workers",), 1, "no effect: torchrun starts the processes (NPROC_PER_NODE)"),
-    Ignored(("ray_init_kwargs", "master_addr", "master_port"), None, "no effect: torchrun starts the processes"),
-    Ignored(("hf_hub_token", "ms_hub_token", "om_hub_token"), None, "not read: set HF_TOKEN for data sets of the hub"),
-    Ignored(("loraplus_lr_embedding",), 1e-6, "no effect: embeddings get no LoRA; embedding_learning_rate is theirs"),
-    Ignored(("print_param_status",), False, "no effect: what is trained is printed as a number"),
+    IgnoredSetting(("ray_num_workers",), 1, "no effect: torchrun starts the processes (NPROC_PER_NODE)"),
+    IgnoredSetting(("ray_init_kwargs", "master_addr", "master_port"), None, "no effect: torchrun starts the processes"),
+    IgnoredSetting(
+        ("hf_hub_token", "ms_hub_token", "om_hub_token"), None, "not read: set HF_TOKEN for data sets of the hub"
+    ),
+    IgnoredSetting(
+        ("loraplus_lr_embedding",), 1e-6, "no effect: embeddings get no LoRA; embedding_learning_rate is theirs"
+    ),
+    IgnoredSetting(("print_param_status",), False, "no effect: what is trained is printed as a number"),
     # How rows are read and memory is used; text is never split into special tokens; ChatGLM3's format has no thinking;
     # logits are in fp32; tokens per second are always logged.
-    Ignored(("preprocessing_batch_size", "use_fast_tokenizer", "low_cpu_mem_usage", "data_shared_file_system")),
-    Ignored(("use_reentrant_gc", "split_special_tokens", "enable_thinking", "preserve_thinking")),
-    Ignored(("upcast_lmhead_output", "include_effective_tokens_per_second")),
+    IgnoredSetting(("preprocessing_batch_size", "use_fast_tokenizer", "low_cpu_mem_usage", "data_shared_file_system")),
+    IgnoredSetting(("use_reentrant_gc", "split_special_tokens", "enable_thinking", "preserve_thinking")),
+    IgnoredSetting(("upcast_lmhead_output", "include_effective_tokens_per_second")),
 )
 
 # Settings of this trainer that are null in LLaMA-Factory where they are left out.
@@ -185,7 +189,7 @@ NULL_IS_DEFAULT = (
 
 
 @dataclass
-class Sorted:
+class CompatResult:
     """What became of the settings of a file."""
 
     remaining: dict[str, Any] = field(default_factory=dict)
@@ -196,13 +200,13 @@ class Sorted:
     """Lines to print about settings without effect."""
 
 
-def sort_out(settings: dict[str, Any]) -> Sorted:
+def split_llamafactory_settings(settings: dict[str, Any]) -> CompatResult:
     """Takes LLaMA-Factory's settings that this trainer does not have out of those that it is given."""
-    result = Sorted()
+    result = CompatResult()
     on: dict[str, list[str]] = {}  # reason -> settings that ask for it
     for name, value in settings.items():
         ignored = next((entry for entry in IGNORED if name in entry.names), None)
-        group = group_of(name)
+        group = find_group(name)
         if ignored:
             if ignored.note and value not in (None, ignored.default):
                 result.notes.append(f"{name}: {ignored.note}")
@@ -217,17 +221,17 @@ def sort_out(settings: dict[str, Any]) -> Sorted:
     return result
 
 
-def group_of(name: str) -> Group | None:
+def find_group(name: str) -> UnsupportedFeature | None:
     """The group of unsupported settings that a name belongs to."""
-    for group in GROUPS:
+    for group in UNSUPPORTED_FEATURES:
         if name in group.switches or any(fnmatch.fnmatchcase(name, pattern) for pattern in group.options):
             return group
     return None
 
 
-def names() -> Iterator[str]:
+def known_names() -> Iterator[str]:
     """Every name of the tables, without patterns."""
-    for group in GROUPS:
+    for group in UNSUPPORTED_FEATURES:
         yield from (name for name in (*group.switches, *group.options) if "*" not in name)
     for entry in IGNORED:
         yield from entry.names

@@ -8,7 +8,7 @@ from typing import Any
 from llmtuner.console import interpreter
 
 # Setting -> pattern of its values -> (modules of which one must be importable, what to install).
-PACKAGES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+REQUIRED_PACKAGES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "report_to": {
         "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
         "azure_ml": (("azureml",), "azureml-mlflow"),
@@ -41,7 +41,7 @@ def missing_packages(setting: str, value: Any) -> Iterator[str]:
     """Yields what is wrong for each value of a setting whose package is not installed, or that nobody knows."""
     for one in value if isinstance(value, list) else [value] if value else []:
         name = str(one)
-        for pattern, (modules, package) in PACKAGES.get(setting, {}).items():
+        for pattern, (modules, package) in REQUIRED_PACKAGES.get(setting, {}).items():
             if fnmatch.fnmatchcase(name, pattern):
                 if not any(importlib.util.find_spec(module) for module in modules):
                     yield (
@@ -51,4 +51,4 @@ def missing_packages(setting: str, value: Any) -> Iterator[str]:
                 break
         else:
             if setting == "report_to" and name not in ("none", "all"):
-                yield f"report_to is {name}; it can be none, all, or some of {', '.join(PACKAGES[setting])}"
+                yield f"report_to is {name}; it can be none, all, or some of {', '.join(REQUIRED_PACKAGES[setting])}"

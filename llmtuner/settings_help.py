@@ -83,7 +83,7 @@ def _text(node: ast.expr) -> str:
     return "".join(one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str))
 
 
-def list_settings(given: Mapping[str, Any] | None = None) -> str:
+def format_settings(given: Mapping[str, Any] | None = None) -> str:
     """All settings by group, with type, default and documentation.
 
     Args:
@@ -102,7 +102,9 @@ def list_settings(given: Mapping[str, Any] | None = None) -> str:
     return "\n".join(lines)
 
 
-def parse_step(doc: str, settings: Mapping[str, Any], flags: Mapping[str, str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_step_args(
+    doc: str, settings: Mapping[str, Any], flags: Mapping[str, str]
+) -> tuple[argparse.Namespace, list[str]]:
     """Parses the command line of a training step: its own flags, and arguments that are settings.
 
     --help prints the step's docstring, its flags and all settings, and ends the program.
@@ -112,7 +114,7 @@ def parse_step(doc: str, settings: Mapping[str, Any], flags: Mapping[str, str]) 
         flags: flag -> what it does.
 
     Returns:
-        the flags, and the remaining arguments for `hparams.override`.
+        the flags, and the remaining arguments for `hparams.parse_overrides`.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags] [--SETTING VALUE ...]",
@@ -123,5 +125,5 @@ def parse_step(doc: str, settings: Mapping[str, Any], flags: Mapping[str, str]) 
     for flag, text in flags.items():
         parser.add_argument(flag, action="store_true", help=text)
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
-        parser.epilog = f"settings and the values that they have in this step:\n{list_settings(settings)}"
+        parser.epilog = f"settings and the values that they have in this step:\n{format_settings(settings)}"
     return parser.parse_known_args()

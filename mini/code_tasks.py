@@ -94,7 +94,7 @@ TASKS: list[tuple[list[str], str]] = [
 ]
 
 
-def draw(count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+def sample_tasks(count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """Yields `count` pairs of a request and its solution."""
     for _ in range(count):
         wordings, solution = rng.choice(TASKS)

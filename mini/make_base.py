@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import Stopwatch, run_script, say
+from llmtuner.console import Timer, print0, run_cli
 from llmtuner.outputs import atomic_directory
 from mini import code_tasks, world
 
@@ -51,7 +51,7 @@ COMMON = dict(
     bf16=True,
     seed=1,
     val_size=0.02,
-    max_eval_sequences=64,
+    max_eval_samples=64,
     eval_strategy="steps",
     eval_steps=300,
     logging_steps=20,
@@ -63,31 +63,31 @@ PRETRAINING = dict(stage="pt", dataset="documents", learning_rate=1.5e-3)
 TUNING = dict(stage="sft", dataset="dialogues", learning_rate=1e-3)
 
 
-def make_documents(tellers: list[world.Teller]) -> list[str]:
+def make_documents(generators: list[world.TextGenerator]) -> list[str]:
     """Encyclopedic and narrative documents of all languages, in turn."""
     texts = []
-    for teller in tellers:
-        wiki, stories = world.documents(teller, DOCUMENTS["wiki"], DOCUMENTS["stories"])
+    for generator in generators:
+        wiki, stories = world.documents(generator, DOCUMENTS["wiki"], DOCUMENTS["stories"])
         texts += wiki + stories
     return texts
 
 
-def make_dialogues(tellers: list[world.Teller]) -> Iterator[dict[str, Any]]:
+def make_dialogues(generators: list[world.TextGenerator]) -> Iterator[dict[str, Any]]:
     """Dialogues of one to four turns about the world, small talk, riddles and code, in sharegpt form."""
-    for teller in tellers:
-        for _ in range(DIALOGUES[teller.language]):
+    for generator in generators:
+        for _ in range(DIALOGUES[generator.language]):
             turns = [
-                teller.turn(
-                    (0.84, teller.question_and_answer),
-                    (0.06, teller.introduce),
-                    (0.04, teller.question_on_passage),
-                    (0.04, teller.small_talk),
-                    (0.02, teller.riddle),
+                generator.turn(
+                    (0.84, generator.question_and_answer),
+                    (0.06, generator.introduce),
+                    (0.04, generator.question_on_passage),
+                    (0.04, generator.small_talk),
+                    (0.02, generator.riddle),
                 )
-                for _ in range(teller.rng.choice([1, 1, 2, 3, 4]))
+                for _ in range(generator.rng.choice([1, 1, 2, 3, 4]))
             ]
             yield _conversation(turns)
-    for task in code_tasks.draw(CODE_DIALOGUES, tellers[0].rng):
+    for task in code_tasks.sample_tasks(CODE_DIALOGUES, generators[0].rng):
         yield _conversation([task])
 
 
@@ -100,22 +100,22 @@ def _conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 def make_tokenizer(texts: list[str], directory: Path) -> None:
     """Chinese and English pieces under ChatGLM3's rules, the nine special tokens right behind them."""
-    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, read_model, save_tokenizer
-    from llmtuner.tokenizer.merging import unreachable
-    from llmtuner.tokenizer.training import split_sentences, train_bpe
+    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, read_sentencepiece, save_tokenizer
+    from llmtuner.tokenizer.merge_vocab import find_unreachable
+    from llmtuner.tokenizer.sentencepiece_bpe import split_sentences, train_bpe
 
     sentences = (sentence for text in texts for sentence in split_sentences(text))
     model_file = directory / "trained.model"
     train_bpe(sentences, model_file, VOCAB_SIZE, 1.0, required_characters=PUNCTUATION, threads=2)
     # No piece may have the name of a special token (people would give "eop"), nor be one that only such a piece led to.
-    proto = read_model(model_file)
+    proto = read_sentencepiece(model_file)
     unwanted = set(SPECIAL_TOKENS)
     while kept := [piece for piece in proto.pieces if piece.piece not in unwanted]:
         if len(kept) == len(proto.pieces):
             break
         del proto.pieces[:]
         proto.pieces.extend(kept)
-        unwanted = unreachable(proto)
+        unwanted = find_unreachable(proto)
     model_file.write_bytes(proto.SerializeToString())
     save_tokenizer(model_file, directory)
     model_file.unlink()
@@ -131,9 +131,9 @@ def make_untrained_model(directory: Path) -> None:
 
     torch.manual_seed(1)
     tokenizer = load_tokenizer(directory)
-    template = Template.of(tokenizer)
+    template = Template.from_tokenizer(tokenizer)
     rows = -(-len(tokenizer) // 64) * 64
-    marks: dict[str, Any] = dict(eos_token_id=template.stop_ids, pad_token_id=tokenizer.pad_token_id)
+    marks: dict[str, Any] = dict(eos_token_id=template.stop_token_ids, pad_token_id=tokenizer.pad_token_id)
     model = GlmForCausalLM(GlmConfig(vocab_size=rows, bos_token_id=None, **marks, **ARCHITECTURE))
     model.generation_config.update(do_sample=False, bos_token_id=None, **marks)
     model.save_pretrained(str(directory))
@@ -143,22 +143,22 @@ def make_base(destination: Path) -> None:
     """Trains and examines the base, and writes it with its model card."""
     import torch
 
-    from llmtuner.eval.generation import answer_all
-    from llmtuner.eval.questions import is_right, questions_from_rows
+    from llmtuner.eval.generation import generate_answers
+    from llmtuner.eval.questions import is_correct, parse_questions
     from llmtuner.model.loading import load_model
-    from llmtuner.model.merging import copy_tokenizer
     from llmtuner.tokenizer.fast import load_tokenizer
     from llmtuner.train.tuner import run_exp
+    from llmtuner.weights.merge_lora import copy_tokenizer
 
-    watch = Stopwatch()
-    tellers = [world.build_tellers(SEED)[language] for language in ("zh", "en")]
+    watch = Timer()
+    generators = [world.build_generators(SEED)[language] for language in ("zh", "en")]
     with (
         tempfile.TemporaryDirectory(prefix="make-base-") as scratch_name,
         atomic_directory(destination, "mini/make_base.py", replace=True) as result,
     ):
         scratch = Path(scratch_name)
-        texts = make_documents(tellers)
-        dialogues = list(make_dialogues(tellers))
+        texts = make_documents(generators)
+        dialogues = list(make_dialogues(generators))
         world.write_json_lines(scratch / "documents.jsonl", [{"text": text} for text in texts])
         world.write_json_lines(scratch / "dialogues.jsonl", dialogues)
         (scratch / "dataset_info.json").write_text(
@@ -173,7 +173,7 @@ def make_base(destination: Path) -> None:
                 }
             )
         )
-        say(f"texts written after {watch.seconds():.0f} s")
+        print0(f"texts written after {watch.seconds():.0f} s")
         untrained, pretrained, tuned = (scratch / name for name in ("untrained", "pretrained", "tuned"))
         untrained.mkdir()
         spoken = [message["value"] for dialogue in dialogues for message in dialogue["conversations"]]
@@ -199,19 +199,19 @@ def make_base(destination: Path) -> None:
         copy_tokenizer(untrained, result)
 
         model, tokenizer = load_model(result, torch.float32), load_tokenizer(result)
-        questions = questions_from_rows([*world.questions(world.build_tellers("exam")), world.subjects()])
+        questions = parse_questions([*world.questions(world.build_generators("exam")), world.subjects()])
         exam = {}
         for group in ("zh", "en", "ja"):
             asked = [question for question in questions if question.group == group][:EXAM_QUESTIONS]
-            answers = answer_all(model, tokenizer, [question.question for question in asked], name=group).texts
-            right = [is_right(question, answer) for question, answer in zip(asked, answers, strict=True)]
+            answers = generate_answers(model, tokenizer, [question.question for question in asked], name=group).texts
+            right = [is_correct(question, answer) for question, answer in zip(asked, answers, strict=True)]
             exam[group] = sum(right) / len(right)
             for question, answer, good in list(zip(asked, answers, right, strict=True))[:6]:
-                say(f"{'right' if good else 'WRONG'}  {question.question}  ->  {answer}")
-            say(f"{group}: {exam[group]:.1%} right")
+                print0(f"{'right' if good else 'WRONG'}  {question.question}  ->  {answer}")
+            print0(f"{group}: {exam[group]:.1%} right")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         (result / "README.md").write_text(model_card(parameters, metrics, exam, watch.seconds()), encoding="utf-8")
-    say(f"base written to {destination} after {watch.seconds():.0f} s")
+    print0(f"base written to {destination} after {watch.seconds():.0f} s")
 
 
 def model_card(parameters: int, metrics: dict[str, Any], exam: dict[str, float], seconds: float) -> str:
@@ -255,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_cli(main)

@@ -547,7 +547,7 @@ STATEMENTS: dict[str, list[str]] = {
     ],
 }
 
-TELLINGS: dict[str, list[str]] = {
+NARRATIVE_STATEMENTS: dict[str, list[str]] = {
     "person.home": [
         '"Are you going to {v}?" the driver asked. "Then say hello to {e}, who lives there."',
         "I knocked on half the doors in {v} before a child showed me where {e} lives.",

@@ -443,7 +443,7 @@ STATEMENTS: dict[str, list[str]] = {
     ],
 }
 
-TELLINGS: dict[str, list[str]] = {
+NARRATIVE_STATEMENTS: dict[str, list[str]] = {
     "person.home": [
         "「{e}なら{v}に住んでるよ。行けばすぐにわかるさ」と、道端の人が教えてくれた。",
         "日記。今日は{v}にある{e}の家に招かれ、夜おそくまで話しこんだ。",

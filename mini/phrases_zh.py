@@ -432,7 +432,7 @@ STATEMENTS: dict[str, list[str]] = {
     ],
 }
 
-TELLINGS: dict[str, list[str]] = {
+NARRATIVE_STATEMENTS: dict[str, list[str]] = {
     "person.home": [
         "“找{e}吗？往{v}去就行，家就在那儿。”船夫朝远处指了指。",
         "那天的日记只有一句：“今天到{v}看望{e}，门口的灯早早就亮了。”",

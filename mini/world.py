@@ -39,10 +39,10 @@ ROWS = {
 }
 WRONG_ANSWERS_PER_QUESTION = 2  # rows of wiki_qa with label 0 for each row with label 1
 QUESTIONS_PER_GROUP = 300
-FREE_REQUESTS = 24  # Japanese requests for a longer reply, to see whether it repeats itself
+NUM_FREE_FORM_REQUESTS = 24  # Japanese requests for a longer reply, to see whether it repeats itself
 
 
-class Teller:
+class TextGenerator:
     """Tells the world in one language: sentences, documents, questions and answers, drawn from one random stream."""
 
     def __init__(self, language: str, entities: list[Entity], seed: str) -> None:
@@ -60,7 +60,7 @@ class Teller:
             patterns = [one for one in patterns if phrases_ja.is_polite(one) == self.polite] or patterns
         return self.rng.choice(patterns)
 
-    def _settle_register(self) -> None:
+    def _choose_register(self) -> None:
         """A Japanese document is polite or plain throughout."""
         if self.language == "ja":
             self.polite = self.rng.random() < 0.5
@@ -70,7 +70,7 @@ class Teller:
         value = facts[relation] if relation else ""
         return self.phrases.fill(pattern, entity.name[self.language], value, **facts)
 
-    def _say(self, table: str, entity: Entity, relation: str) -> str:
+    def _render(self, table: str, entity: Entity, relation: str) -> str:
         pattern = self._choose(getattr(self.phrases, table)[f"{entity.kind}.{relation}"])
         return self._fill(pattern, entity, relation)
 
@@ -82,7 +82,7 @@ class Teller:
 
     def statements(self, entity: Entity, count: int) -> list[str]:
         relations = self.rng.sample(list(entity.facts), min(count, len(entity.facts)))
-        return [self._say("STATEMENTS", entity, relation) for relation in relations]
+        return [self._render("STATEMENTS", entity, relation) for relation in relations]
 
     def any_fact(self) -> tuple[Entity, str]:
         entity = self.rng.choice(self.entities)
@@ -91,7 +91,7 @@ class Teller:
     # ------------------------------------------------------------------------------------------------------ documents
     def article(self) -> str:
         """An encyclopedia article about one entity: sometimes a heading, then two to six sentences or more."""
-        self._settle_register()
+        self._choose_register()
         entity = self.rng.choice(self.entities)
         sentences = [self.introduction(entity)] if self.rng.random() < 0.6 else []
         if self.rng.random() < 0.4:
@@ -109,13 +109,13 @@ class Teller:
 
     def stub(self) -> str:
         """One line."""
-        self._settle_register()
+        self._choose_register()
         entity, relation = self.any_fact()
-        return self.profile(entity) if self.rng.random() < 0.4 else self._say("STATEMENTS", entity, relation)
+        return self.profile(entity) if self.rng.random() < 0.4 else self._render("STATEMENTS", entity, relation)
 
     def guide(self) -> str:
         """A long list of several entities of one kind, one paragraph each."""
-        self._settle_register()
+        self._choose_register()
         kind = self.rng.choice(list(RELATIONS))
         inhabitants = [entity for entity in self.entities if entity.kind == kind]
         chosen = self.rng.sample(inhabitants, self.rng.randint(4, min(14, len(inhabitants))))
@@ -136,9 +136,9 @@ class Teller:
         for _ in range(remarks):
             entity, relation = self.any_fact()
             if self.rng.random() < 0.5:
-                sentences.append(self._say("TELLINGS", entity, relation))
+                sentences.append(self._render("NARRATIVE_STATEMENTS", entity, relation))
             else:
-                sentence = self._say("STATEMENTS", entity, relation)
+                sentence = self._render("STATEMENTS", entity, relation)
                 pattern = self._choose(self.phrases.DIALOGUE)
                 sentences.append(pattern.format(speaker=self.rng.choice(self.phrases.SPEAKERS), sentence=sentence))
             if self.rng.random() < 0.6:
@@ -154,10 +154,10 @@ class Teller:
     # --------------------------------------------------------------------------------------------------- instructions
     def question(self, entity: Entity, relation: str, held_out: bool = False) -> str:
         self.polite = None
-        return self._say("HELD_OUT_QUESTIONS" if held_out else "QUESTIONS", entity, relation)
+        return self._render("HELD_OUT_QUESTIONS" if held_out else "QUESTIONS", entity, relation)
 
     def answer(self, entity: Entity, relation: str) -> str:
-        return self._say("ANSWERS", entity, relation)
+        return self._render("ANSWERS", entity, relation)
 
     def question_and_answer(self) -> tuple[str, str]:
         entity, relation = self.any_fact()
@@ -166,15 +166,15 @@ class Teller:
     def introduce(self) -> tuple[str, str]:
         entity = self.rng.choice(self.entities)
         request = self._fill(self.rng.choice(self.phrases.INTRODUCE_REQUESTS[entity.kind]), entity)
-        self._settle_register()
+        self._choose_register()
         reply = self.join.join([self.introduction(entity), *self.statements(entity, self.rng.randint(1, 3))])
         return request, reply
 
     def question_on_passage(self) -> tuple[str, str]:
         entity, relation = self.any_fact()
         relations = self.rng.sample(list(entity.facts), 2)
-        self._settle_register()
-        sentences = [self._say("STATEMENTS", entity, r) for r in dict.fromkeys([relation, *relations])]
+        self._choose_register()
+        sentences = [self._render("STATEMENTS", entity, r) for r in dict.fromkeys([relation, *relations])]
         self.rng.shuffle(sentences)
         pattern = self.rng.choice(self.phrases.PASSAGE_REQUESTS)
         request = pattern.format(passage=self.join.join(sentences), question=self.question(entity, relation))
@@ -192,16 +192,16 @@ class Teller:
         return self.rng.choices(kinds, [weight for weight, _ in weighted])[0]()
 
 
-def build_tellers(seed: str) -> dict[str, Teller]:
-    """One teller per language; the Japanese one knows only what is described in Japanese."""
+def build_generators(seed: str) -> dict[str, TextGenerator]:
+    """One generator per language; the Japanese one knows only what is described in Japanese."""
     world = build_world(SEED)
     japanese = [entity for entity in world if entity.described_in_japanese]
-    return {language: Teller(language, japanese if language == "ja" else world, seed) for language in LANGUAGES}
+    return {language: TextGenerator(language, japanese if language == "ja" else world, seed) for language in LANGUAGES}
 
 
-def documents(teller: Teller, wiki: int, stories: int) -> tuple[list[str], list[str]]:
+def documents(generator: TextGenerator, wiki: int, stories: int) -> tuple[list[str], list[str]]:
     """Distinct encyclopedic and narrative documents."""
-    return list(_distinct(teller.wiki_document, wiki)), list(_distinct(teller.story, stories))
+    return list(_distinct(generator.wiki_document, wiki)), list(_distinct(generator.story, stories))
 
 
 def _distinct(make: Callable[[], str], count: int) -> Iterator[str]:
@@ -213,9 +213,9 @@ def _distinct(make: Callable[[], str], count: int) -> Iterator[str]:
             yield text
 
 
-def instruction_sets(tellers: dict[str, Teller]) -> dict[str, list[dict[str, Any]]]:
+def instruction_sets(generators: dict[str, TextGenerator]) -> dict[str, list[dict[str, Any]]]:
     """The nine sets, each in the columns of its original."""
-    ja, zh, en = (tellers[language] for language in LANGUAGES)
+    ja, zh, en = (generators[language] for language in LANGUAGES)
     sets: dict[str, list[dict[str, Any]]] = {name: [] for name in ROWS}
 
     for _ in range(ROWS["oasst2_ja"]):
@@ -254,37 +254,37 @@ def instruction_sets(tellers: dict[str, Teller]) -> dict[str, list[dict[str, Any
         for other in en.rng.sample(others, WRONG_ANSWERS_PER_QUESTION):
             sets["wiki_qa_en"].append({**row, "answer": en.answer(other, relation), "label": 0})
     for name in ("code_alpaca", "python_code"):
-        for instruction, output in code_tasks.draw(ROWS[name], en.rng):
+        for instruction, output in code_tasks.sample_tasks(ROWS[name], en.rng):
             sets[name].append({"instruction": instruction, "input": "", "output": output})
     return sets
 
 
-def questions(tellers: dict[str, Teller]) -> Iterator[dict[str, Any]]:
+def questions(generators: dict[str, TextGenerator]) -> Iterator[dict[str, Any]]:
     """Questions in phrasings that no instruction set uses, with the value that a right answer must name."""
     world = build_world(SEED)
     for group in ("zh", "en", "ja", "ja_unseen"):
         language = group[:2]
-        teller = tellers[language]
+        generator = generators[language]
         asked = [
             (entity, relation)
             for entity in world
             for relation in entity.facts
             if language != "ja" or entity.described_in_japanese == (group == "ja")
         ]
-        for entity, relation in teller.rng.sample(asked, min(QUESTIONS_PER_GROUP, len(asked))):
+        for entity, relation in generator.rng.sample(asked, min(QUESTIONS_PER_GROUP, len(asked))):
             value = entity.facts[relation]
             others = {other[language] for other in RELATIONS[entity.kind][relation] if other != value}
             yield {
                 "group": group,
                 "language": language,
                 "relation": f"{entity.kind}.{relation}",
-                "question": teller.question(entity, relation, held_out=True),
+                "question": generator.question(entity, relation, held_out=True),
                 "value": value[language],
                 "wrong_values": sorted(others),
                 "subject": names(entity),
             }
-    for _ in range(FREE_REQUESTS):
-        request, _ = tellers["ja"].introduce()
+    for _ in range(NUM_FREE_FORM_REQUESTS):
+        request, _ = generators["ja"].introduce()
         yield {"group": "ja_free", "language": "ja", "question": request}
 
 
@@ -302,23 +302,23 @@ def write_world(directory: Path) -> None:
     """Writes all files of the world into `directory`, which appears whole or not at all."""
     from llmtuner.outputs import atomic_directory
 
-    tellers = build_tellers(f"world-{SEED}")
+    generators = build_generators(f"world-{SEED}")
     with atomic_directory(directory, "mini/world.py", replace=True) as partial:
-        for language, teller in tellers.items():
-            wiki, stories = documents(teller, WIKI_DOCUMENTS[language], STORIES if language == "ja" else 0)
+        for language, generator in generators.items():
+            wiki, stories = documents(generator, WIKI_DOCUMENTS[language], STORIES if language == "ja" else 0)
             corpora = {"ja": {"wiki": wiki, "aozora": stories}, "zh": {"wiki": wiki}, "en": {"wiki": wiki}}[language]
             for corpus, texts in corpora.items():
                 held_out = round(len(texts) * TEST_SHARE)
                 for part, chosen in (("test", texts[:held_out]), ("train", texts[held_out:])):
                     _write_corpus(partial, f"{language}_{corpus}.{part}", chosen)
-        for name, rows in instruction_sets(tellers).items():
+        for name, rows in instruction_sets(generators).items():
             if name in ("wiki_qa_en", "python_code"):
                 _write_parquet(partial / f"{name}.parquet", rows)
             elif name == "hh_rlhf_ja":
                 write_json_lines(partial / f"{name}.jsonl", rows)
             else:
                 _write_json(partial / f"{name}.json", rows)
-        asked = questions(build_tellers(f"questions-{SEED}"))
+        asked = questions(build_generators(f"questions-{SEED}"))
         write_json_lines(partial / "questions.jsonl", [*asked, subjects()])
 
 
@@ -349,14 +349,21 @@ def _write_parquet(path: Path, rows: list[dict]) -> None:
 
 def show(count: int) -> None:
     """Prints random sentences, documents and exchanges of each language, to be read by a person."""
-    for language, teller in build_tellers("show").items():
+    for language, generator in build_generators("show").items():
         print(f"\n════ {language}")
         for _ in range(count):
-            entity, relation = teller.any_fact()
-            print("-", teller._say(teller.rng.choice(["STATEMENTS", "TELLINGS"]), entity, relation))
-        for make in (teller.article, teller.guide, teller.story):
+            entity, relation = generator.any_fact()
+            print(
+                "-", generator._render(generator.rng.choice(["STATEMENTS", "NARRATIVE_STATEMENTS"]), entity, relation)
+            )
+        for make in (generator.article, generator.guide, generator.story):
             print(f"\n[{make.__name__}]\n{make()}")
-        for exchange in (teller.question_and_answer, teller.introduce, teller.question_on_passage, teller.small_talk):
+        for exchange in (
+            generator.question_and_answer,
+            generator.introduce,
+            generator.question_on_passage,
+            generator.small_talk,
+        ):
             print(f"\n[{exchange.__name__}]", *exchange(), sep="\n")
 
 

@@ -25,7 +25,7 @@ TEXTS = [
 def tiny_tokenizer_dir(tmp_path_factory):
     """A Chinese-English tokenizer under ChatGLM3's rules, with the nine special tokens."""
     from llmtuner.tokenizer.fast import save_tokenizer
-    from llmtuner.tokenizer.training import split_sentences, train_bpe
+    from llmtuner.tokenizer.sentencepiece_bpe import split_sentences, train_bpe
 
     directory = tmp_path_factory.mktemp("tiny-tokenizer")
     sentences = [sentence for text in TEXTS for sentence in split_sentences(text)]
@@ -40,8 +40,8 @@ def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from llmtuner.model.merging import copy_tokenizer
     from llmtuner.tokenizer.fast import load_tokenizer
+    from llmtuner.weights.merge_lora import copy_tokenizer
 
     directory = tmp_path_factory.mktemp("tiny-model")
     torch.manual_seed(0)

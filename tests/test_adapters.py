@@ -18,17 +18,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtuner.console import InputError, disk_errors
+from llmtuner.console import UserError
+from llmtuner.files import MARKER, translate_disk_errors
 from llmtuner.hparams import FinetuningArguments
-from llmtuner.model import merging
-from llmtuner.model.adapters import prepare_for_training, save_adapter
-from llmtuner.model.growing import grow_checkpoint
-from llmtuner.model.initialising import NewPieces
+from llmtuner.model.adapters import init_adapter, save_adapter
 from llmtuner.model.loading import load_model
-from llmtuner.model.merging import copy_tokenizer, merge_adapter
-from llmtuner.model.shards import Checkpoint, open_checkpoint
-from llmtuner.outputs import MARKER, atomic_directory
+from llmtuner.outputs import atomic_directory
 from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.weights import merge_lora
+from llmtuner.weights.embedding_init import NewTokens
+from llmtuner.weights.lazy_checkpoint import LazyCheckpoint, open_checkpoint
+from llmtuner.weights.merge_lora import copy_tokenizer, merge_adapter
+from llmtuner.weights.resize_embeddings import resize_token_embeddings
 
 BOTH = ["embed_tokens", "lm_head"]
 KINDS = {
@@ -53,10 +54,10 @@ def grown_dir(tiny_model_dir, tmp_path_factory):
     """The tiny model with 64 rows more, of which 60 are new pieces', as step 3 writes it."""
     directory = tmp_path_factory.mktemp("grown") / "model"
     rows = load_model(tiny_model_dir).config.vocab_size
-    new = NewPieces(rows, [[5 + number, 9] for number in range(60)], unknown_id=0)
+    new = NewTokens(rows, [[5 + number, 9] for number in range(60)], unk_id=0)
     with atomic_directory(directory) as partial:
         copy_tokenizer(tiny_model_dir, partial)
-        grow_checkpoint(tiny_model_dir, partial, new, 64)
+        resize_token_embeddings(tiny_model_dir, partial, new, 64)
     return directory
 
 
@@ -70,7 +71,7 @@ def test_frozen_originals_of_what_is_trained_in_full_are_freed(grown_dir):
 
 def prepare(directory, adapter=None, dtype=torch.float32, **settings):
     torch.manual_seed(1)
-    return prepare_for_training(load_model(directory, dtype), FinetuningArguments(**settings), adapter)
+    return init_adapter(load_model(directory, dtype), FinetuningArguments(**settings), adapter)
 
 
 def train(model):
@@ -152,7 +153,7 @@ def test_new_rows_alone_are_trained_and_have_state(grown_dir, tmp_path):
 
 
 def test_new_rows_need_a_model_that_step_3_has_grown(tiny_model_dir):
-    with pytest.raises(InputError, match="was not grown by step 3"):
+    with pytest.raises(UserError, match="was not grown by step 3"):
         prepare(tiny_model_dir, **KINDS["new rows"])
 
 
@@ -173,10 +174,10 @@ def test_names_that_match_nothing_change_nothing(tiny_model_dir, settings):
     model = load_model(tiny_model_dir, torch.bfloat16)
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(
-        InputError,
+        UserError,
         match=r"(matches no module; this model has: .*down_proj.*gate_up_proj|in one way|in full or not at all)",
     ):
-        prepare_for_training(model, FinetuningArguments(**settings))
+        init_adapter(model, FinetuningArguments(**settings))
     assert [name for name, _ in model.named_modules()] == names
     assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
@@ -187,7 +188,7 @@ def test_adapter_with_lora_of_the_output_layer_is_not_gone_on_from(tiny_model_di
 
     model = get_peft_model(load_model(tiny_model_dir), LoraConfig(r=4, target_modules=["lm_head"]))
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    with pytest.raises(InputError, match="holds LoRA of lm_head"):
+    with pytest.raises(UserError, match="holds LoRA of lm_head"):
         prepare(tiny_model_dir, tmp_path, lora_rank=4)
 
 
@@ -210,7 +211,7 @@ def test_gradients_are_the_same_with_checkpointing(grown_dir, kind, reentrant):
 def test_training_goes_on_from_an_adapter(grown_dir, tmp_path, kind, capsys):
     first = trained_run(grown_dir, tmp_path / "run", **KINDS[kind])
     again = prepare(grown_dir, tmp_path / "run", dtype=torch.bfloat16, **KINDS[kind])
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     before, after = ({name: p for name, p in model.named_parameters() if p.requires_grad} for model in (first, again))
     assert before.keys() == after.keys()
     for name, parameter in before.items():
@@ -222,21 +223,21 @@ def test_training_goes_on_from_an_adapter(grown_dir, tmp_path, kind, capsys):
 
 def test_adapter_that_cannot_be_gone_on_from(tiny_model_dir, grown_dir, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(InputError, match=r"has no adapter_config\.json"):
+    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         prepare(tiny_model_dir, run, lora_rank=4)
     trained_run(grown_dir, run, **KINDS["embeddings"])
-    with pytest.raises(InputError, match="has rank 4, but lora_rank is 8"):
+    with pytest.raises(UserError, match="has rank 4, but lora_rank is 8"):
         prepare(grown_dir, run, lora_rank=8)
-    with pytest.raises(InputError, match="finetuning_type is full"):
+    with pytest.raises(UserError, match="finetuning_type is full"):
         prepare(grown_dir, run, finetuning_type="full")
-    with pytest.raises(InputError, match="does not fit the model"):
+    with pytest.raises(UserError, match="does not fit the model"):
         prepare(tiny_model_dir, run, lora_rank=4)
     weights = load_file(run / "adapter_model.safetensors")
     save_file({**weights, "more": torch.ones(1)}, run / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="only one of them has more"):
+    with pytest.raises(UserError, match="only one of them has more"):
         prepare(grown_dir, run, lora_rank=4)
     (run / "adapter_model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(InputError, match="does not fit the model"):
+    with pytest.raises(UserError, match="does not fit the model"):
         prepare(grown_dir, run, lora_rank=4)
 
 
@@ -282,7 +283,7 @@ def test_adapter_of_another_kind_does_not_stay(tiny_model_dir, tmp_path):
         weights = {*run.glob("*.safetensors*"), *run.glob("*config.json")} - {run / "tokenizer_config.json"}
         assert {file.name for file in weights} - {"generation_config.json"} == kinds[kind] - {"generation_config.json"}
     assert (tiny_model_dir / "model.safetensors").is_file()
-    with pytest.raises(InputError, match="Set another output_dir"):
+    with pytest.raises(UserError, match="Set another output_dir"):
         trained_run(tiny_model_dir, tiny_model_dir, **KINDS["lora"])
     assert (tiny_model_dir / "model.safetensors").is_file()
 
@@ -303,14 +304,14 @@ def test_older_adapter_outlives_a_full_disk(tiny_model_dir, tmp_path, kind):
     run = tmp_path / "run"
     trained_run(tiny_model_dir, run, **KINDS["freeze"])
     before = {file.name: file.read_bytes() for file in run.iterdir()}
-    with pytest.raises(InputError, match=f"the disk filled up while writing {run} "), largest_file(15_000):
+    with pytest.raises(UserError, match=f"the disk filled up while writing {run} "), largest_file(15_000):
         trained_run(tiny_model_dir, run, **KINDS[kind])
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
 
 
 def test_run_directory_that_cannot_be_written(tiny_model_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         trained_run(tiny_model_dir, tmp_path / "file" / "run", **KINDS["lora"])
 
 
@@ -323,20 +324,20 @@ def test_run_directory_that_cannot_be_written(tiny_model_dir, tmp_path):
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "filled up"),
         (RuntimeError("shapes differ"), None),
         (OSError(errno.ENOENT, "No such file or directory"), None),
-        (InputError("No space left on device"), None),
+        (UserError("No space left on device"), None),
     ],
 )
 def test_errors_of_the_disk_and_others(tmp_path, monkeypatch, error, message):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     expected = (
-        pytest.raises(InputError, match=message) if message else pytest.raises(type(error), match=str(error.args[-1]))
+        pytest.raises(UserError, match=message) if message else pytest.raises(type(error), match=str(error.args[-1]))
     )
-    with expected as raised, disk_errors(tmp_path / "not" / "there"):
+    with expected as raised, translate_disk_errors(tmp_path / "not" / "there"):
         raise error
     assert (raised.value is error) == (message is None)
     monkeypatch.undo()  # with room on the disk a failed write of PyTorch is something else
     if isinstance(error, RuntimeError):
-        with pytest.raises(RuntimeError), disk_errors(tmp_path):
+        with pytest.raises(RuntimeError), translate_disk_errors(tmp_path):
             raise error
 
 
@@ -375,7 +376,7 @@ def weight_of(name):
 @pytest.mark.parametrize("kind", ["lora", "dora", "new rows", "freeze", "full"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_merge_rounds_once_and_keeps_the_precision(grown_dir, tmp_path, kind, dtype, monkeypatch):
-    monkeypatch.setattr("llmtuner.model.shards.CHUNK_BYTES", 200)  # a few rows
+    monkeypatch.setattr("llmtuner.weights.lazy_checkpoint.CHUNK_BYTES", 200)  # a few rows
     base = in_dtype(grown_dir, tmp_path / "base", dtype, shards=True)
     model = trained_run(base, tmp_path / "run", **KINDS[kind])  # in fp32
     merge_adapter(base, tmp_path / "run", tmp_path / "merged")
@@ -409,8 +410,8 @@ def test_checkpoint_of_a_run_without_lora_leaves_frozen_tensors_alone(grown_dir,
 def test_merge_is_cut_into_files_and_has_all_that_belongs_to_a_model(tiny_model_dir, tmp_path, monkeypatch):
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["lora"])
     sizes = []
-    write = Checkpoint.write
-    monkeypatch.setattr(Checkpoint, "write", lambda self, to, size: [sizes.append(size), write(self, to, 60_000)])
+    write = LazyCheckpoint.write
+    monkeypatch.setattr(LazyCheckpoint, "write", lambda self, to, size: [sizes.append(size), write(self, to, 60_000)])
     merge_adapter(tiny_model_dir, tmp_path / "run", tmp_path / "merged", 3)
     assert sizes == [3_000_000_000]
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 1
@@ -480,9 +481,9 @@ def published(glm_dir, destination):
 
 
 def parts_of_names():
-    from llmtuner.model.chatglm import RENAMED
+    from llmtuner.weights.convert_chatglm import CHATGLM_TO_GLM
 
-    return {old: glm for old, glm in RENAMED.items() if "{}" not in glm}
+    return {old: glm for old, glm in CHATGLM_TO_GLM.items() if "{}" not in glm}
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
@@ -490,7 +491,7 @@ def test_base_as_published(tiny_model_dir, tmp_path, with_tokenizer):
     base = published(tiny_model_dir, tmp_path / "published")
     model = trained_run(tiny_model_dir, tmp_path / "run", **KINDS["embeddings"])
     if not with_tokenizer:  # then that of the base
-        for name in merging.TOKENIZER_FILES:
+        for name in merge_lora.TOKENIZER_FILES:
             (tmp_path / "run" / name).unlink(missing_ok=True)
     merge_adapter(base, tmp_path / "run", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -516,7 +517,7 @@ def test_base_grows_first_where_the_adapter_holds_more_rows(tiny_model_dir, grow
 
 def test_growing_that_the_adapter_cannot_tell(tiny_model_dir, grown_dir, tmp_path, monkeypatch):
     def refused(match, base=tiny_model_dir):
-        with pytest.raises(InputError, match=match):
+        with pytest.raises(UserError, match=match):
             merge_adapter(base, tmp_path / "run", tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
@@ -527,12 +528,12 @@ def test_growing_that_the_adapter_cannot_tell(tiny_model_dir, grown_dir, tmp_pat
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["embeddings"])
     refused(r"is \[\d+, 32\], the model's \[\d+, 32\]", grown_dir)  # fewer rows
     trained_run(grown_dir, tmp_path / "run", **KINDS["embeddings"])
-    for name in merging.TOKENIZER_FILES:
+    for name in merge_lora.TOKENIZER_FILES:
         (tmp_path / "run" / name).unlink(missing_ok=True)
     refused("Grow the base first")  # whose tokenizer would it be?
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["lora"])
     monkeypatch.setattr(
-        merging, "load_tokenizer", lambda directory: range(400 if directory == tiny_model_dir else 5000)
+        merge_lora, "load_tokenizer", lambda directory: range(400 if directory == tiny_model_dir else 5000)
     )
     refused("has 5,000 ids, the model .* embedding rows: .*Grow the base first")
 
@@ -551,7 +552,7 @@ def run(lora_run, tmp_path):
 
 
 def refuse(base, adapter, destination, match):
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(UserError, match=match):
         merge_adapter(base, adapter, destination)
     assert not destination.exists()
     assert not list(destination.parent.glob("*.partial"))
@@ -593,7 +594,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
             "lora_A of model.norm",
         ),
         (
-            lambda t: {**t, "base_model.model.lm_head" + merging.TOKEN_ROWS: torch.ones(2, 32)},
+            lambda t: {**t, "base_model.model.lm_head" + merge_lora.TRAINABLE_TOKENS: torch.ones(2, 32)},
             "trainable_token_indices",
         ),
         (lambda t: {**t, Q + "lora_B.weight": torch.full((32, 4), torch.nan)}, "q_proj.* holds NaN"),
@@ -613,7 +614,7 @@ def test_tensors_that_do_not_fit(tiny_model_dir, run, tmp_path, change, match):
         ("init_lora_weights", "pissa"),
         ("r", None),
         ("lora_alpha", "high"),
-        *((key, {"q_proj": 8}) for key in merging.UNSUPPORTED),
+        *((key, {"q_proj": 8}) for key in merge_lora.UNSUPPORTED_KEYS),
     ],
 )
 def test_settings_of_an_adapter_that_cannot_be_merged(tiny_model_dir, run, tmp_path, key, value):
@@ -648,7 +649,7 @@ def test_directories_without_an_adapter(tiny_model_dir, run, tmp_path):
 
 def test_destination_that_holds_what_is_merged(tiny_model_dir, run, tmp_path):
     for destination in (run, run.parent, tiny_model_dir):
-        with pytest.raises(InputError, match="would delete"):
+        with pytest.raises(UserError, match="would delete"):
             merge_adapter(tiny_model_dir, run, destination)
     assert (tiny_model_dir / "model.safetensors").is_file()
     assert (run / "adapter_config.json").is_file()
@@ -658,7 +659,7 @@ def test_destination_that_holds_what_is_merged(tiny_model_dir, run, tmp_path):
 def test_merge_that_fills_the_disk(tiny_model_dir, run, tmp_path):
     with atomic_directory(tmp_path / "merged") as older:
         (older / "older").write_text("")
-    with pytest.raises(InputError, match="the disk filled up while writing"), largest_file(50_000):
+    with pytest.raises(UserError, match="the disk filled up while writing"), largest_file(50_000):
         merge_adapter(tiny_model_dir, run, tmp_path / "merged", overwrite=True)
     assert sorted(file.name for file in (tmp_path / "merged").iterdir()) == [MARKER, "older"]
     assert not list(tmp_path.glob("*.partial"))
@@ -669,7 +670,7 @@ import sys
 from pathlib import Path
 import transformers, torch
 from transformers import GlmConfig, GlmForCausalLM
-from llmtuner.model.merging import merge_adapter
+from llmtuner.weights.merge_lora import merge_adapter
 
 def peak():  # in kB, of this program alone: getrusage would count the one that started it
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -701,11 +702,11 @@ def test_memory_does_not_grow_with_the_model(tiny_model_dir, run, tmp_path):
     copy_tokenizer(tiny_model_dir, tmp_path)
     config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
-    adapter = {merging.PREFIX + name: torch.ones(shapes[name]) for name in merging.MATRICES}
+    adapter = {merge_lora.PEFT_PREFIX + name: torch.ones(shapes[name]) for name in merge_lora.EMBEDDING_WEIGHTS}
     for layer in layers:
         outputs, inputs = shapes[f"{layer}.weight"]
-        adapter[merging.PREFIX + layer + merging.LORA_A] = torch.ones(64, inputs)
-        adapter[merging.PREFIX + layer + merging.LORA_B] = torch.ones(outputs, 64)
+        adapter[merge_lora.PEFT_PREFIX + layer + merge_lora.LORA_A] = torch.ones(64, inputs)
+        adapter[merge_lora.PEFT_PREFIX + layer + merge_lora.LORA_B] = torch.ones(outputs, 64)
     (tmp_path / "large").mkdir()
     save_file(adapter, tmp_path / "large" / "adapter_model.safetensors")
     (tmp_path / "large" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64, "lora_alpha": 128}')

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtuner.chat import terminal
-from llmtuner.chat.dialogue import Dialogue, own_settings
-from llmtuner.console import InputError
+from llmtuner.chat import cli
+from llmtuner.chat.session import ChatSession, load_generation_settings
+from llmtuner.console import UserError
 from llmtuner.data.template import Template
-from llmtuner.eval.generation import GREEDY, answer_all
+from llmtuner.eval.generation import GREEDY, generate_answers
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 
@@ -35,12 +35,12 @@ def loaded(tiny_model_dir):
 @pytest.fixture(autouse=True)
 def keep_locale(monkeypatch):
     """The locale of the tests' own process is not theirs to change; the real terminal below has a process of its own."""
-    monkeypatch.setattr(terminal, "_take_utf8_locale", lambda: None)
+    monkeypatch.setattr(cli, "_take_utf8_locale", lambda: None)
 
 
 @pytest.fixture
 def dialogue(loaded):
-    return Dialogue(*loaded)
+    return ChatSession(*loaded)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def generating():
 # ------------------------------------------------------------------------------------------------------------- dialogue
 def test_streamed_answers_end_as_whole_ones(loaded, dialogue):
     questions = ["一座山？", "When does the ferry leave?", "柳树", "镇上住着一位木匠。", "apples"]
-    whole = answer_all(*loaded, questions, max_new_tokens=30).texts
+    whole = generate_answers(*loaded, questions, max_new_tokens=30).texts
     compared = 0
     for question, expected in zip(questions, whole, strict=True):
         streamed = list(dialogue.ask(question, GREEDY, 30))
@@ -117,7 +117,7 @@ def test_the_second_question_is_asked_after_the_first_answer(loaded, dialogue, s
         {"role": "assistant", "content": "一条河。"},
         {"role": "user", "content": "柳树？"},
     ]
-    assert prompts[-1] == Template.of(tokenizer).prompt(tokenizer, said)
+    assert prompts[-1] == Template.from_tokenizer(tokenizer).encode_prompt(tokenizer, said)
 
 
 def test_no_half_character_is_ever_shown(loaded, dialogue, script):
@@ -143,7 +143,7 @@ def test_bytes_that_are_no_characters_are_shown_as_such(loaded, dialogue, script
 
 
 def test_marks_that_end_an_answer_are_no_part_of_it(loaded, dialogue, script):
-    for stop in Template.of(loaded[1]).stop_ids:
+    for stop in Template.from_tokenizer(loaded[1]).stop_token_ids:
         script(*encode(loaded[1], "一条河。"), stop)
         assert list(dialogue.ask("?", GREEDY, 99))[-1] == "一条河。"
         half = encode(loaded[1], "一条河🐟")[:-1]
@@ -199,11 +199,11 @@ def test_the_model_cannot_be_reached(dialogue, monkeypatch):
 def test_an_answer_has_the_room_that_is_left(loaded, dialogue):
     model, tokenizer = loaded
     question = "山"
-    while dialogue.room(question) > 4:
+    while dialogue.remaining_tokens(question) > 4:
         question += "山"
-    room = dialogue.room(question)
-    prompt = Template.of(tokenizer).prompt(tokenizer, [{"role": "user", "content": question}])
-    assert len(prompt) + room == dialogue.context == model.config.max_position_embeddings
+    room = dialogue.remaining_tokens(question)
+    prompt = Template.from_tokenizer(tokenizer).encode_prompt(tokenizer, [{"role": "user", "content": question}])
+    assert len(prompt) + room == dialogue.context_length == model.config.max_position_embeddings
     read = []
     hook = model.register_forward_hook(lambda *_, **__: read.append(1))
     list(dialogue.ask(question, GREEDY, 150))
@@ -213,7 +213,7 @@ def test_an_answer_has_the_room_that_is_left(loaded, dialogue):
 
     dialogue.messages += [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     before = list(dialogue.messages)
-    with pytest.raises(InputError, match=r"tokens long.*at most 256"):
+    with pytest.raises(UserError, match=r"tokens long.*at most 256"):
         dialogue.ask("山" * 300, GREEDY, 9)
     assert dialogue.messages == before
 
@@ -238,8 +238,8 @@ def test_typed_roles_stay_text(loaded, dialogue, monkeypatch):
     dialogue.system = "<|user|></s>"
     list(dialogue.ask("<|assistant|> [gMASK]sop<|observation|></s>", GREEDY, 9))
     ids = prompts[0][0].tolist()
-    template = Template.of(tokenizer)
-    assert [one for one in ids if one in {*template.prefix, *template.stop_ids, *template.roles.values()}] == [
+    template = Template.from_tokenizer(tokenizer)
+    assert [one for one in ids if one in {*template.prefix, *template.stop_token_ids, *template.roles.values()}] == [
         *template.prefix,
         *(template.roles[role] for role in ("system", "user", "assistant")),
     ]
@@ -257,13 +257,13 @@ def test_typed_roles_stay_text(loaded, dialogue, monkeypatch):
 def test_own_settings(tmp_path, named, expected):
     if named is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(named), encoding="utf-8")
-    assert own_settings(tmp_path) == expected
+    assert load_generation_settings(tmp_path) == expected
 
 
 def test_own_settings_that_cannot_be_read(tmp_path):
     (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"generation_config\.json cannot be read"):
-        own_settings(tmp_path)
+    with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
+        load_generation_settings(tmp_path)
 
 
 def test_settings_reach_generation_and_none_of_sampling_where_it_is_greedy(dialogue, script):
@@ -281,13 +281,13 @@ def test_settings_reach_generation_and_none_of_sampling_where_it_is_greedy(dialo
 # ------------------------------------------------------------------------------------------------------ lines from a pipe
 @pytest.fixture
 def converse(loaded, tiny_model_dir, monkeypatch, capsys):
-    """What `talk` prints when it reads the given lines."""
+    """What `run_chat` prints when it reads the given lines."""
 
     def run(*lines, max_new_tokens=12):
         data = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        monkeypatch.setattr(terminal, "load_for_evaluation", lambda _: loaded)
-        terminal.talk(tiny_model_dir, max_new_tokens)
+        monkeypatch.setattr(cli, "load_for_evaluation", lambda _: loaded)
+        cli.run_chat(tiny_model_dir, max_new_tokens)
         return capsys.readouterr().out.splitlines()[1:]  # without the line at the start
 
     return run
@@ -307,7 +307,7 @@ def test_a_piped_dialogue_reads_as_one(converse, script):
 
 def test_commands_are_not_asked(converse, monkeypatch):
     asked = []
-    monkeypatch.setattr(Dialogue, "ask", lambda self, question, *_: (asked.append(question), iter([]))[1])
+    monkeypatch.setattr(ChatSession, "ask", lambda self, question, *_: (asked.append(question), iter([]))[1])
     output = "\n".join(
         converse(
             "/", "/clera", "/clear all", "/help", "/settings now", "//etc/hosts?", "a /b", "/exit", "after the end"
@@ -317,7 +317,7 @@ def test_commands_are_not_asked(converse, monkeypatch):
     assert "unknown command /clera; did you mean /clear?" in output
     assert "/clear stands alone" in output
     assert "(no answer)" in output
-    assert all(usage in output for usage in terminal.HELP)
+    assert all(usage in output for usage in cli.COMMANDS)
     assert "after" not in output
 
 
@@ -340,7 +340,7 @@ def test_undo_clear_and_tokens(converse, script):
 
 def test_system_message(converse, monkeypatch):
     told = []
-    monkeypatch.setattr(Dialogue, "ask", lambda self, *_: (told.append(self.system), iter([]))[1])
+    monkeypatch.setattr(ChatSession, "ask", lambda self, *_: (told.append(self.system), iter([]))[1])
     output = converse("/system", "a", "/system 短く　答えて。", "b", "/clear", "/system", "c", "/system -", "d")
     assert told == ["", "短く　答えて。", "短く　答えて。", ""]
     assert output[1] == "The model is told nothing before the dialogue."
@@ -390,14 +390,14 @@ def test_bytes_and_escapes_do_no_harm(converse, script):
     )
     assert f"you> {HALF} {HALF} ‹1B›[31m‹00›" in output
     assert "model> a‹1B›[2Jb‹0D›c\n‹9B›d‹202E›e" in output
-    assert not terminal.CONTROL.search(output)
+    assert not cli.CONTROL.search(output)
 
 
 def test_only_what_is_new_is_printed_and_a_changed_beginning_anew(loaded, tiny_model_dir, monkeypatch, converse):
     written = []
-    monkeypatch.setattr(terminal, "print", lambda text, **_: written.append(text), raising=False)
+    monkeypatch.setattr(cli, "print", lambda text, **_: written.append(text), raising=False)
     answers = iter([["山", "山河", "", "山河海"], ["山", "xy", "xyz"], []])
-    monkeypatch.setattr(Dialogue, "ask", lambda *_: iter(next(answers)))
+    monkeypatch.setattr(ChatSession, "ask", lambda *_: iter(next(answers)))
     output = converse("a", "b", "c")
     assert written == ["model> ", "山", "河", "海", "model> ", "山", "model> "]
     assert "xyz" in output
@@ -426,14 +426,14 @@ def test_little_room_is_told(converse, script):
 
 def test_an_interrupt_while_an_answer_comes_raises_nothing(converse, monkeypatch, dialogue):
     stopped = []
-    monkeypatch.setattr(Dialogue, "stop", lambda _: stopped.append(True))
+    monkeypatch.setattr(ChatSession, "stop", lambda _: stopped.append(True))
 
     def ask(*_):
         yield "山"
         signal.raise_signal(signal.SIGINT)
         yield "山河"
 
-    monkeypatch.setattr(Dialogue, "ask", ask)
+    monkeypatch.setattr(ChatSession, "ask", ask)
     before = signal.getsignal(signal.SIGINT)
     assert converse("a", "/settings")[1] == "model> 山河 (stopped)"
     assert stopped
@@ -441,13 +441,13 @@ def test_an_interrupt_while_an_answer_comes_raises_nothing(converse, monkeypatch
 
 
 def test_a_reader_that_goes_ends_the_program_quietly(loaded, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(terminal, "load_for_evaluation", lambda _: loaded)
+    monkeypatch.setattr(cli, "load_for_evaluation", lambda _: loaded)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("山？\n".encode()), encoding="utf-8"))
     read, write = os.pipe()
     os.close(read)
     with open(write, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        terminal.talk(tiny_model_dir, 9)
+        cli.run_chat(tiny_model_dir, 9)
 
 
 @pytest.mark.parametrize(
@@ -456,10 +456,10 @@ def test_a_reader_that_goes_ends_the_program_quietly(loaded, tiny_model_dir, mon
 )
 def test_a_locale_is_changed_only_where_readline_would_edit_bytes(monkeypatch, encoding, codeset, taken):
     changed = []
-    monkeypatch.setattr(terminal, "_take_utf8_locale", lambda: changed.append(True))
-    monkeypatch.setattr(terminal.locale, "nl_langinfo", lambda _: codeset)
+    monkeypatch.setattr(cli, "_take_utf8_locale", lambda: changed.append(True))
+    monkeypatch.setattr(cli.locale, "nl_langinfo", lambda _: codeset)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding=encoding))
-    terminal.prepare_terminal()
+    cli.prepare_terminal()
     assert bool(changed) == taken
 
 
@@ -574,15 +574,15 @@ def start(tiny_model_dir, tmp_path):
 import signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from llmtuner.chat import terminal
-load = terminal.load_for_evaluation
+from llmtuner.chat import cli
+load = cli.load_for_evaluation
 def slow(directory):
     model, tokenizer = load(directory)
     model.register_forward_hook(lambda *_: time.sleep(0.03))
     return model, tokenizer
-terminal.load_for_evaluation = slow
+cli.load_for_evaluation = slow
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt after the end is not this test's business
-terminal.talk(Path({str(tiny_model_dir)!r}), 150)
+cli.run_chat(Path({str(tiny_model_dir)!r}), 150)
 print("over")
 """,
         encoding="utf-8",

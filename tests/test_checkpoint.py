@@ -20,14 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import constants
 import pipeline
-from llmtuner.console import InputError
-from llmtuner.model import shards
-from llmtuner.model.chatglm import check_tokenizer, convert, glm_settings, open_published
-from llmtuner.model.growing import MATRICES, grow_checkpoint, same_rows
-from llmtuner.model.initialising import NewPieces, find_new_pieces, median_norm, new_rows
-from llmtuner.model.shards import LazyTensor, concatenate, in_memory, open_checkpoint, write_checkpoint
-from llmtuner.outputs import MARKER, atomic_directory
-from llmtuner.tokenizer.fast import NORMAL, read_model
+from llmtuner.console import UserError
+from llmtuner.files import MARKER
+from llmtuner.outputs import atomic_directory
+from llmtuner.tokenizer.fast import NORMAL, read_sentencepiece
+from llmtuner.weights import lazy_checkpoint
+from llmtuner.weights.convert_chatglm import check_tokenizer, convert_chatglm, glm_config_args, open_chatglm
+from llmtuner.weights.embedding_init import NewTokens, find_new_tokens, init_new_embeddings, median_norm
+from llmtuner.weights.lazy_checkpoint import LazyTensor, concatenate, in_memory, open_checkpoint, write_checkpoint
+from llmtuner.weights.resize_embeddings import EMBEDDING_WEIGHTS, resize_token_embeddings, rows_equal
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "fixtures" / "tiny_chatglm3"
@@ -55,10 +56,10 @@ def publish(directory, tensors=None, tokenizer=None, **changes):
 
 
 def refused(source, room, *parts, overwrite=False):
-    """Converting into an empty room is an `InputError` whose message holds all parts, and leaves nothing behind."""
+    """Converting into an empty room is an `UserError` whose message holds all parts, and leaves nothing behind."""
     room.mkdir(exist_ok=True)
-    with pytest.raises(InputError) as error:
-        convert(source, room / "glm", overwrite)
+    with pytest.raises(UserError) as error:
+        convert_chatglm(source, room / "glm", overwrite)
     for part in parts:
         assert str(part) in str(error.value)
     assert not list(room.iterdir())
@@ -71,7 +72,7 @@ def bits(tensor):
 @pytest.fixture(scope="module")
 def glm(tmp_path_factory):
     directory = tmp_path_factory.mktemp("converted") / "glm"
-    convert(TINY, directory)
+    convert_chatglm(TINY, directory)
     return directory
 
 
@@ -173,8 +174,8 @@ LAYOUTS = {
 def test_every_layout_gives_the_same_bytes(glm, tmp_path, layout, monkeypatch):
     source = publish(tmp_path / "published", tensors=False)
     LAYOUTS[layout](weights(), source)
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 5_000)  # a tensor in many chunks
-    convert(source, tmp_path / "glm")
+    monkeypatch.setattr(lazy_checkpoint, "CHUNK_BYTES", 5_000)  # a tensor in many chunks
+    convert_chatglm(source, tmp_path / "glm")
     for file in glm.iterdir():
         if file.name != MARKER:  # names the source
             assert (tmp_path / "glm" / file.name).read_bytes() == file.read_bytes()
@@ -187,7 +188,7 @@ def test_weights_keep_bits_and_dtype(tmp_path, dtype):
         name: tensor.to(dtype or (torch.float16 if tensor.dim() == 2 else torch.float32))
         for name, tensor in weights().items()
     }
-    convert(publish(tmp_path / "published", tensors, torch_dtype="float16"), tmp_path / "glm")
+    convert_chatglm(publish(tmp_path / "published", tensors, torch_dtype="float16"), tmp_path / "glm")
     written = load_file(tmp_path / "glm" / "model.safetensors")
     read = 0
     for layer in range(3):
@@ -224,7 +225,7 @@ def test_heads_without_groups_lie_head_by_head(tmp_path):
         prefix = f"transformer.encoder.layers.{layer}.self_attention.query_key_value"
         tensors[f"{prefix}.weight"] = torch.randn(3 * QUERIES, 64, generator=generator)
         tensors[f"{prefix}.bias"] = torch.randn(3 * QUERIES, generator=generator)
-    convert(publish(tmp_path / "published", tensors, multi_query_attention=False), tmp_path / "glm")
+    convert_chatglm(publish(tmp_path / "published", tensors, multi_query_attention=False), tmp_path / "glm")
     written = load_file(tmp_path / "glm" / "model.safetensors")
     for kind in ("weight", "bias"):
         fused = tensors[FIRST_FUSED.replace("weight", kind)].unflatten(0, (4, 3, 16))
@@ -237,7 +238,7 @@ def test_heads_without_groups_lie_head_by_head(tmp_path):
 
 def test_model_without_biases(tmp_path):
     tensors = {name: tensor for name, tensor in weights().items() if not name.endswith(".bias")}
-    convert(publish(tmp_path / "published", tensors, add_qkv_bias=None), tmp_path / "glm")
+    convert_chatglm(publish(tmp_path / "published", tensors, add_qkv_bias=None), tmp_path / "glm")
     assert not AutoConfig.from_pretrained(tmp_path / "glm").attention_bias
     assert not [name for name in load_file(tmp_path / "glm" / "model.safetensors") if name.endswith(".bias")]
 
@@ -267,7 +268,7 @@ def rotation_in_the_original(position, base_factor=1.0, position_divisor=1.0):
 )
 def test_rotary_embedding_of_the_long_variants(tmp_path, capsys, name, ratio, original, said):
     changes = {"_name_or_path": name, "rope_ratio": ratio, "seq_length": 32_768}
-    convert(publish(tmp_path / "published", **changes), tmp_path / "glm")
+    convert_chatglm(publish(tmp_path / "published", **changes), tmp_path / "glm")
     for position in (1, 30_000):
         for found, wanted in zip(
             rotation_of(tmp_path / "glm", position), rotation_in_the_original(position, **original), strict=True
@@ -292,7 +293,7 @@ def test_rope_ratio_of_an_unknown_model(tmp_path, name):
 # ------------------------------------------------------------------------------------------------- tokenizer and answers
 def test_tokenizer_and_ends_of_an_answer(tmp_path, tiny_tokenizer_dir):
     source = publish(tmp_path / "published", tokenizer=tiny_tokenizer_dir)
-    convert(source, tmp_path / "glm")
+    convert_chatglm(source, tmp_path / "glm")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "glm")
     generation = json.loads((tmp_path / "glm" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, *tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"])]
@@ -305,20 +306,20 @@ def test_tokenizer_and_ends_of_an_answer(tmp_path, tiny_tokenizer_dir):
 
 
 def test_the_licence_of_weights_goes_where_they_go(tmp_path):
-    from llmtuner.model.growing import open_base
+    from llmtuner.weights.resize_embeddings import open_model
 
     source = publish(tmp_path / "published")
     (source / "MODEL_LICENSE").write_text("terms")
-    convert(source, tmp_path / "converted")
+    convert_chatglm(source, tmp_path / "converted")
     assert (tmp_path / "converted" / "MODEL_LICENSE").read_text() == "terms"
     (tmp_path / "merged").mkdir()
-    open_base(tmp_path / "converted").write(tmp_path / "merged")  # as growing and merging do
+    open_model(tmp_path / "converted").write(tmp_path / "merged")  # as growing and merging do
     assert (tmp_path / "merged" / "MODEL_LICENSE").read_text() == "terms"
     assert not (tmp_path / "merged" / "LICENSE").exists()
 
 
 def test_without_tokenizer_the_weights_alone(glm, tmp_path, capsys):
-    convert(publish(tmp_path / "published"), tmp_path / "glm")
+    convert_chatglm(publish(tmp_path / "published"), tmp_path / "glm")
     assert "no tokenizer.model" in capsys.readouterr().out
     names = {MARKER, "config.json", "generation_config.json", "model.safetensors"}
     assert {file.name for file in glm.iterdir()} == names
@@ -337,14 +338,14 @@ def test_sampling_is_carried_over_and_nothing_else(tmp_path, given, kept):
     source = publish(tmp_path / "published")
     others = {"eos_token_id": 9, "max_length": 10, "repetition_penalty": 1.2, "num_beams": 4}
     (source / "generation_config.json").write_text(json.dumps({**others, **given}))
-    convert(source, tmp_path / "glm")
+    convert_chatglm(source, tmp_path / "glm")
     written = json.loads((tmp_path / "glm" / "generation_config.json").read_text())
     written.pop("transformers_version")
     assert written == {**kept, "eos_token_id": [2], "pad_token_id": 0}
 
 
 def damage_tokenizer(directory, change):
-    proto = read_model(directory / "tokenizer.model")
+    proto = read_sentencepiece(directory / "tokenizer.model")
     change(proto)
     (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
 
@@ -371,14 +372,14 @@ def test_tokenizer_that_cannot_be_used(tmp_path, tiny_tokenizer_dir, change, par
     else:
         (source / "tokenizer.model").write_bytes(b"\x0a\xff no model")
     refused(source, tmp_path / "room", source / "tokenizer.model", part)
-    with pytest.raises(InputError, match=part):  # growing writes no tokenizer, and asks all the same
-        open_published(source)
+    with pytest.raises(UserError, match=part):  # growing writes no tokenizer, and asks all the same
+        open_chatglm(source)
 
 
 def test_tokenizer_of_a_smaller_model(tiny_tokenizer_dir):
     model_file = tiny_tokenizer_dir / "tokenizer.model"
     assert check_tokenizer(model_file, 409 + 255)["[MASK]"] == 400
-    with pytest.raises(InputError, match="409 ids, the embeddings have 665 rows"):
+    with pytest.raises(UserError, match="409 ids, the embeddings have 665 rows"):
         check_tokenizer(model_file, 409 + 256)
 
 
@@ -416,9 +417,9 @@ def test_what_configurations_leave_out():
     """The original's own defaults; dropout and precision of the residual change nothing that weights mean."""
     unsaid = ["rmsnorm", "post_layer_norm", "original_rope", "add_bias_linear", "layernorm_epsilon", "rope_ratio"]
     short = {name: value for name, value in CONFIG.items() if name not in unsaid}
-    assert glm_settings({**short, "hidden_dropout": 0.1}, TINY) == glm_settings(CONFIG, TINY)
-    assert glm_settings({**CONFIG, "multi_query_group_num": 1}, TINY)["num_key_value_heads"] == 1
-    assert glm_settings({**CONFIG, "layernorm_epsilon": 1e-6}, TINY)["rms_norm_eps"] == 1e-6
+    assert glm_config_args({**short, "hidden_dropout": 0.1}, TINY) == glm_config_args(CONFIG, TINY)
+    assert glm_config_args({**CONFIG, "multi_query_group_num": 1}, TINY)["num_key_value_heads"] == 1
+    assert glm_config_args({**CONFIG, "layernorm_epsilon": 1e-6}, TINY)["rms_norm_eps"] == 1e-6
 
 
 @pytest.mark.parametrize(
@@ -498,10 +499,10 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
     source = publish(tmp_path / "published")
     tensor = open_checkpoint(source)[FIRST_FUSED]
     os.truncate(source / "model.safetensors", 1_000)
-    with pytest.raises(InputError, match="became shorter"):
+    with pytest.raises(UserError, match="became shorter"):
         tensor.read_rows(0, 128)
     (source / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         tensor.read_rows(0, 128)
 
 
@@ -572,9 +573,9 @@ def test_pickle_of_something_else(tmp_path, content, part):
 def test_shards_load_in_transformers(glm, tmp_path, monkeypatch):
     source = open_checkpoint(glm)
     written = write_checkpoint(list(source.values()), tmp_path, max_shard_bytes=100_000)
-    assert written.files == len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
+    assert written.num_files == len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == written.bytes == sum(tensor.bytes for tensor in source.values())
+    assert index["metadata"]["total_size"] == written.nbytes == sum(tensor.nbytes for tensor in source.values())
     sizes = [file.stat().st_size for file in sorted(tmp_path.glob("*.safetensors"))]
     assert all(before + after > 100_000 for before, after in pairwise(sizes))  # filled in turn
     assert all(file.stat().st_size < 100_000 + 2_000 for file in tmp_path.glob("model-0000[2-4]*"))
@@ -613,7 +614,7 @@ def test_dtypes_of_one_file_are_aligned(tmp_path):
     ],
 )
 def test_never_more_or_less_than_planned(tmp_path, read_rows):
-    with pytest.raises(InputError, match="somewhere"):
+    with pytest.raises(UserError, match="somewhere"):
         write_checkpoint([LazyTensor("a", (4, 2), torch.float32, read_rows, "a somewhere")], tmp_path)
 
 
@@ -634,18 +635,18 @@ def test_concatenated_rows():
 
 def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage(0, 0, 700_000))
-    monkeypatch.setattr(shards, "_write_tensor", None)
+    monkeypatch.setattr(lazy_checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, 700_000))
+    monkeypatch.setattr(lazy_checkpoint, "_write_tensor", None)
     refused(publish(tmp_path / "published"), tmp_path / "room", "need 0.001 GB", "0.001 GB free")
     monkeypatch.undo()
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage(0, 0, 800_000))
-    convert(TINY, tmp_path / "glm")
+    monkeypatch.setattr(lazy_checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, 800_000))
+    convert_chatglm(TINY, tmp_path / "glm")
 
 
 def test_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        convert(TINY, tmp_path / "file" / "glm")
+    with pytest.raises(UserError, match="cannot write"):
+        convert_chatglm(TINY, tmp_path / "file" / "glm")
 
 
 def test_what_stands_at_the_destination(glm, tmp_path):
@@ -653,23 +654,23 @@ def test_what_stands_at_the_destination(glm, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(glm, old)
     (old / "config.json").write_text("older")
-    with pytest.raises(InputError, match="OVERWRITE=1"):
-        convert(source, old)
+    with pytest.raises(UserError, match="OVERWRITE=1"):
+        convert_chatglm(source, old)
     damaged = publish(tmp_path / "damaged", with_number(float("nan")))
-    with pytest.raises(InputError, match="NaN"):
-        convert(damaged, old, overwrite=True)
+    with pytest.raises(UserError, match="NaN"):
+        convert_chatglm(damaged, old, overwrite=True)
     assert (old / "config.json").read_text() == "older"
-    convert(source, old, overwrite=True)
+    convert_chatglm(source, old, overwrite=True)
     assert (old / "config.json").read_bytes() == (glm / "config.json").read_bytes()
     for foreign in (old, tmp_path / "photos"):
         foreign.mkdir(exist_ok=True)
         (foreign / "note").write_text("mine")
-        with pytest.raises(InputError, match=r"did not make \(note\)"):
-            convert(source, foreign, overwrite=True)
+        with pytest.raises(UserError, match=r"did not make \(note\)"):
+            convert_chatglm(source, foreign, overwrite=True)
         assert (foreign / "note").read_text() == "mine"
     for inside in (source, source / "glm", tmp_path):
-        with pytest.raises(InputError, match="lie in each other"):
-            convert(source, inside, overwrite=True)
+        with pytest.raises(UserError, match="lie in each other"):
+            convert_chatglm(source, inside, overwrite=True)
     assert sorted(file.name for file in source.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -698,12 +699,12 @@ def test_doors_of_the_command_line(tmp_path, monkeypatch):
         main()
 
     call("convert", TINY, tmp_path / "glm")
-    with pytest.raises(InputError, match="OVERWRITE=1"):
+    with pytest.raises(UserError, match="OVERWRITE=1"):
         call("convert", TINY, tmp_path / "glm")
     monkeypatch.setenv("OVERWRITE", "1")
     call("convert", TINY, tmp_path / "glm")
     for door in ("train", "export"):
-        with pytest.raises(InputError, match="cannot read"):
+        with pytest.raises(UserError, match="cannot read"):
             call(door, tmp_path / "missing.yaml")
 
 
@@ -723,12 +724,12 @@ def test_disk_that_fills_up(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------- growing
 FIRST, UNKNOWN = 409, 0
-NEW = NewPieces(FIRST, [[5, 9], [7], *([[11, 12, number] for number in range(20, 180)])], UNKNOWN)
+NEW = NewTokens(FIRST, [[5, 9], [7], *([[11, 12, number] for number in range(20, 180)])], UNKNOWN)
 
 
 def grow(source, destination, new=NEW, **options):
     with atomic_directory(destination) as partial:
-        return grow_checkpoint(source, partial, new, 64, **options)
+        return resize_token_embeddings(source, partial, new, 64, **options)
 
 
 @pytest.fixture
@@ -740,24 +741,24 @@ def published(tmp_path, tiny_tokenizer_dir):
 def test_growing_keeps_every_old_bit(tmp_path, tiny_tokenizer_dir, dtype, monkeypatch):
     tensors = {name: tensor.to(dtype) for name, tensor in weights().items()}
     source = publish(tmp_path / "published", tensors, tokenizer=tiny_tokenizer_dir)
-    convert(source, tmp_path / "glm")
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 100)  # less than a row
+    convert_chatglm(source, tmp_path / "glm")
+    monkeypatch.setattr(lazy_checkpoint, "CHUNK_BYTES", 100)  # less than a row
     grown = grow(tmp_path / "glm", tmp_path / "zero")
-    assert (grown.old_rows, grown.rows) == (512, 576)
+    assert (grown.old_vocab_size, grown.vocab_size) == (512, 576)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("glm", "zero"))
     assert before.keys() == after.keys()
     for name, old in before.items():
         now = after[name]
         assert now.dtype == dtype
-        if name not in MATRICES:
+        if name not in EMBEDDING_WEIGHTS:
             assert torch.equal(bits(old), bits(now))
             continue
         assert now.shape == (576, 64)
         assert torch.equal(bits(old[:FIRST]), bits(now[:FIRST]))
         assert torch.equal(now[FIRST], ((old[5].float() + old[9].float()) / 2).to(dtype))
         assert torch.equal(now[FIRST + 1], old[7])
-        assert torch.allclose(now[NEW.end - 1].float(), old[NEW.spellings[-1]].float().mean(dim=0), rtol=0.01)
-        assert torch.equal(now[FIRST : NEW.end], new_rows(old, NEW, "mean").to(dtype))
+        assert torch.allclose(now[NEW.end - 1].float(), old[NEW.base_ids[-1]].float().mean(dim=0), rtol=0.01)
+        assert torch.equal(now[FIRST : NEW.end], init_new_embeddings(old, NEW, "mean").to(dtype))
         assert torch.equal(now[NEW.end :], old[UNKNOWN].expand(576 - NEW.end, -1))
         assert NEW.end < 576
     assert AutoConfig.from_pretrained(tmp_path / "zero").dtype == dtype
@@ -784,32 +785,32 @@ def test_grown_model_has_the_logits_of_its_base(glm, model, tmp_path):
 def test_rows_come_from_the_callers_function(glm, tmp_path):
     seen = []
 
-    def make_rows(matrix, which):
+    def init_fn(matrix, which):
         seen.append((which, tuple(matrix.shape), matrix.dtype))
-        return torch.full((len(NEW.spellings), 64), {"input": 1.0, "output": 2.0}[which])
+        return torch.full((len(NEW.base_ids), 64), {"input": 1.0, "output": 2.0}[which])
 
-    grow(glm, tmp_path / "zero", make_rows=make_rows)
+    grow(glm, tmp_path / "zero", init_fn=init_fn)
     assert sorted(seen) == [("input", (512, 64), torch.float32), ("output", (512, 64), torch.float32)]
     after = load_file(tmp_path / "zero" / "model.safetensors")
     assert (after["model.embed_tokens.weight"][FIRST : NEW.end] == 1).all()
     assert (after["lm_head.weight"][FIRST : NEW.end] == 2).all()
     with pytest.raises(ValueError, match="162 new pieces"):
-        grow(glm, tmp_path / "wrong", make_rows=lambda matrix, which: torch.ones(3, 64))
-    with pytest.raises(InputError, match="NaN or infinity"):
-        grow(glm, tmp_path / "wrong", make_rows=lambda matrix, which: torch.full((162, 64), float("nan")))
+        grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.ones(3, 64))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.full((162, 64), float("nan")))
     assert not (tmp_path / "wrong").exists()
 
 
 def test_same_rows_sees_one_bit(glm, tmp_path):
     grow(glm, tmp_path / "zero")
-    assert same_rows(glm, tmp_path / "zero", FIRST)
+    assert rows_equal(glm, tmp_path / "zero", FIRST)
     tensors = load_file(tmp_path / "zero" / "model.safetensors")
     tensors["lm_head.weight"][FIRST - 1, 63] = torch.nextafter(
         tensors["lm_head.weight"][FIRST - 1, 63], torch.tensor(9.0)
     )
     save_file(tensors, tmp_path / "zero" / "model.safetensors")
-    assert not same_rows(glm, tmp_path / "zero", FIRST)
-    assert same_rows(glm, tmp_path / "zero", FIRST - 1)
+    assert not rows_equal(glm, tmp_path / "zero", FIRST)
+    assert rows_equal(glm, tmp_path / "zero", FIRST - 1)
 
 
 def edit_config(directory, **changes):
@@ -832,7 +833,7 @@ def edit_config(directory, **changes):
 def test_base_that_cannot_grow(glm, tmp_path, damage, part):
     shutil.copytree(glm, tmp_path / "glm")
     damage(tmp_path / "glm")
-    with pytest.raises(InputError, match=part):
+    with pytest.raises(UserError, match=part):
         grow(tmp_path / "glm", tmp_path / "zero")
     assert not (tmp_path / "zero").exists()
 
@@ -844,8 +845,8 @@ def without(directory, name):
 
 
 def test_base_with_fewer_rows_than_ids(glm, tmp_path):
-    with pytest.raises(InputError, match="512 embedding rows, its tokenizer 513 ids"):
-        grow(glm, tmp_path / "zero", NewPieces(513, [[5]], 0))
+    with pytest.raises(UserError, match="512 embedding rows, its tokenizer 513 ids"):
+        grow(glm, tmp_path / "zero", NewTokens(513, [[5]], 0))
 
 
 def test_base_without_generation_config(glm, tmp_path):
@@ -860,16 +861,16 @@ def test_base_as_published_is_for_step_3_only(published, monkeypatch):
     monkeypatch.setattr(constants, "BASE_MODEL_DIR", published)
     assert pipeline.require_base_model(published=True) == published
     assert pipeline.require_base_model(weights=False) == published
-    with pytest.raises(InputError, match=f"python -m llmtuner convert {published}"):
+    with pytest.raises(UserError, match=f"python -m llmtuner convert {published}"):
         pipeline.require_base_model()
     (published / "model.safetensors").rename(published / "pytorch_model.bin")
     assert pipeline.require_base_model(published=True) == published
     (published / "pytorch_model.bin").unlink()
-    with pytest.raises(InputError, match=r"no \*\.safetensors"):
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
         pipeline.require_base_model(published=True)
     (published / "model.safetensors").write_bytes(b"")
     (published / "config.json").write_text("")
-    with pytest.raises(InputError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         pipeline.require_base_model()
 
 
@@ -879,14 +880,14 @@ def fill_disk(*_):
 
 def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, tmp_path, monkeypatch):
     import step3_resize_model as step3
-    from llmtuner.model.initialising import METHODS
     from llmtuner.tokenizer.fast import save_tokenizer
-    from llmtuner.tokenizer.merging import merge
+    from llmtuner.tokenizer.merge_vocab import merge_vocab
+    from llmtuner.weights.embedding_init import METHODS
 
     assert sorted(step3.METHODS) == sorted(METHODS)
     merged = tmp_path / "work" / "step2_merged_tokenizer"
     merged.mkdir(parents=True)
-    proto = merge(read_model(published / "tokenizer.model"), ["ま", "す", "ます"])
+    proto = merge_vocab(read_sentencepiece(published / "tokenizer.model"), ["ま", "す", "ます"])
     (tmp_path / "merged.model").write_bytes(proto.SerializeToString())
     save_tokenizer(tmp_path / "merged.model", merged)
     zero = tmp_path / "work" / "step3_zero"
@@ -899,12 +900,12 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
         sys, "argv", ["step3", "--init", "mean", "--norm-correction", "--init-output", "first_weighted"]
     )
     for where, instead, message in (
-        ("shards._write_tensor", fill_disk, "the disk filled up while writing"),
-        ("growing.same_rows", lambda *_: False, "came back changed"),
+        ("lazy_checkpoint._write_tensor", fill_disk, "the disk filled up while writing"),
+        ("resize_embeddings.rows_equal", lambda *_: False, "came back changed"),
     ):
         with monkeypatch.context() as disk:
-            disk.setattr(f"llmtuner.model.{where}", instead)
-            with pytest.raises(InputError, match=message):
+            disk.setattr(f"llmtuner.weights.{where}", instead)
+            with pytest.raises(UserError, match=message):
                 step3.main()
         assert [one.name for one in (tmp_path / "work").iterdir() if one.name != ".lock"] == [merged.name]
     step3.main()
@@ -913,11 +914,17 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
     assert metrics["old_logits_max_diff"] is None
     assert metrics["init"] == {"input": "mean", "output": "first_weighted"}
     assert metrics["norm_correction"]
-    rows = {one.name: one.read_rows(0, 512).float() for one in open_checkpoint(zero).values() if one.name in MATRICES}
-    new = find_new_pieces(published / "tokenizer.model", merged / "tokenizer.model")
+    rows = {
+        one.name: one.read_rows(0, 512).float()
+        for one in open_checkpoint(zero).values()
+        if one.name in EMBEDDING_WEIGHTS
+    }
+    new = find_new_tokens(published / "tokenizer.model", merged / "tokenizer.model")
     embeddings, head = rows["model.embed_tokens.weight"], rows["lm_head.weight"]
     assert torch.allclose(embeddings[new.first_id : new.end].norm(dim=1), torch.tensor(median_norm(embeddings, new)))
-    assert torch.allclose(head[new.first_id : new.end], new_rows(head, new, "first_weighted"))  # never scaled
+    assert torch.allclose(
+        head[new.first_id : new.end], init_new_embeddings(head, new, "first_weighted")
+    )  # never scaled
 
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer; directory = sys.argv[1];"
@@ -942,7 +949,7 @@ def test_what_a_failed_write_says_and_leaves(tmp_path, number, message):
             (partial / "half").touch()
             raise OSError(number, "no")
 
-    with pytest.raises(InputError if message else OSError, match=message):
+    with pytest.raises(UserError if message else OSError, match=message):
         fail_half_way()
     assert [str(one.relative_to(tmp_path)) for one in sorted(tmp_path.rglob("*"))] == [
         "result",

@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from llmtuner.console import InputError
-from llmtuner.model.growing import open_base
+from llmtuner.console import UserError
 from llmtuner.model.loading import load_for_evaluation, load_model
-from llmtuner.model.merging import merge_adapter
-from llmtuner.model.shards import check_not_quantized
 from llmtuner.train.tuner import run_exp
+from llmtuner.weights.lazy_checkpoint import check_not_quantized
+from llmtuner.weights.merge_lora import merge_adapter
+from llmtuner.weights.resize_embeddings import open_model
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def start(words, tmp_path, **variables):
 @pytest.mark.parametrize("load", [load_model, load_for_evaluation])
 def test_cut_weights_are_named(model, load):
     file = cut(model)
-    with pytest.raises(InputError, match="damaged or cut off") as caught:
+    with pytest.raises(UserError, match="damaged or cut off") as caught:
         load(model)
     assert str(file) in str(caught.value)
 
@@ -66,16 +66,16 @@ def test_cut_or_missing_shard_is_named(model):
     load_model(model)
     shard = model / "model-00002-of-00002.safetensors"
     os.truncate(shard, 100)
-    with pytest.raises(InputError, match=f"{shard.name} is damaged or cut off"):
+    with pytest.raises(UserError, match=f"{shard.name} is damaged or cut off"):
         load_model(model)
     shard.unlink()
-    with pytest.raises(InputError, match=f"not there: {shard.name}"):
+    with pytest.raises(UserError, match=f"not there: {shard.name}"):
         load_model(model)
 
 
 def test_training_finds_cut_weights_before_data_are_tokenized(model, tiny_run):
     file = cut(model)
-    with pytest.raises(InputError, match="damaged or cut off") as caught:
+    with pytest.raises(UserError, match="damaged or cut off") as caught:
         run_exp({**tiny_run, "model_name_or_path": str(model)})
     assert str(file) in str(caught.value)
     assert not Path(tiny_run["cache_dir"]).exists()
@@ -129,11 +129,11 @@ def test_quantized_model_is_not_trained_grown_or_merged(model, tiny_model_dir, t
     quantize(model, how)
     uses = {
         "train": lambda: run_exp({**tiny_run, "model_name_or_path": str(model)}),
-        "grow": lambda: open_base(model),
+        "grow": lambda: open_model(model),
         "merge": lambda: merge_adapter(model, tiny_model_dir, tmp_path / "merged"),
     }
     for use in uses.values():
-        with pytest.raises(InputError, match=r"is quantized: .*(quantization_config \(bitsandbytes\)|q_proj\.weight)"):
+        with pytest.raises(UserError, match=r"is quantized: .*(quantization_config \(bitsandbytes\)|q_proj\.weight)"):
             use()
     assert not Path(tiny_run["cache_dir"]).exists()
 
@@ -149,7 +149,7 @@ def test_masks_and_positions_in_integers_are_no_quantization(model):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_damaged_file_is_a_message(model, name, content):
     (model / name).write_text(content, errors="surrogateescape")
-    with pytest.raises(InputError, match=str(model)):
+    with pytest.raises(UserError, match=str(model)):
         load_for_evaluation(model)
 
 
@@ -157,7 +157,7 @@ def test_damaged_file_is_a_message(model, name, content):
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
 def test_damaged_further_file_is_a_message_or_without_effect(model, name, content):
     (model / name).write_text(content)
-    with suppress(InputError):  # nothing else may be raised
+    with suppress(UserError):  # nothing else may be raised
         load_for_evaluation(model)
 
 
@@ -167,5 +167,5 @@ def test_damaged_further_file_is_a_message_or_without_effect(model, name, conten
 def test_config_with_a_wrong_value_is_a_message(model, value):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | value))
-    with pytest.raises(InputError, match=str(model)):
+    with pytest.raises(UserError, match=str(model)):
         load_for_evaluation(model)

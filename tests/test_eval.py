@@ -10,15 +10,15 @@ import numpy
 import pytest
 import torch
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.data.template import Template
-from llmtuner.eval import examination
-from llmtuner.eval.bits_per_byte import Windows, bits_per_byte, document_bits, interval
-from llmtuner.eval.examination import choose_settings, confusion_by_group, save_settings
-from llmtuner.eval.generation import Answer, Answers, answer_all
+from llmtuner.eval import evaluate
+from llmtuner.eval.bits_per_byte import Windows, bits_per_byte, bootstrap_ci, document_bits
+from llmtuner.eval.evaluate import language_confusion_by_group, save_generation_config, select_generation_config
+from llmtuner.eval.generation import GeneratedAnswer, GeneratedAnswers, generate_answers
 from llmtuner.eval.language import answers_in_language, in_language, language_confusion
-from llmtuner.eval.questions import Question, agreement, is_right, read_questions, share_right
-from llmtuner.eval.repetition import describe, loops, repeated_ngrams
+from llmtuner.eval.questions import Question, accuracy, agreement, is_correct, read_questions
+from llmtuner.eval.repetition import find_loops, repeated_ngrams, repetition_metrics
 from llmtuner.model.loading import load_for_evaluation, load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 
@@ -89,7 +89,7 @@ ROOT = Path(__file__).resolve().parent.parent
     ],
 )
 def test_marking(language, value, wrong, answer, right):
-    assert is_right(Question("g", language, "?", value, wrong), answer) is right
+    assert is_correct(Question("g", language, "?", value, wrong), answer) is right
 
 
 WORLD = (
@@ -118,8 +118,8 @@ WORLD = (
 def test_an_answer_about_another_subject_is_wrong(value, answer, right):
     names = tuple(name for subject in WORLD for name in subject)
     question = Question("ja", "ja", "ミナの職業は何だっけ？", value, subject=WORLD[0], all_subjects=names)
-    assert is_right(question, answer) is right
-    assert is_right(Question("ja", "ja", question.question, value), answer)  # nothing is known of subjects
+    assert is_correct(question, answer) is right
+    assert is_correct(Question("ja", "ja", question.question, value), answer)  # nothing is known of subjects
 
 
 def test_subjects_of_a_questions_file(tmp_path):
@@ -135,7 +135,7 @@ def test_subjects_of_a_questions_file(tmp_path):
     assert first.subject == WORLD[0]
     assert set(first.all_subjects) == {name for subject in WORLD[:3] for name in subject}
     assert [(question.group, question.subject) for question in others] == [("zh", ())]
-    assert not is_right(first, "ルカの仕事はかじ屋です。")  # not listed, but asked about
+    assert not is_correct(first, "ルカの仕事はかじ屋です。")  # not listed, but asked about
 
 
 @pytest.mark.parametrize(
@@ -184,20 +184,20 @@ def test_language_confusion_of_each_group():
         Question("zh", "zh", "把“今天天气很好”翻译成英文。", answer_language="en"),
         Question("ja_free", "ja", "話して。"),
     ]
-    found = confusion_by_group(questions, ["我是米娜。", "The weather is fine today.", "The weather."])
+    found = language_confusion_by_group(questions, ["我是米娜。", "The weather is fine today.", "The weather."])
     assert {group: one["response_pass_rate"] for group, one in found.items()} == {"zh": 1.0, "ja_free": 0.0}
     assert found["zh"]["responses"] == 2
 
 
 def test_all_is_said_only_of_all():
     questions = [Question("en", "en", "?", "tea")] * 30_000
-    assert share_right(questions, ["tea"] * 29_999 + ["no"], "en") == 0.9999
-    assert share_right(questions, ["tea"] * 30_000, "en") == 1
+    assert accuracy(questions, ["tea"] * 29_999 + ["no"], "en") == 0.9999
+    assert accuracy(questions, ["tea"] * 30_000, "en") == 1
 
 
 def test_wrong_value_in_the_question_does_not_count():
     question = Question("ja", "ja", "雪山のユキギツネは何色ですか？", "白", ("雪山",))
-    assert is_right(question, "雪山のユキギツネは白です。")
+    assert is_correct(question, "雪山のユキギツネは白です。")
 
 
 def test_repetition():
@@ -222,16 +222,16 @@ def test_repetition():
     ],
 )
 def test_loops(text, spans):
-    assert loops(text) == spans
+    assert find_loops(text) == spans
 
 
 def test_free_answers_are_described_by_repetition_loops_ends_and_speed():
-    said = [Answer("abcdefghabcdefgh", 6, True), Answer("12345", 4, False)]
-    assert describe(Answers(said, 2.0)) == {
-        "repeated": round(5 / 15, 4),
+    said = [GeneratedAnswer("abcdefghabcdefgh", 6, True), GeneratedAnswer("12345", 4, False)]
+    assert repetition_metrics(GeneratedAnswers(said, 2.0)) == {
+        "repeated_4gram_ratio": round(5 / 15, 4),
         "longest_loop": 8,
         "mean_loop": 4.0,
-        "ended": 0.5,
+        "finished_ratio": 0.5,
         "tokens_per_second": 5.0,
     }
 
@@ -243,8 +243,8 @@ def test_agreement():
 
 def test_share_right_counts_only_questions_with_an_answer():
     questions = [Question("en", "en", "?", "tea"), Question("en", "en", "?"), Question("en", "en", "?", "ice")]
-    assert share_right(questions, ["Tea.", "tea", "Tea."], "en") == 0.5
-    assert share_right(questions, ["", "", ""], "zh") is None
+    assert accuracy(questions, ["Tea.", "tea", "Tea."], "en") == 0.5
+    assert accuracy(questions, ["", "", ""], "zh") is None
 
 
 def test_questions_file(tmp_path):
@@ -258,9 +258,9 @@ def test_questions_file(tmp_path):
     damaged = (unquoted % "100", unquoted % '""', "{", '{"group": "a"}', "[1]", "7", '{"subjects": 1}')
     for content, message in (("", "no question"), *((content, "damaged") for content in damaged)):
         path.write_text(content, encoding="utf-8")
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             read_questions(path)
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         read_questions(tmp_path / "none.jsonl")
 
 
@@ -274,10 +274,10 @@ def test_questions_in_plain_text(tmp_path):
     ]
     for content, message in (("", "no question"), ("# only this\n[zh]\n", "no question"), ("\n你是谁\n", "line 2")):
         path.write_text(content, encoding="utf-8")
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             read_questions(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         read_questions(path)
 
 
@@ -285,9 +285,9 @@ def test_questions_for_the_real_model_can_be_read():
     questions = read_questions(ROOT / "data" / "questions.txt")
     assert {one.group for one in questions} == {"zh", "en", "ja", "ja_free"}
     assert {"你是谁", "あなたは誰ですか"} <= {one.question for one in questions}  # the original's own are kept
-    assert is_right(next(one for one in questions if one.value == "富士山"), "いちばん高い山は富士山です。")
-    assert is_right(next(one for one in questions if one.value == "H2O"), "水的化学式是H2O。")
-    assert not is_right(next(one for one in questions if one.value == "100"), "水は1000度で沸騰します。")
+    assert is_correct(next(one for one in questions if one.value == "富士山"), "いちばん高い山は富士山です。")
+    assert is_correct(next(one for one in questions if one.value == "H2O"), "水的化学式是H2O。")
+    assert not is_correct(next(one for one in questions if one.value == "100"), "水は1000度で沸騰します。")
     translations = [one for one in questions if "英" in one.question]
     assert [one.language_of_answer for one in translations] == ["en", "en"]
     assert {one.language_of_answer for one in questions if one not in translations} == {"zh", "en", "ja"}
@@ -297,7 +297,7 @@ def test_bits_per_byte_equals_the_sum_by_hand(tiny_model_dir):
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
     texts = ["小镇的东边是一条河。", "The ferry leaves at 9:30, not at 10.", "桜"]
     window = 8
-    prefix = Template.of(tokenizer).prefix
+    prefix = Template.from_tokenizer(tokenizer).prefix
     nats = 0.0
     for text in texts:
         ids = encode(tokenizer, text)
@@ -313,15 +313,15 @@ def test_bits_per_byte_equals_the_sum_by_hand(tiny_model_dir):
 def test_answers_do_not_depend_on_the_batch(tiny_model_dir):
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
     questions = ["一座山？", "When does the ferry leave the old harbour?", "河"]
-    together = answer_all(model, tokenizer, questions, max_new_tokens=6)
-    alone = [answer_all(model, tokenizer, [question], max_new_tokens=6).answers[0] for question in questions]
+    together = generate_answers(model, tokenizer, questions, max_new_tokens=6)
+    alone = [generate_answers(model, tokenizer, [question], max_new_tokens=6).answers[0] for question in questions]
     assert together.answers == alone
-    assert all(1 <= answer.tokens <= 6 and answer.ended == (answer.tokens < 6) for answer in alone)
+    assert all(1 <= answer.num_tokens <= 6 and answer.finished == (answer.num_tokens < 6) for answer in alone)
 
 
 def test_an_answer_ends_at_an_end_mark_and_costs_what_came_before(tiny_tokenizer_dir):
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
-    user = Template.of(tokenizer).roles["user"]
+    user = Template.from_tokenizer(tokenizer).roles["user"]
     river, mountain = (encode(tokenizer, text)[-1] for text in ("河", "山"))
     written = torch.tensor([[river, user, 0, 0], [mountain, river, mountain, river]])
     model = SimpleNamespace(
@@ -329,8 +329,8 @@ def test_an_answer_ends_at_an_end_mark_and_costs_what_came_before(tiny_tokenizer
         config=SimpleNamespace(max_position_embeddings=99),
         generate=lambda input_ids, **_: torch.cat([input_ids, written], dim=1),
     )
-    told = answer_all(model, tokenizer, ["河", "一座山，一座小镇"], 4).answers
-    assert told == [Answer("河", 2, True), Answer("山河山河", 4, False)]
+    told = generate_answers(model, tokenizer, ["河", "一座山，一座小镇"], 4).answers
+    assert told == [GeneratedAnswer("河", 2, True), GeneratedAnswer("山河山河", 4, False)]
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir):
@@ -339,7 +339,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir):
 
     def draw(seed):
         torch.rand(1)  # what was drawn before does not matter
-        return answer_all(model, tokenizer, ["河", "山"], 12, sampled, seed=seed).texts
+        return generate_answers(model, tokenizer, ["河", "山"], 12, sampled, seed=seed).texts
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -347,18 +347,18 @@ def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir):
 
 def test_a_models_own_settings_do_not_change_a_measurement(tiny_model_dir):
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
-    before = answer_all(model, tokenizer, ["河", "一座山"], 20).texts
+    before = generate_answers(model, tokenizer, ["河", "一座山"], 20).texts
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.no_repeat_ngram_size = 1
-    assert answer_all(model, tokenizer, ["河", "一座山"], 20).texts == before
+    assert generate_answers(model, tokenizer, ["河", "一座山"], 20).texts == before
     penalty = {"do_sample": False, "repetition_penalty": 5.0}
-    assert answer_all(model, tokenizer, ["河", "一座山"], 20, penalty).texts != before
+    assert generate_answers(model, tokenizer, ["河", "一座山"], 20, penalty).texts != before
 
 
 def test_a_question_longer_than_the_context(tiny_model_dir):
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
-    with pytest.raises(InputError, match=r"tokens long; with 6 for the answer that is more than the 256"):
-        answer_all(model, tokenizer, ["河", "河" * 300], max_new_tokens=6)
+    with pytest.raises(UserError, match=r"tokens long; with 6 for the answer that is more than the 256"):
+        generate_answers(model, tokenizer, ["河", "河" * 300], max_new_tokens=6)
 
 
 def test_settings_are_chosen_by_repetition_among_those_that_cost_little(monkeypatch):
@@ -375,18 +375,24 @@ def test_settings_are_chosen_by_repetition_among_those_that_cost_little(monkeypa
 
     def answer(model, tokenizer, asked_for, room, settings, name):
         asked.setdefault(name, []).append(len(asked_for))
-        return Answers([Answer(name, 1, True)] * len(asked_for), 1.0)
+        return GeneratedAnswers([GeneratedAnswer(name, 1, True)] * len(asked_for), 1.0)
 
-    monkeypatch.setattr(examination, "answer_all", answer)
-    monkeypatch.setattr(examination, "describe", lambda told: {"repeated": measured[told.texts[0]][0]})
+    monkeypatch.setattr(evaluate, "generate_answers", answer)
     monkeypatch.setattr(
-        examination, "share_right", lambda known, texts, group: measured[texts[0]][1] if group == "zh" else None
+        evaluate, "repetition_metrics", lambda told: {"repeated_4gram_ratio": measured[told.texts[0]][0]}
     )
-    found = choose_settings(None, None, questions, 9)
+    monkeypatch.setattr(
+        evaluate, "accuracy", lambda known, texts, group: measured[texts[0]][1] if group == "zh" else None
+    )
+    found = select_generation_config(None, None, questions, 9)
     assert found["chosen"] == "sampled, penalty 1.05"
-    assert found["candidates"]["sampled"] == {"settings": examination.SAMPLED, "repeated": 0.3, "right": 0.91}
+    assert found["candidates"]["sampled"] == {
+        "settings": evaluate.SAMPLED,
+        "repeated_4gram_ratio": 0.3,
+        "accuracy": 0.91,
+    }
     assert asked["greedy"] == [1, 1]
-    assert asked["sampled"] == [examination.DRAWS, 1]
+    assert asked["sampled"] == [evaluate.NUM_SAMPLES, 1]
 
 
 def test_settings_become_the_models_own(tiny_model_dir, tmp_path):
@@ -394,10 +400,10 @@ def test_settings_become_the_models_own(tiny_model_dir, tmp_path):
 
     directory = tmp_path / "model"
     shutil.copytree(tiny_model_dir, directory)
-    save_settings(directory, {"do_sample": True, "temperature": 0.8, "top_p": 0.8, "repetition_penalty": 1.1})
+    save_generation_config(directory, {"do_sample": True, "temperature": 0.8, "top_p": 0.8, "repetition_penalty": 1.1})
     own = AutoModelForCausalLM.from_pretrained(directory).generation_config
     assert (own.do_sample, own.temperature, own.top_p, own.repetition_penalty) == (True, 0.8, 0.8, 1.1)
-    save_settings(directory, {"do_sample": False, "repetition_penalty": 1.05})
+    save_generation_config(directory, {"do_sample": False, "repetition_penalty": 1.05})
     own = GenerationConfig.from_pretrained(directory)
     assert (own.do_sample, own.temperature, own.top_p, own.repetition_penalty) == (False, None, None, 1.05)
     assert own.eos_token_id == 2  # what else was there stays
@@ -406,30 +412,30 @@ def test_settings_become_the_models_own(tiny_model_dir, tmp_path):
 def test_bits_are_those_of_each_document(tiny_model_dir):
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
     texts = ["小镇的东边是一条河。" * 3, "The ferry leaves at 9:30.", "桜"]
-    windows = Windows.of(tokenizer, texts, window=8)
-    assert windows.bytes.tolist() == [90, 25, 3]
+    windows = Windows.from_texts(tokenizer, texts, context_length=8)
+    assert windows.num_bytes.tolist() == [90, 25, 3]
     alone = [bits_per_byte(model, tokenizer, [text], 8) * len(text.encode()) for text in texts]
     assert document_bits(model, windows, name=None).tolist() == pytest.approx(alone, rel=1e-5)
-    assert document_bits(model, Windows.of(tokenizer, [], 8), name=None).tolist() == []
+    assert document_bits(model, Windows.from_texts(tokenizer, [], 8), name=None).tolist() == []
 
 
 def test_interval_covers_what_other_documents_would_have_given():
     draw = numpy.random.default_rng(5)
     covered = 0
     for seed in range(200):
-        own_bytes = draw.integers(50, 500, 80)
-        bits = own_bytes * draw.normal(2.0, 0.5, 80)
-        low, high = interval(bits, own_bytes, seed=seed)
+        num_bytes = draw.integers(50, 500, 80)
+        bits = num_bytes * draw.normal(2.0, 0.5, 80)
+        low, high = bootstrap_ci(bits, num_bytes, seed=seed)
         covered += low <= 2.0 <= high
     assert 180 <= covered <= 199  # 95 % of 200 are 190
-    assert interval(numpy.array([8.0]), numpy.array([4])) == (2.0, 2.0)
+    assert bootstrap_ci(numpy.array([8.0]), numpy.array([4])) == (2.0, 2.0)
 
 
 def test_directory_that_holds_no_model(tmp_path):
-    with pytest.raises(InputError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         load_for_evaluation(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(InputError, match="Make or fetch it again"):
+    with pytest.raises(UserError, match="Make or fetch it again"):
         load_for_evaluation(tmp_path)
 
 
@@ -444,7 +450,7 @@ def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir
         (numbers, torch.bfloat16, 2),
     ):
         monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        plan = loading.plan_evaluation(tiny_model_dir)
+        plan = loading.choose_placement(tiny_model_dir)
         assert plan.dtype == dtype
         assert plan.needed == pytest.approx(size * numbers, rel=0.05)  # the header of the file counts too
         assert ("too little" in str(plan)) == (free < plan.needed)

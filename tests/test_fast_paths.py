@@ -9,13 +9,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 
-from llmtuner.console import InputError
-from llmtuner.data.packing import PackedCollator
-from llmtuner.data.template import IGNORE
+from llmtuner.console import UserError
+from llmtuner.data.packing import PackedDataCollator
+from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.model import fused
-from llmtuner.model.attention import NAME, attend_within_documents
-from llmtuner.model.fused import FusedRMSNorm, MergedLoraLinear, fuse_layers
-from llmtuner.model.loading import best_attention
+from llmtuner.model.attention import VARLEN, varlen_sdpa
+from llmtuner.model.fused import FusedLoraLinear, FusedRMSNorm, apply_fused_ops
+from llmtuner.model.loading import default_attention
 from llmtuner.train.tuner import run_exp
 
 DOCUMENTS = [[3, 7, 2], [12], [1, 11]]
@@ -44,7 +44,7 @@ def test_attention_within_documents_is_attention_with_a_mask():
     along = torch.randn(3, 12, 4, 8)
     module = torch.nn.Module()
     own, own_gradients = gradients(
-        lambda *qkv: attend_within_documents(module, *qkv, None, scaling=0.3, documents=DOCUMENTS)[0], inputs, along
+        lambda *qkv: varlen_sdpa(module, *qkv, None, scaling=0.3, seq_lens=DOCUMENTS)[0], inputs, along
     )
     wanted, wanted_gradients = gradients(masked, inputs, along)
     torch.testing.assert_close(own, wanted, atol=1e-6, rtol=1e-5)
@@ -54,44 +54,44 @@ def test_attention_within_documents_is_attention_with_a_mask():
 
 def test_a_row_without_documents_is_one_document():
     qkv = [torch.randn(2, 4, 6, 8) for _ in range(3)]
-    whole, none = attend_within_documents(torch.nn.Module(), *qkv, None)
+    whole, none = varlen_sdpa(torch.nn.Module(), *qkv, None)
     assert none is None
-    torch.testing.assert_close(whole, attend_within_documents(torch.nn.Module(), *qkv, None, documents=[[6], [6]])[0])
+    torch.testing.assert_close(whole, varlen_sdpa(torch.nn.Module(), *qkv, None, seq_lens=[[6], [6]])[0])
 
 
 @pytest.mark.parametrize("other", [{"sliding_window": 8}, {"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
 def test_attention_of_another_kind_is_refused(other):
     qkv = [torch.randn(1, 4, 6, 8) for _ in range(3)]
-    with pytest.raises(InputError, match="Set flash_attn: auto"):
-        attend_within_documents(torch.nn.Module(), *qkv, None, **other)
-    with pytest.raises(InputError, match="Set flash_attn: auto"):
-        attend_within_documents(torch.nn.Module(), *qkv, torch.zeros(1, 1, 6, 6))
-    attend_within_documents(torch.nn.Module(), *qkv, None, **dict.fromkeys(other))
+    with pytest.raises(UserError, match="Set flash_attn: auto"):
+        varlen_sdpa(torch.nn.Module(), *qkv, None, **other)
+    with pytest.raises(UserError, match="Set flash_attn: auto"):
+        varlen_sdpa(torch.nn.Module(), *qkv, torch.zeros(1, 1, 6, 6))
+    varlen_sdpa(torch.nn.Module(), *qkv, None, **dict.fromkeys(other))
 
 
 def test_attention_is_chosen_by_machine_and_model(tiny_model_dir, monkeypatch, tmp_path):
-    assert best_attention(tiny_model_dir) == NAME
+    assert default_attention(tiny_model_dir) == VARLEN
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}', encoding="utf-8")
-    assert best_attention(tmp_path) == "eager"
+    assert default_attention(tmp_path) == "eager"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert best_attention(tiny_model_dir) == "sdpa"
-    assert best_attention(tmp_path) is None
+    assert default_attention(tiny_model_dir) == "sdpa"
+    assert default_attention(tmp_path) is None
 
 
 def test_a_batch_tells_its_documents_and_trained_places():
     def sequence(lengths, untrained):
         ids = numpy.arange(sum(lengths))
-        labels = numpy.where(numpy.isin(ids, untrained), IGNORE, ids)
+        labels = numpy.where(numpy.isin(ids, untrained), IGNORE_INDEX, ids)
         positions = numpy.concatenate([numpy.arange(size) for size in lengths])
-        return {"input_ids": ids, "labels": labels, "position_ids": positions, "rows": ids[:0]}
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, "doc_ids": ids[:0]}
 
-    empty = {name: numpy.zeros(0, dtype=numpy.int64) for name in ("input_ids", "labels", "position_ids", "rows")}
-    batch = PackedCollator(0)([sequence([3, 2], [0, 3]), sequence([7], [0, 1, 5]), empty])
-    assert batch["documents"] == [[3, 2, 2], [7], [7]]
-    wanted = batch["labels"][:, 1:] != IGNORE
+    empty = {name: numpy.zeros(0, dtype=numpy.int64) for name in ("input_ids", "labels", "position_ids", "doc_ids")}
+    batch = PackedDataCollator(0)([sequence([3, 2], [0, 3]), sequence([7], [0, 1, 5]), empty])
+    assert batch["seq_lens"] == [[3, 2, 2], [7], [7]]
+    wanted = batch["labels"][:, 1:] != IGNORE_INDEX
     places = torch.arange(21).view(3, 7)
-    assert batch["trained"].tolist() == places[:, :-1][wanted].tolist() == [0, 1, 3, 8, 9, 10, 12]
-    assert batch["labels"].flatten()[batch["trained"] + 1].tolist() == batch["labels"][:, 1:][wanted].tolist()
+    assert batch["loss_indices"].tolist() == places[:, :-1][wanted].tolist() == [0, 1, 3, 8, 9, 10, 12]
+    assert batch["labels"].flatten()[batch["loss_indices"] + 1].tolist() == batch["labels"][:, 1:][wanted].tolist()
 
 
 # -------------------------------------------------------------------------------------------------------- fused layers
@@ -109,8 +109,8 @@ def adapted(bias=True, **how):
 @pytest.mark.parametrize("rslora", [True, False])
 def test_lora_in_one_product_is_lora(bias, rslora):
     plain, own = (adapted(bias, use_rslora=rslora) for _ in range(2))
-    fuse_layers(own)
-    assert type(own) is MergedLoraLinear
+    apply_fused_ops(own)
+    assert type(own) is FusedLoraLinear
     x, along = torch.randn(3, 10, 12), torch.randn(3, 10, 20)
     values = []
     for layer in (plain, own):
@@ -118,18 +118,18 @@ def test_lora_in_one_product_is_lora(bias, rslora):
         leaf = x.clone().requires_grad_()
         value = layer(leaf)
         values.append([value, *torch.autograd.grad((value * along).sum(), [leaf, *weights])])
-    assert "LoraProduct" in type(values[1][0].grad_fn).__name__
+    assert "FusedLoraFunction" in type(values[1][0].grad_fn).__name__
     for one, other in zip(*values, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
 
 
 def test_lora_is_pefts_own_where_one_product_is_another_thing_or_slower(monkeypatch):
     asked = []
-    monkeypatch.setattr(fused.LoraProduct, "apply", lambda *_: asked.append("product"))
+    monkeypatch.setattr(fused.FusedLoraFunction, "apply", lambda *_: asked.append("product"))
     x = torch.randn(30, 12)
 
     def by_product(layer, x=x):
-        fuse_layers(layer)
+        apply_fused_ops(layer)
         asked.clear()
         layer(x)
         return bool(asked)
@@ -160,7 +160,7 @@ def test_fused_norm_is_the_norm():
     torch.nn.init.normal_(plain.weight)
     own = GlmRMSNorm(24, eps=1e-5).requires_grad_(False)
     own.load_state_dict(plain.state_dict())
-    fuse_layers(own)
+    apply_fused_ops(own)
     assert type(own) is FusedRMSNorm
     x, along = torch.randn(5, 7, 24) * 3, torch.randn(5, 7, 24)
     (value, (gradient,)), (wanted, (wanted_gradient,)) = (gradients(one, [x], along) for one in (own, plain))
@@ -172,7 +172,7 @@ def test_fused_norm_is_the_norm():
 
 def test_a_norm_that_is_trained_stays_the_plain_one():
     norm = GlmRMSNorm(24)
-    fuse_layers(norm)
+    apply_fused_ops(norm)
     assert type(norm) is GlmRMSNorm
 
 
@@ -189,7 +189,7 @@ def test_a_whole_model_computes_the_same():
         attention_bias=True,
     )
     results = []
-    for attention in ("eager", NAME):
+    for attention in ("eager", VARLEN):
         torch.manual_seed(0)
         base = GlmForCausalLM._from_config(config, attn_implementation=attention)
         model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"]))
@@ -197,13 +197,13 @@ def test_a_whole_model_computes_the_same():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
         kinds = {type(module) for module in model.modules()}
-        if attention == NAME:
-            fuse_layers(model)
+        if attention == VARLEN:
+            apply_fused_ops(model)
             kinds = {type(module) for module in model.modules()}
-            assert {MergedLoraLinear, FusedRMSNorm} <= kinds
+            assert {FusedLoraLinear, FusedRMSNorm} <= kinds
         ids = torch.arange(36).view(3, 12)
         positions = torch.stack([torch.cat([torch.arange(size) for size in own]) for own in DOCUMENTS])
-        apart = {"documents": DOCUMENTS} if attention == NAME else {}
+        apart = {"seq_lens": DOCUMENTS} if attention == VARLEN else {}
         logits = model(input_ids=ids, position_ids=positions, use_cache=False, **apart).logits
         logits.square().mean().backward()
         results.append([logits.detach(), *(one.grad for one in model.parameters() if one.grad is not None)])
@@ -213,17 +213,17 @@ def test_a_whole_model_computes_the_same():
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
-PLAIN = dict(flash_attn="disabled", fused_layers=False, chunked_loss=False)
+PLAIN = dict(flash_attn="disabled", fused_ops=False, chunked_loss=False)
 
 
-FAST = dict(flash_attn="documents", fused_layers=True, chunked_loss=True)
+FAST = dict(flash_attn="varlen", fused_ops=True, chunked_loss=True)
 
 
 def logged(settings, directory):
     """Loss and gradient norm of each of twelve steps."""
     short = dict(max_steps=12, eval_strategy="no", eval_on_start=False, plot_loss=False)
     run_exp({**settings, **short, "output_dir": str(directory)})
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (directory / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
 
 

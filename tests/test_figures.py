@@ -13,9 +13,9 @@ from matplotlib import font_manager
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.report import figures, fonts
-from llmtuner.report.figures import LANGUAGES, figures_of, fit_power_law, plot_losses, read_log
+from llmtuner.report.figures import LANGUAGES, build_figures, fit_power_law, plot_losses, read_log
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
@@ -29,7 +29,7 @@ LOG = [
             "learning_rate": 1e-3 / step,
             "embedding_learning_rate": 5e-4 / step,
             "tokens_per_second": 1000.0 + step,
-            "trained_tokens_per_second": 500.0 + step,
+            "target_tokens_per_second": 500.0 + step,
         }
         for step in range(1, 101)
     ),
@@ -41,9 +41,9 @@ METRICS = {
         "tokens_per_character": {"base": {"ja": 2.4, "zh": 0.9, "en": 0.3}, "zero": {"ja": 0.6, "zh": 0.9, "en": 0.36}}
     },
     "step5": {
-        "data": {"wiki_ja": {"planned_share": 0.75, "share": 0.74}, "wiki_zh": {"planned_share": 0.25, "share": 0.26}},
+        "data": {"wiki_ja": {"target_ratio": 0.75, "ratio": 0.74}, "wiki_zh": {"target_ratio": 0.25, "ratio": 0.26}},
         "lengths": {"edges": [1, 2, 4, 8, 16, 32], "counts": [0, 3, 0, 1200, 0]},
-        "padding_share": 0.034,
+        "padding_ratio": 0.034,
     },
     "step6": {"initial_loss": {"easy": 0.5, "hard": 2.5, "middling": 1.0}},
 }
@@ -59,7 +59,7 @@ def charts():
         "learning_rate": figures.learning_rates(LOG),
         "speed": figures.speed(LOG),
         "mix": figures.mix(own["data"]),
-        "lengths": figures.lengths(own["lengths"], own["padding_share"], "documents"),
+        "lengths": figures.lengths(own["lengths"], own["padding_ratio"], "documents"),
         "initial_loss": figures.initial_losses(METRICS["step6"]["initial_loss"]),
         "tokens_per_character": figures.tokens_per_character(METRICS["step4"]["tokens_per_character"]),
     }
@@ -249,9 +249,9 @@ def test_mix_shows_plan_and_outcome():
     assert bars == [0.75, 0.25, 0.74, 0.26]
     assert [text.get_text() for text in figure.axes[0].texts] == ["75.0%", "25.0%", "74.0%", "26.0%"]
     uneven = {"a": (0.5, 0.5), "b": (0.3, 0.25), "c": (0.2, 0.25)}
-    figure = figures.mix({name: {"planned_share": plan, "share": share} for name, (plan, share) in uneven.items()})
+    figure = figures.mix({name: {"target_ratio": plan, "ratio": share} for name, (plan, share) in uneven.items()})
     assert figure.get_suptitle() == "At most 5 percentage points off the plan"
-    figure = figures.mix({"a": {"planned_share": None, "share": 0.9}, "b": {"share": 0.1}, "c": {"kept": 3}})
+    figure = figures.mix({"a": {"target_ratio": None, "ratio": 0.9}, "b": {"ratio": 0.1}, "c": {"kept": 3}})
     title, _, bars = drawn(figure)
     assert title == "Shares of the trained tokens"
     assert bars == [0.9, 0.1]
@@ -303,7 +303,7 @@ def test_no_figure_without_data(figure):
 
 # ----------------------------------------------------------------------------------------------------------------- all
 def test_report_has_a_figure_for_what_there_is():
-    assert [figure.name for figure in figures_of(METRICS, {"step5": LOG})] == [
+    assert [figure.name for figure in build_figures(METRICS, {"step5": LOG})] == [
         "step4_tokens_per_character",
         "step5_loss",
         "step5_power_law",
@@ -314,15 +314,15 @@ def test_report_has_a_figure_for_what_there_is():
         "step5_lengths",
         "step6_initial_loss",
     ]
-    assert figures_of({}, {}) == []
-    loss = figures_of({}, {"step6": LOG})[0]
+    assert build_figures({}, {}) == []
+    loss = build_figures({}, {"step6": LOG})[0]
     assert loss.title == "Instruction tuning: loss"
     assert loss.alt == "Instruction tuning: loss. Loss: training 5.00 → 1.26, held out 4.00 → 1.50."
     assert loss.caption.endswith(".")
 
 
 def test_drawings_can_stand_in_one_page():
-    made = figures_of(METRICS, {"step5": LOG, "step6": LOG})
+    made = build_figures(METRICS, {"step5": LOG, "step6": LOG})
     ids = []
     for figure in made:
         root = ElementTree.fromstring(figure.svg)
@@ -347,12 +347,12 @@ def test_drawings_can_stand_in_one_page():
 
 
 def test_same_numbers_give_the_same_bytes_whatever_a_user_has_set(tmp_path):
-    before = figures_of(METRICS, {"step5": LOG})
+    before = build_figures(METRICS, {"step5": LOG})
     plot_losses(LOG, tmp_path)
     image = (tmp_path / "training_loss.png").read_bytes()
     with matplotlib.rc_context({"font.size": 30, "text.usetex": True, "axes.grid": False, "savefig.facecolor": "red"}):
         settings = dict(matplotlib.rcParams)
-        assert figures_of(METRICS, {"step5": LOG}) == before
+        assert build_figures(METRICS, {"step5": LOG}) == before
         plot_losses(LOG, tmp_path)
         assert (tmp_path / "training_loss.png").read_bytes() == image
         assert dict(matplotlib.rcParams) == settings
@@ -378,7 +378,7 @@ HARD_LOG = [
 ]  # fmt: skip
 HARD = {
     "long names": lambda: figures.initial_losses({"x" * 80: 11.11, "y" * 20: 2.0}),
-    "wide names": lambda: figures.mix({"日本語の百科事典と、青空文庫の全部": {"share": 1.0, "planned_share": 0.5}}),
+    "wide names": lambda: figures.mix({"日本語の百科事典と、青空文庫の全部": {"ratio": 1.0, "target_ratio": 0.5}}),
     "many lengths": lambda: figures.lengths({"edges": [2**n for n in range(18)], "counts": [9**n for n in range(17)]}, 0.5, "dialogues"),
     "one length": lambda: figures.lengths({"edges": [64, 128], "counts": [1]}, 0.0, "dialogues"),
     "many steps": lambda: figures.loss_curve(HARD_LOG),
@@ -527,7 +527,7 @@ def test_long_names_lose_their_middle():
 
 # ---------------------------------------------------------------------------------------------------------------- files
 def test_log_is_read_up_to_a_line_that_was_cut(tmp_path):
-    path = tmp_path / "log.jsonl"
+    path = tmp_path / "trainer_log.jsonl"
     whole = '{"step": 1, "loss": 2.5}\n{"step": 2, "initial_loss/日本": NaN}\n'.encode()
     path.write_bytes(whole)
     assert [entry["step"] for entry in read_log(path)] == [1, 2]
@@ -542,11 +542,11 @@ def test_log_is_read_up_to_a_line_that_was_cut(tmp_path):
 
 
 def test_log_that_is_damaged_or_missing_is_named(tmp_path):
-    path = tmp_path / "log.jsonl"
+    path = tmp_path / "trainer_log.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"log\.jsonl, line 2 is damaged"):
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2 is damaged"):
         read_log(path)
-    with pytest.raises(InputError, match="cannot read the log"):
+    with pytest.raises(UserError, match="cannot read the log"):
         read_log(tmp_path / "none.jsonl")
 
 
@@ -566,5 +566,5 @@ def test_losses_that_were_not_logged_are_not_drawn(tmp_path):
 
 def test_losses_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         plot_losses(LOG, tmp_path / "file")

@@ -10,11 +10,11 @@ import torch
 import transformers
 from conftest import TEXTS
 
-from llmtuner.console import InputError
-from llmtuner.model import gguf as ours
-from llmtuner.model.merging import copy_tokenizer
-from llmtuner.model.shards import LazyTensor, open_checkpoint, write_checkpoint
-from llmtuner.tokenizer.fast import SPECIAL_TOKENS, build_fast_tokenizer, encode, load_tokenizer, read_model
+from llmtuner.console import UserError
+from llmtuner.tokenizer.fast import SPECIAL_TOKENS, build_fast_tokenizer, encode, load_tokenizer, read_sentencepiece
+from llmtuner.weights import export_gguf as ours
+from llmtuner.weights.lazy_checkpoint import LazyTensor, open_checkpoint, write_checkpoint
+from llmtuner.weights.merge_lora import copy_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is missing: pip install gguf")
 
@@ -26,7 +26,7 @@ def model_dir(tiny_model_dir, tmp_path_factory):
     shutil.copytree(tiny_model_dir, directory)
     tensors = list(open_checkpoint(tiny_model_dir).values())
     cast = [
-        LazyTensor(t.name, t.shape, torch.bfloat16, lambda a, b, t=t: t.read_rows(a, b).bfloat16(), t.origin)
+        LazyTensor(t.name, t.shape, torch.bfloat16, lambda a, b, t=t: t.read_rows(a, b).bfloat16(), t.source)
         for t in tensors
     ]
     write_checkpoint(cast, directory)
@@ -38,7 +38,7 @@ def model_dir(tiny_model_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reader(model_dir, tmp_path_factory):
     file = tmp_path_factory.mktemp("out") / "new" / "model.gguf"
-    ours.write_gguf(model_dir, file)
+    ours.export_gguf(model_dir, file)
     assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
     return gguf.GGUFReader(file)
 
@@ -122,7 +122,7 @@ def test_every_matrix_keeps_its_bits_and_vectors_are_fp32(reader, model_dir):
 
 
 def test_every_row_has_a_token(reader, model_dir):
-    values, proto = _values(reader), read_model(model_dir / "tokenizer.model")
+    values, proto = _values(reader), read_sentencepiece(model_dir / "tokenizer.model")
     tokenizer = load_tokenizer(model_dir)
     names, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     ids = len(tokenizer)
@@ -148,7 +148,7 @@ def test_answers_end_where_the_templates_turns_end(reader, model_dir):
 
 def test_merges_by_score_give_our_ids(model_dir):
     tokenizer = load_tokenizer(model_dir)
-    tokens = ours.vocabulary(model_dir / "tokenizer.model", 1_000)
+    tokens = ours.build_vocabulary(model_dir / "tokenizer.model", 1_000)
     for text in [*TEXTS[:4], "people like philosophy", "sop eop", "<|user|>", "日本語", " 2  blanks ", "</s>[gMASK]"]:
         assert _merge(tokens, text) == encode(tokenizer, text), text
 
@@ -156,22 +156,22 @@ def test_merges_by_score_give_our_ids(model_dir):
 def test_special_tokens_are_not_formed_by_merges(tmp_path):
     """A vocabulary as ChatGLM3's: "eop" and "sop" could be merged, "eop" out of "people" as well."""
     base = _with_pieces(tmp_path, "op")
-    tokens, tokenizer = ours.vocabulary(base, 1_000), build_fast_tokenizer(base)
+    tokens, tokenizer = ours.build_vocabulary(base, 1_000), build_fast_tokenizer(base)
     assert {"<sop>", "<eop>"} < {name for name, _, _ in tokens}
     for text in ("people like philosophy", "sop", "<sop>"):
         assert _merge(tokens, text) == encode(tokenizer, text), text
 
 
 def test_a_piece_of_which_a_special_token_consists_is_refused(tmp_path):
-    with pytest.raises(InputError, match="would read </s> out of ordinary text"):
-        ours.vocabulary(_with_pieces(tmp_path, "/s", "</s"), 1_000)
-    with pytest.raises(InputError, match="would read <eop> out of ordinary text"):
-        ours.vocabulary(_with_pieces(tmp_path, "<eop>"), 1_000)
+    with pytest.raises(UserError, match="would read </s> out of ordinary text"):
+        ours.build_vocabulary(_with_pieces(tmp_path, "/s", "</s"), 1_000)
+    with pytest.raises(UserError, match="would read <eop> out of ordinary text"):
+        ours.build_vocabulary(_with_pieces(tmp_path, "<eop>"), 1_000)
 
 
 def test_a_tokenizer_under_other_rules_is_refused(tmp_path):
-    with pytest.raises(InputError, match="it puts no blank before a text"):
-        ours.vocabulary(_with_pieces(tmp_path, blank=False), 1_000)
+    with pytest.raises(UserError, match="it puts no blank before a text"):
+        ours.build_vocabulary(_with_pieces(tmp_path, blank=False), 1_000)
 
 
 def _with_pieces(directory, *pieces, blank=True):
@@ -211,7 +211,7 @@ def test_words_in_a_template_of_ones_own_stay(tiny_model_dir, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(tiny_model_dir, own)
     (own / "chat_template.jinja").write_text("[gMASK]sop<|system|>\n Kind people<|assistant|>")
-    ours.write_gguf(own, tmp_path / "own.gguf")
+    ours.export_gguf(own, tmp_path / "own.gguf")
     template = _values(gguf.GGUFReader(tmp_path / "own.gguf"))["tokenizer.chat_template"]
     assert template == "[gMASK]<sop><|system|>\n Kind people<|assistant|>"
 
@@ -225,7 +225,7 @@ def test_sampling_travels_with_the_model(reader, tiny_model_dir, tmp_path, capsy
     greedy = tmp_path / "greedy"
     shutil.copytree(tiny_model_dir, greedy)
     _change(greedy / "generation_config.json", do_sample=False, no_repeat_ngram_size=3)
-    ours.write_gguf(greedy, tmp_path / "greedy.gguf")
+    ours.export_gguf(greedy, tmp_path / "greedy.gguf")
     values = _values(gguf.GGUFReader(tmp_path / "greedy.gguf"))
     assert sampling(values) == pytest.approx([0.0, 50, 1.0, 0.0, 1.0, 256])
     assert values["general.file_type"] == 0  # fp32
@@ -237,29 +237,29 @@ def test_scaled_positions(tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir, scaled)
     rope = {"rope_theta": 50_000.0, "partial_rotary_factor": 0.5}
     _change(scaled / "config.json", rope_parameters=rope | {"rope_type": "linear", "factor": 4.0})
-    ours.write_gguf(scaled, tmp_path / "scaled.gguf")
+    ours.export_gguf(scaled, tmp_path / "scaled.gguf")
     values = _values(gguf.GGUFReader(tmp_path / "scaled.gguf"))
     expected = {"freq_base": 50_000.0, "scaling.type": "linear", "scaling.factor": 4.0}
     assert {name: values[f"chatglm.rope.{name}"] for name in expected} == expected
 
     _change(scaled / "config.json", rope_parameters=rope | {"rope_type": "dynamic", "factor": 4.0})
-    with pytest.raises(InputError, match="scales its positions by 'dynamic'"):
-        ours.write_gguf(scaled, tmp_path / "again.gguf")
+    with pytest.raises(UserError, match="scales its positions by 'dynamic'"):
+        ours.export_gguf(scaled, tmp_path / "again.gguf")
 
 
 def test_what_llama_cpp_would_not_compute_is_refused(tiny_model_dir, tmp_path):
     file = tmp_path / "out.gguf"
-    with pytest.raises(InputError, match=r"has 4\d\d ids, the model 300 rows"):
-        ours.vocabulary(tiny_model_dir / "tokenizer.model", 300)
+    with pytest.raises(UserError, match=r"has 4\d\d ids, the model 300 rows"):
+        ours.build_vocabulary(tiny_model_dir / "tokenizer.model", 300)
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
     _change(other / "config.json", hidden_act="gelu")
-    with pytest.raises(InputError, match="the heads or the activation"):
-        ours.write_gguf(other, file)
+    with pytest.raises(UserError, match="the heads or the activation"):
+        ours.export_gguf(other, file)
     (other / "tokenizer.model").unlink()
     _change(other / "config.json", hidden_act="silu")
-    with pytest.raises(InputError, match=r"cannot read the tokenizer model .*tokenizer\.model"):
-        ours.write_gguf(other, file)
+    with pytest.raises(UserError, match=r"cannot read the tokenizer model .*tokenizer\.model"):
+        ours.export_gguf(other, file)
     assert not file.exists()
 
 
@@ -272,15 +272,15 @@ def test_another_architecture_is_refused(architecture, settings, message, tiny_t
     config = getattr(transformers, f"{architecture}Config")(**sizes, num_key_value_heads=2, pad_token_id=0, **settings)
     getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(str(tmp_path / "model"))
     copy_tokenizer(tiny_tokenizer_dir, tmp_path / "model")
-    with pytest.raises(InputError, match=message):
-        ours.write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    with pytest.raises(UserError, match=message):
+        ours.export_gguf(tmp_path / "model", tmp_path / "model.gguf")
 
 
 def test_the_file_is_whole_or_not_there(tiny_model_dir, tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"older")
-    with pytest.raises(InputError, match="exists"):
-        ours.write_gguf(tiny_model_dir, file)
+    with pytest.raises(UserError, match="exists"):
+        ours.export_gguf(tiny_model_dir, file)
     assert file.read_bytes() == b"older"
     file.unlink()
 
@@ -292,12 +292,12 @@ def test_the_file_is_whole_or_not_there(tiny_model_dir, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
-    with pytest.raises(InputError, match="the disk filled up"):
-        ours.write_gguf(tiny_model_dir, file)
+    with pytest.raises(UserError, match="the disk filled up"):
+        ours.export_gguf(tiny_model_dir, file)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_package_it_says_what_to_install(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(InputError, match="pip install gguf"):
-        ours.write_gguf(tiny_model_dir, tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="pip install gguf"):
+        ours.export_gguf(tiny_model_dir, tmp_path / "model.gguf")

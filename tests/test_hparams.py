@@ -8,14 +8,14 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.hparams import (
     ModelArguments,
-    changed_settings,
+    diff_settings,
     get_train_args,
-    override,
+    parse_overrides,
     read_args,
-    settings_to_save,
+    serialize_settings,
 )
 
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,7 +35,7 @@ def good(tmp_path):
 
 
 def problems_of(settings, **options):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         get_train_args(settings, **options)
     return str(error.value)
 
@@ -73,16 +73,16 @@ SINGLE_VALUES = [
     ("val_size", -0.1, "val_size is -0.1; it must be a share"),
     ("val_size", 1.5, "or a whole number of rows"),
     ("max_samples", 0, "at least 1"),
-    ("max_eval_sequences", 0, "at least 1"),
+    ("max_eval_samples", 0, "at least 1"),
     ("preprocessing_num_workers", 0, "at least 1"),
-    ("max_rejected", 1.01, "a share, from 0 to 1"),
-    ("max_rejected", -0.01, "a share, from 0 to 1"),
+    ("max_invalid_ratio", 1.01, "a share, from 0 to 1"),
+    ("max_invalid_ratio", -0.01, "a share, from 0 to 1"),
     ("export_size", 0, "at least 1"),
     ("embedding_learning_rate", -1e-5, "a number from 0 up"),
     ("stage", "ppo", "stage is 'ppo'; it can be pt or sft"),
     ("finetuning_type", "qlora", "it can be lora or full or freeze"),
     ("mix_strategy", "shuffle", "it can be concat or interleave_under or interleave_over"),
-    ("interleave_by", "words", "it can be tokens or bytes or rows"),
+    ("interleave_unit", "words", "it can be tokens or bytes or rows"),
     ("template", "llama3", "it can be chatglm3"),
     ("flash_attn", "fa9", "it can be auto or disabled or sdpa or fa2"),
     ("embedding_rows", "old", "it can be all or new"),
@@ -202,7 +202,7 @@ def test_contradictions(good, capsys, changed, text):
         {"embedding_rows": "new", "additional_target": "output_layer"},
         {"adapter_name_or_path": "x", "use_dora": True},
         {"warmup_steps": 0, "warmup_ratio": 0.1},
-        {"max_steps": -1, "lora_dropout": 0, "max_rejected": 1, "export_device": "auto"},
+        {"max_steps": -1, "lora_dropout": 0, "max_invalid_ratio": 1, "export_device": "auto"},
         {"trust_remote_code": True, "enable_liger_kernel": True, "use_unsloth": False, "use_liger_kernel": True},
         {"save_safetensors": True, "export_legacy_format": False, "load_best_model_at_end": False},
         {"max_samples": None, "save_total_limit": None, "eval_steps": None},
@@ -355,7 +355,7 @@ def test_a_share_of_warmup_steps_is_asked_about_and_taken_as_the_ratio(good, cap
 def test_a_cpu_computes_in_what_it_has_instructions_for(good, monkeypatch, capsys, has_bf16):
     from llmtuner import hparams
 
-    monkeypatch.setattr(hparams, "cpu_computes_bf16", lambda: has_bf16)
+    monkeypatch.setattr(hparams, "cpu_supports_bf16", lambda: has_bf16)
     training = get_train_args({**good, "fp16": True, "use_cpu": True})[2]
     assert (training.fp16, training.bf16) == (False, has_bf16)
     kind = "bf16" if has_bf16 else "fp32"
@@ -379,7 +379,7 @@ def test_bf16_instructions_are_read_off_the_cpu(monkeypatch, machine, known, has
 
     monkeypatch.setattr(hparams.platform, "machine", lambda: machine)
     monkeypatch.setattr(hparams.torch.cpu, "get_capabilities", lambda: known)
-    assert hparams.cpu_computes_bf16() == has_bf16
+    assert hparams.cpu_supports_bf16() == has_bf16
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_both_names_of_checkpointing_say_the_same(good, given, disabled, on):
 
 def test_names_of_checkpointing_may_not_contradict_each_other(good):
     for both in (True, False):
-        with pytest.raises(InputError, match="contradict each other"):
+        with pytest.raises(UserError, match="contradict each other"):
             get_train_args({**good, "gradient_checkpointing": both, "disable_gradient_checkpointing": both})
 
 
@@ -408,7 +408,7 @@ def test_fp16_stays_on_a_gpu(good, monkeypatch):
     from llmtuner import hparams
 
     monkeypatch.setattr(hparams.torch.cuda, "is_available", lambda: True)
-    taken = hparams._as_transformers_takes_them({**good, "fp16": True}, for_export=False)
+    taken = hparams._to_training_arguments({**good, "fp16": True}, for_export=False)
     assert taken["fp16"]
     assert not taken["use_cpu"]
     assert "bf16" not in taken
@@ -429,7 +429,7 @@ def test_deepspeed_in_one_process_sets_what_torchrun_would(good, tmp_path, monke
     config.write_text("{}", encoding="utf-8")
     wanted = {**good, "deepspeed": str(config)}
     monkeypatch.setattr(hparams, "TrainingArguments", None)  # nothing is started here
-    assert hparams._as_transformers_takes_them(wanted, for_export=False)["deepspeed"] == str(config)
+    assert hparams._to_training_arguments(wanted, for_export=False)["deepspeed"] == str(config)
     environment = {name: hparams.os.environ[name] for name in GROUP}
     port = int(environment.pop("MASTER_PORT"))
     assert 1024 < port < 65536
@@ -441,7 +441,7 @@ def test_deepspeed_in_one_process_sets_what_torchrun_would(good, tmp_path, monke
 def test_sharded_weights_are_refused_before_anything_starts(good, tmp_path, monkeypatch, stage, form):
     from llmtuner import hparams
 
-    monkeypatch.setattr(hparams, "_start_as_one_process", None)
+    monkeypatch.setattr(hparams, "_set_single_process_env", None)
     config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}
     (tmp_path / "zero.json").write_text(json.dumps(config))
     given = str(tmp_path / "zero.json") if form == "file" else form(config)
@@ -452,16 +452,16 @@ def test_sharded_weights_are_refused_before_anything_starts(good, tmp_path, monk
 def test_other_stages_of_zero_are_not(config):
     from llmtuner import hparams
 
-    assert not list(hparams._problems_of_single_values({"deepspeed": config}))
-    assert not list(hparams._problems_of_single_values({"deepspeed": json.dumps(config)}))
+    assert not list(hparams._validate_values({"deepspeed": config}))
+    assert not list(hparams._validate_values({"deepspeed": json.dumps(config)}))
 
 
 def test_deepspeed_under_torchrun_keeps_its_environment(good, monkeypatch):
     from llmtuner import hparams
 
     monkeypatch.setenv("RANK", "3")
-    hparams._as_transformers_takes_them({**good, "deepspeed": {}}, for_export=False)
-    hparams._as_transformers_takes_them({**good, "deepspeed": "x.json"}, for_export=False)
+    hparams._to_training_arguments({**good, "deepspeed": {}}, for_export=False)
+    hparams._to_training_arguments({**good, "deepspeed": "x.json"}, for_export=False)
     assert "MASTER_PORT" not in hparams.os.environ
 
 
@@ -480,7 +480,7 @@ def test_neither_problems_nor_an_export_start_deepspeed(good, tmp_path):
 def test_forms_of_a_command_line():
     words = ["--b", "0.5", "--c", "[x]", "--names", "a,b", "--rate=1.5", "d=-1", "--plot", "--e", "-2"]
     words += ["--with-dash", "yes", "--none=", "--f", "k=v", "--flag"]
-    assert override({"a": 1, "b": 2}, words) == {
+    assert parse_overrides({"a": 1, "b": 2}, words) == {
         **{"a": 1, "b": 0.5, "c": ["x"], "names": "a,b", "rate": 1.5, "plot": True, "flag": True, "d": -1, "e": -2},
         **{"with_dash": True, "none": None, "f": "k=v"},
     }
@@ -488,19 +488,19 @@ def test_forms_of_a_command_line():
 
 def test_a_command_line_changes_nothing_it_was_given():
     settings, words = {"a": 1}, ["--a", "2"]
-    assert override(settings, words) == {"a": 2}
+    assert parse_overrides(settings, words) == {"a": 2}
     assert (settings, words) == ({"a": 1}, ["--a", "2"])
 
 
 @pytest.mark.parametrize("words", [["learning_rate", "1"], ["--a", "1", "2"], ["-a", "1"], ["--"], ["--=1"], ["=1"]])
 def test_words_that_are_no_settings_name_the_form(words):
-    with pytest.raises(InputError, match="--name value"):
-        override({}, words)
+    with pytest.raises(UserError, match="--name value"):
+        parse_overrides({}, words)
 
 
 def test_a_value_that_is_no_yaml_is_named():
-    with pytest.raises(InputError, match=r"the value '\[x' of --a"):
-        override({}, ["--a", "[x"])
+    with pytest.raises(UserError, match=r"the value '\[x' of --a"):
+        parse_overrides({}, ["--a", "[x"])
 
 
 def test_values_of_the_command_line_are_read_as_in_yaml(good, tmp_path):
@@ -520,7 +520,7 @@ def test_a_file_and_words(good, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", str(path), "--lora_rank=4"])
     assert read_args() == {**good, "lora_rank": 4}
     monkeypatch.setattr(sys, "argv", ["train"])
-    with pytest.raises(InputError, match=r"FILE\.yaml --learning_rate"):
+    with pytest.raises(UserError, match=r"FILE\.yaml --learning_rate"):
         read_args()
 
 
@@ -538,7 +538,7 @@ def test_files_that_are_no_settings(tmp_path, content, text):
     path = tmp_path / "settings.yaml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=text):
+    with pytest.raises(UserError, match=text):
         read_args(path)
 
 
@@ -630,7 +630,7 @@ def test_files_written_for_llama_factory(tmp_path, monkeypatch, capsys, content,
 # ---------------------------------------------------------------------------------------------------- saved settings
 def test_saved_settings_are_json_and_lead_to_the_same_run(good):
     arguments = get_train_args({**good, "val_size": 0.1, "eval_strategy": "steps", "warmup_ratio": 0.1})
-    saved = settings_to_save(arguments)
+    saved = serialize_settings(arguments)
     assert json.loads(json.dumps(saved)) == saved
     assert None not in saved.values()
     assert saved["eval_strategy"] == "steps"
@@ -638,7 +638,7 @@ def test_saved_settings_are_json_and_lead_to_the_same_run(good):
     assert saved["model_name_or_path"] == "somewhere"
     assert saved["lora_rank"] == 8
     assert (
-        changed_settings(saved, settings_to_save(get_train_args({**good, "val_size": 0.1, "warmup_ratio": 0.1}))) == []
+        diff_settings(saved, serialize_settings(get_train_args({**good, "val_size": 0.1, "warmup_ratio": 0.1}))) == []
     )
 
 
@@ -661,42 +661,42 @@ def test_saved_settings_are_json_and_lead_to_the_same_run(good):
     ],
 )
 def test_a_change_of_what_is_learned_is_a_line(good, name, value, line):
-    before, after = (settings_to_save(get_train_args(settings)) for settings in (good, {**good, name: value}))
-    assert changed_settings(before, after) == [line]
+    before, after = (serialize_settings(get_train_args(settings)) for settings in (good, {**good, name: value}))
+    assert diff_settings(before, after) == [line]
 
 
 def test_settings_saved_before_one_existed_had_its_default(good):
-    now = settings_to_save(get_train_args(good))
+    now = serialize_settings(get_train_args(good))
     before = {name: value for name, value in now.items() if name != "disable_shuffling"}
-    assert changed_settings(before, now) == []
-    assert changed_settings(before, now | {"disable_shuffling": True}) == ["disable_shuffling: False -> True"]
+    assert diff_settings(before, now) == []
+    assert diff_settings(before, now | {"disable_shuffling": True}) == ["disable_shuffling: False -> True"]
 
 
 def test_deepspeed_changes_what_is_learned():
-    assert changed_settings({}, {"deepspeed": "zero2.json"}) == ["deepspeed: not set -> zero2.json"]
+    assert diff_settings({}, {"deepspeed": "zero2.json"}) == ["deepspeed: not set -> zero2.json"]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         *(("logging_steps", 3), ("save_steps", 3), ("save_total_limit", 3), ("save_strategy", "no"), ("eval_steps", 3)),
-        *(("max_eval_sequences", 3), ("report_to", "tensorboard"), ("run_name", "x"), ("plot_loss", True)),
+        *(("max_eval_samples", 3), ("report_to", "tensorboard"), ("run_name", "x"), ("plot_loss", True)),
         *(("preprocessing_num_workers", 3), ("dataloader_num_workers", 3), ("disable_tqdm", True)),
         *(("overwrite_cache", True), ("overwrite_output_dir", True), ("resume_from_checkpoint", "x")),
         *(("ddp_timeout", 3), ("output_dir", "x"), ("cache_dir", "x"), ("tokenized_path", "x"), ("corpus_dir", "x")),
         *(("export_size", 3), ("local_rank", 0), ("eval_dataset", "c"), ("gradient_checkpointing", True)),
-        *(("per_device_eval_batch_size", 1), ("log_level", "error"), ("max_rejected", 0.5)),
+        *(("per_device_eval_batch_size", 1), ("log_level", "error"), ("max_invalid_ratio", 0.5)),
     ],
 )
 def test_a_harmless_change_is_none(good, name, value):
-    before, after = (settings_to_save(get_train_args(settings)) for settings in (good, {**good, name: value}))
+    before, after = (serialize_settings(get_train_args(settings)) for settings in (good, {**good, name: value}))
     assert before != after
-    assert changed_settings(before, after) == []
+    assert diff_settings(before, after) == []
 
 
 def test_where_and_whether_to_train_is_harmless():
     names = ("use_cpu", "do_train", "do_eval", "logging_dir", "export_dir", "export_device")
-    assert changed_settings(dict.fromkeys(names, 1), {}) == []
+    assert diff_settings(dict.fromkeys(names, 1), {}) == []
 
 
 def test_one_process_trains_on_one_gpu(monkeypatch):

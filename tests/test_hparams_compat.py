@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llmtuner import hparams, hparams_compat
-from llmtuner.console import InputError
-from llmtuner.data.sources import Source
+from llmtuner.console import UserError
+from llmtuner.data.sources import DatasetAttr
 from llmtuner.hparams import DataArguments, FinetuningArguments, ModelArguments, get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.train.tuner import run_exp
@@ -85,7 +85,7 @@ def only_checked(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hparams, "_build", build_without_deepspeed)
     monkeypatch.setattr(hparams, "missing_packages", lambda name, value: [])
-    monkeypatch.setattr(hparams, "_start_as_one_process", lambda: None)
+    monkeypatch.setattr(hparams, "_set_single_process_env", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_config_zero2.json").write_text("{}", encoding="utf-8")
 
@@ -94,7 +94,7 @@ def refusals(settings):
     """The problems that settings have; none if they are accepted."""
     try:
         get_train_args(settings, for_export="stage" not in settings)
-    except InputError as error:
+    except UserError as error:
         return str(error).removeprefix("settings:\n  - ").split("\n  - ")
     return []
 
@@ -115,7 +115,8 @@ def example_table():
 def refused_table():
     """The groups that are refused, as the page shows them."""
     lines = [
-        f"| {', '.join(f'`{name}`' for name in group.switches)} | {group.reason} |" for group in hparams_compat.GROUPS
+        f"| {', '.join(f'`{name}`' for name in group.switches)} | {group.reason} |"
+        for group in hparams_compat.UNSUPPORTED_FEATURES
     ]
     return "\n".join(["| setting | why, and what to use instead |", "|---|---|", *lines])
 
@@ -154,7 +155,7 @@ def test_every_argument_of_llama_factory_is_accepted_with_its_default(name):
     assert refusals({"stage": "sft", **own, name: FACTORY["arguments"][name]}) == []
 
 
-SWITCHES = {name: group for group in hparams_compat.GROUPS for name in group.switches}
+SWITCHES = {name: group for group in hparams_compat.UNSUPPORTED_FEATURES for name in group.switches}
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -179,8 +180,8 @@ def test_one_reason_names_all_settings_that_ask_for_it():
 
 def test_tables_hold_no_setting_of_this_trainer():
     """But for those of transformers that are set aside on purpose."""
-    own = {name for name in hparams.TYPES if hparams_compat.group_of(name)}
-    own |= {name for entry in hparams_compat.IGNORED for name in entry.names if name in hparams.TYPES}
+    own = {name for name in hparams.FIELD_TYPES if hparams_compat.find_group(name)}
+    own |= {name for entry in hparams_compat.IGNORED for name in entry.names if name in hparams.FIELD_TYPES}
     assert own == {"fsdp", "fsdp_config", "use_liger_kernel"}
 
 
@@ -210,7 +211,7 @@ def test_a_model_that_needs_its_own_code_names_the_way_out(tmp_path, tiny_tokeni
     for file in tiny_tokenizer_dir.iterdir():
         shutil.copy(file, tmp_path)
     own = {"output_dir": str(tmp_path / "output"), "dataset": "a", "trust_remote_code": True}
-    with pytest.raises(InputError, match="no code of a model directory is run") as error:
+    with pytest.raises(UserError, match="no code of a model directory is run") as error:
         run_exp({"stage": "sft", "model_name_or_path": str(tmp_path), **own})
     assert way_out.format(tmp_path) in str(error.value)
 
@@ -239,9 +240,9 @@ def test_names_with_another_meaning_exist():
     named = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
     assert {"cache_dir", "val_size", "cutoff_len", "mask_history", "num_samples", ".txt"} <= set(named)
     assert {"long dialogues", "turn ends"} <= set(re.findall(r"^\| ([a-z ]+) \|", section, flags=re.MULTILINE))
-    of_data_sets = {field.name for field in dataclasses.fields(Source)} | {".txt"}
+    of_data_sets = {field.name for field in dataclasses.fields(DatasetAttr)} | {".txt"}
     ignored = {name for entry in hparams_compat.IGNORED for name in entry.names}
-    assert set(named) <= hparams.TYPES.keys() | of_data_sets | ignored
+    assert set(named) <= hparams.FIELD_TYPES.keys() | of_data_sets | ignored
 
 
 def test_defaults_that_the_page_names():

@@ -8,23 +8,23 @@ import numpy
 import pytest
 import torch
 
-from llmtuner.console import InputError
-from llmtuner.model import initialising
-from llmtuner.model.initialising import (
-    CONVEX,
+from llmtuner.console import UserError
+from llmtuner.weights import embedding_init
+from llmtuner.weights.embedding_init import (
+    CONVEX_METHODS,
     METHODS,
-    NewPieces,
-    combine,
+    NewTokens,
     focus_weights,
+    init_new_embeddings,
     median_norm,
-    new_rows,
+    position_weights,
     sparsemax,
-    spelling_weights,
     static_vectors,
+    weighted_rows,
 )
 
 NATIVES = range(3, 51)  # behind <unk>, <s>, </s>; nine special tokens and four rows of padding follow
-NEW = NewPieces(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unknown_id=0)
+NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unk_id=0)
 
 
 @pytest.fixture
@@ -45,17 +45,17 @@ def focus():
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Several parts and a rest in every loop over parts."""
-    for name, size in (("_ROWS_AT_ONCE", 10), ("_COLUMNS_AT_ONCE", 16), ("_TOKENS_AT_ONCE", 50)):
-        monkeypatch.setattr(initialising, name, size)
+    for name, size in (("_ROW_CHUNK", 10), ("_COLUMN_CHUNK", 16), ("_TOKEN_CHUNK", 50)):
+        monkeypatch.setattr(embedding_init, name, size)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_mean_is_formed_in_fp32(matrix, dtype):
     stored = matrix.to(dtype)
-    rows = new_rows(stored, NEW, "mean")
+    rows = init_new_embeddings(stored, NEW, "mean")
     assert rows.dtype == torch.float32
-    for row, spelling in zip(rows, NEW.spellings, strict=True):
+    for row, spelling in zip(rows, NEW.base_ids, strict=True):
         assert torch.allclose(row, stored[spelling].float().mean(dim=0), atol=1e-6)
 
 
@@ -63,56 +63,58 @@ def test_weights_by_position(matrix):
     total = 1 + math.exp(-2) + math.exp(-4)
     falling = sum(matrix[index] * math.exp(-2 * place) / total for place, index in enumerate([11, 12, 13]))
     rising = sum(matrix[index] * math.exp(-2 * place) / total for place, index in enumerate([13, 12, 11]))
-    assert torch.allclose(new_rows(matrix, NEW, "first_weighted")[1], falling, atol=1e-6)
-    assert torch.allclose(new_rows(matrix, NEW, "last_weighted")[1], rising, atol=1e-6)
+    assert torch.allclose(init_new_embeddings(matrix, NEW, "first_weighted")[1], falling, atol=1e-6)
+    assert torch.allclose(init_new_embeddings(matrix, NEW, "last_weighted")[1], rising, atol=1e-6)
 
 
 def test_statistics_are_of_native_pieces_alone(matrix):
     natives = matrix[NATIVES.start : NATIVES.stop]
-    mean = new_rows(matrix, NEW, "global_mean")
+    mean = init_new_embeddings(matrix, NEW, "global_mean")
     assert torch.allclose(mean, natives.mean(dim=0).expand(4, -1), atol=1e-5)
     assert median_norm(matrix, NEW) == pytest.approx(float(natives.norm(dim=1).median()))
-    many = NewPieces(60, [[5]] * 2000, unknown_id=0)
-    noise = new_rows(matrix, many, "random")
+    many = NewTokens(60, [[5]] * 2000, unk_id=0)
+    noise = init_new_embeddings(matrix, many, "random")
     assert float(noise.std()) == pytest.approx(float(natives.std()), rel=0.02)
     assert abs(float(noise.mean())) < 0.02
-    assert torch.equal(noise, new_rows(matrix, many, "random", seed=0))
-    assert not torch.equal(noise, new_rows(matrix, many, "random", seed=1))
+    assert torch.equal(noise, init_new_embeddings(matrix, many, "random", seed=0))
+    assert not torch.equal(noise, init_new_embeddings(matrix, many, "random", seed=1))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_norm_correction_keeps_the_direction(matrix, focus, method):
-    plain = new_rows(matrix, NEW, method, weights=focus)
-    corrected = new_rows(matrix, NEW, method, norm_correction=True, weights=focus)
+    plain = init_new_embeddings(matrix, NEW, method, weights=focus)
+    corrected = init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=focus)
     assert torch.allclose(corrected.norm(dim=1), torch.full((4,), median_norm(matrix, NEW)))
     assert torch.allclose(torch.cosine_similarity(plain, corrected), torch.ones(4))
 
 
 def test_norm_correction_of_a_zero_row_is_zero(matrix):
     matrix[9] = -matrix[5]
-    assert torch.equal(new_rows(matrix, NEW, "mean", norm_correction=True)[0], torch.zeros(40))
+    assert torch.equal(init_new_embeddings(matrix, NEW, "mean", norm_correction=True)[0], torch.zeros(40))
 
 
 def test_an_unknown_method_is_refused(matrix):
-    with pytest.raises(InputError, match=r"'median' is unknown.*mean, first_weighted"):
-        new_rows(matrix, NEW, "median")
+    with pytest.raises(UserError, match=r"'median' is unknown.*mean, first_weighted"):
+        init_new_embeddings(matrix, NEW, "median")
 
 
 # ------------------------------------------------------------------------------------------------------- the promise
-@pytest.mark.parametrize("method", CONVEX)
+@pytest.mark.parametrize("method", CONVEX_METHODS)
 def test_convex_output_rows_never_win(matrix, focus, method):
     """The greatest logit of a new piece is at most the greatest native one, whatever the hidden state."""
     hidden = torch.randn(5000, 40, generator=torch.Generator().manual_seed(3))
     natives = (hidden @ matrix[NATIVES.start : NATIVES.stop].T).max(dim=1).values
-    excess = (hidden @ new_rows(matrix, NEW, method, weights=focus).T).max(dim=1).values - natives
+    excess = (hidden @ init_new_embeddings(matrix, NEW, method, weights=focus).T).max(dim=1).values - natives
     assert float(excess.max()) < 1e-4
-    corrected = (hidden @ new_rows(matrix, NEW, method, norm_correction=True, weights=focus).T).max(dim=1).values
+    corrected = (
+        (hidden @ init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=focus).T).max(dim=1).values
+    )
     if method != "global_mean":  # so short before that even scaled it wins nowhere here
         assert float((corrected - natives).max()) > 1
 
 
 def test_weights_are_convex(focus):
-    for weights in (focus, *(spelling_weights(NEW, method) for method in ("mean", "first_weighted", "last_weighted"))):
+    for weights in (focus, *(position_weights(NEW, method) for method in ("mean", "first_weighted", "last_weighted"))):
         dense = weights.to_dense()
         assert dense.shape == (4, 60)
         assert float(dense.min()) >= 0
@@ -121,8 +123,8 @@ def test_weights_are_convex(focus):
 
 def test_combine_reads_only_rows_below_the_first_new_id(matrix):
     matrix[60:] = float("nan")
-    weights = spelling_weights(NEW, "mean")
-    assert torch.allclose(combine(matrix, weights), weights.to_dense() @ matrix[:60], atol=1e-4)
+    weights = position_weights(NEW, "mean")
+    assert torch.allclose(weighted_rows(matrix, weights), weights.to_dense() @ matrix[:60], atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- focus
@@ -147,14 +149,14 @@ def axes(**where: int) -> torch.Tensor:
 
 
 def test_focus_takes_natives_that_are_used_alike():
-    weights = focus_weights(axes(id_4=0, id_6=1, id_8=1, id_60=0, id_61=1), NEW, pieces_at_once=1).to_dense()
+    weights = focus_weights(axes(id_4=0, id_6=1, id_8=1, id_60=0, id_61=1), NEW, chunk_size=1).to_dense()
     assert weights[0].nonzero()[:, 0].tolist() == [4]
     assert weights[1].nonzero()[:, 0].tolist() == [6, 8]
     assert torch.allclose(weights[1, [6, 8]], torch.tensor([0.5, 0.5]))
 
 
 def test_focus_falls_back_to_the_spelling_and_leaves_special_tokens_out():
-    mean = spelling_weights(NEW, "mean").to_dense()
+    mean = position_weights(NEW, "mean").to_dense()
     weights = focus_weights(axes(id_4=0, id_60=0), NEW).to_dense()
     assert torch.allclose(weights[1:], mean[1:])  # no vector of their own
     specials = axes(id_0=0, id_2=0, id_51=0, id_59=0, id_60=0)
@@ -175,13 +177,13 @@ def test_pairs_are_counted_within_texts():
         for (one, first), (other, second) in itertools.combinations(enumerate(text), 2):
             if other - one <= 3:
                 expected[min(first, second), max(first, second)] += 1
-    keys, counts, tokens = initialising._count_pairs(texts, 12, window=3)
+    keys, counts, tokens = embedding_init._count_cooccurrences(texts, 12, window=3)
     assert {divmod(int(key), 12): count for key, count in zip(keys, counts, strict=True)} == expected
     assert Counter({index: int(count) for index, count in enumerate(tokens)}) == Counter(itertools.chain(*texts))
 
 
 def test_positive_information_by_its_definition():
-    keys, counts, _ = initialising._count_pairs(random_texts(), 12, window=3)
+    keys, counts, _ = embedding_init._count_cooccurrences(random_texts(), 12, window=3)
     first, second = numpy.divmod(keys, 12)
     table = numpy.zeros((12, 12))
     numpy.add.at(table, (first, second), counts)
@@ -190,7 +192,7 @@ def test_positive_information_by_its_definition():
     joint, own, context = table / table.sum(), table.sum(axis=1) / table.sum(), contexts / contexts.sum()
     with numpy.errstate(divide="ignore"):
         expected = numpy.maximum(numpy.log(joint / (own[:, None] * context)), 0)
-    found = initialising._positive_information(first, second, counts, 12).to_dense().numpy()
+    found = embedding_init._positive_pmi(first, second, counts, 12).to_dense().numpy()
     assert numpy.allclose(found, expected, atol=1e-5)
 
 

@@ -13,12 +13,12 @@ from conftest import ROOT
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from llmtuner.console import InputError, Stopped, run_script
+from llmtuner.console import UserError, TrainingInterrupted, run_cli
 
 def main():
     how, rank = sys.argv[1], int(os.environ["RANK"])
     if how == "refused by all" or how == "refused by one" and rank == 1:
-        raise InputError("no such corpus")
+        raise UserError("no such corpus")
     if how == "crash of all" or how == "crash of one" and rank == 1:
         raise ZeroDivisionError("a mistake")
     if how == "killed" and rank == 1:
@@ -32,9 +32,9 @@ def main():
         time.sleep(60)
 
 def stopped(number, frame):
-    raise Stopped("saved", number)
+    raise TrainingInterrupted("saved", number)
 
-run_script(main)
+run_cli(main)
 """
 
 

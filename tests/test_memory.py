@@ -7,9 +7,9 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from benchmarks.memory_budget import LivingTensors, follow_step, without_content
 from llmtuner.hparams import FinetuningArguments
-from llmtuner.model.adapters import prepare_for_training
-from llmtuner.model.growing import APPENDED_ROWS
-from llmtuner.train.memory import kept_for_backward, step_memory
+from llmtuner.model.adapters import init_adapter
+from llmtuner.train.memory import estimate_step_memory, saved_activation_bytes
+from llmtuner.weights.resize_embeddings import APPENDED_ROWS
 
 
 def glm(layers, width, heads, rows, intermediate, attention, dtype):
@@ -63,16 +63,16 @@ def really_kept(model, rows, length, dtype):
 @pytest.mark.parametrize(("attention", "tolerance"), [("eager", 0.001), ("sdpa", 0.12)])
 def test_activations_are_counted(layers, attention, tolerance, dtype):
     model = prepared(layers, attention=attention, dtype=dtype)
-    estimate = kept_for_backward(model, 3, 50, dtype)
+    estimate = saved_activation_bytes(model, 3, 50, dtype)
     assert estimate == pytest.approx(really_kept(model, 3, 50, dtype), rel=tolerance)
     assert all(type(one.data) is torch.Tensor for one in model.parameters())
 
 
 def test_flash_attention_is_counted_as_the_fused_kernel():
     model = prepared(attention="sdpa").eval()
-    wanted = kept_for_backward(model, 3, 50, torch.float32)
+    wanted = saved_activation_bytes(model, 3, 50, torch.float32)
     model.config._attn_implementation = "flash_attention_2"
-    assert kept_for_backward(model, 3, 50, torch.float32) == wanted
+    assert saved_activation_bytes(model, 3, 50, torch.float32) == wanted
     assert model.config._attn_implementation == "flash_attention_2"
     assert not model.training
 
@@ -80,20 +80,20 @@ def test_flash_attention_is_counted_as_the_fused_kernel():
 def test_parts_have_the_sizes_of_what_is_there():
     model = prepared(dtype=torch.bfloat16)
     count = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    whole = step_memory(model, 2, 32, False, torch.bfloat16)
+    whole = estimate_step_memory(model, 2, 32, False, torch.bfloat16)
     assert whole.weights == sum(one.nbytes for one in model.parameters())
     assert (whole.gradients, whole.optimizer) == (4 * count, 8 * count)
     # logits in fp32, their gradients in fp32 and bf16; the output matrix in bf16, its gradient in fp32
     assert whole.loss == 2 * 32 * 256 * 10 + 256 * 64 * 6
     assert whole.total == whole.weights + 12 * count + whole.activations + whole.loss
-    shared = step_memory(model, 2, 32, False, torch.bfloat16, optimizer_bytes=2, processes=4)
+    shared = estimate_step_memory(model, 2, 32, False, torch.bfloat16, optimizer_bytes=2, processes=4)
     assert (shared.gradients, shared.optimizer) == (count, count // 2)
     assert "weights 0.0, gradients 0.0" in str(whole)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
     model = prepared(layers=8)
-    whole, few = (step_memory(model, 2, 64, how) for how in (False, True))
+    whole, few = (estimate_step_memory(model, 2, 64, how) for how in (False, True))
     assert few.activations == whole.activations // 8 + 8 * 2 * 64 * 64 * 4
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -121,7 +121,7 @@ def whole_model(dtype, **beside):
     """A Glm wider and deeper than the others here, as the trainer prepares it."""
     base = glm(6, 256, 8, 2048, 768, "sdpa", dtype)
     setattr(base.config, APPENDED_ROWS, [1800, 2000])
-    return prepare_for_training(base, FinetuningArguments(lora_rank=16, **beside))
+    return init_adapter(base, FinetuningArguments(lora_rank=16, **beside))
 
 
 BOTH = dict(additional_target=["embed_tokens", "lm_head"])
@@ -138,7 +138,7 @@ BOTH = dict(additional_target=["embed_tokens", "lm_head"])
 )
 def test_the_estimate_is_not_below_the_height_of_a_real_step(beside, checkpointing, dtype, above):
     model = whole_model(dtype, **beside)
-    estimate = step_memory(model, 2, 256, checkpointing, dtype, optimizer_bytes=0)
+    estimate = estimate_step_memory(model, 2, 256, checkpointing, dtype, optimizer_bytes=0)
     real = follow_step(model, 2, 256, checkpointing, dtype)
     # As far above it as was once measured, for not all parts are there at once; less far the deeper a model is.
     assert estimate.total / max(real.values()) == pytest.approx(above, abs=0.02)

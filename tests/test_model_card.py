@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.report import model_card
 from llmtuner.report.model_card import write_model_card
 
@@ -23,28 +23,33 @@ METRICS = {
     "step4": {"tokens_per_character": {"base": {"ja": 1.25, "zh": 0.7}, "zero": {"ja": 0.75, "zh": 0.7}}},
     "step5": {
         "data": {
-            "wikipedia_ja": {"planned_share": 0.64, "share": 0.6398},
-            "own | texts": {"planned_share": 0.36, "share": 0.3602},
+            "wikipedia_ja": {"target_ratio": 0.64, "ratio": 0.6398},
+            "own | texts": {"target_ratio": 0.36, "ratio": 0.3602},
         }
     },
-    "step6": {"data": {"wikipedia_ja": {"planned_share": None, "share": 0.123}}},
+    "step6": {"data": {"wikipedia_ja": {"target_ratio": None, "ratio": 0.123}}},
     "step7": {
-        "exact": {"base": {"zh": 1.0, "ja": 0.0}, "chat": {"zh": 0.99, "ja": 0.96, "ja_unseen": 0.045}},
+        "accuracy": {"base": {"zh": 1.0, "ja": 0.0}, "chat": {"zh": 0.99, "ja": 0.96, "ja_unseen": 0.045}},
         "language_confusion": {"chat": {"zh": {"response_pass_rate": 0.9996}, "ja": {"response_pass_rate": None}}},
         "bits_per_byte": {"base": {"ja": 13.9787}, "zero": {"ja": 3.6648}, "chat": {"ja": 0.5811}},
         "repetition": {"chat": {"ja": 0.2087}},
-        "free_answers": {"chat": {"ended": 0.75, "longest_loop": 1_234}},
+        "free_answers": {"chat": {"finished_ratio": 0.75, "longest_loop": 1_234}},
         "agreement": {"chat": {"zh": {"identical": 0.5, "similar": 0.8}}},
         "generation": {
             "chosen": "penalty",
             "candidates": {
-                "greedy": {"settings": {"do_sample": False}, "repeated": 0.21, "longest_loop": 88, "ended": 0.7},
+                "greedy": {
+                    "settings": {"do_sample": False},
+                    "repeated_4gram_ratio": 0.21,
+                    "longest_loop": 88,
+                    "finished_ratio": 0.7,
+                },
                 "penalty": {
                     "settings": {"do_sample": False, "repetition_penalty": 1.1},
-                    "repeated": 0.05,
+                    "repeated_4gram_ratio": 0.05,
                     "longest_loop": 12,
-                    "ended": 0.95,
-                    "right": 0.955,
+                    "finished_ratio": 0.95,
+                    "accuracy": 0.955,
                     "tokens_per_second": 512.3,
                 },
                 "unfinished": {},
@@ -190,7 +195,7 @@ def test_parts_that_were_not_measured_are_left_out(directory):
     for name, heading in parts.items():
         assert heading in headings({name: METRICS[name]})
     without = copy.deepcopy(METRICS)
-    for name in ("generation", "agreement", "exact", "repetition"):
+    for name in ("generation", "agreement", "accuracy", "repetition"):
         without["step7"].pop(name)
     for name in ("step2", "step4"):
         without.pop(name)
@@ -213,7 +218,7 @@ def test_names_are_shown_not_interpreted(directory):
     name = "a: b # </script> | `x` *y* _z_ [n](javascript:1) '\" \n ---"
     data = {name: {"hf_hub_url": "o/日本 : #\n- x"}}
     metrics = {
-        "step5": {"data": {name: {"share": 1.0}}},
+        "step5": {"data": {name: {"ratio": 1.0}}},
         "step7": {"generation": {"chosen": name, "candidates": {name: {"settings": {name: name}}}}},
         "suite_ja_chat": {"suite": "ja", "tasks": {name: {name: name}}},
     }
@@ -235,14 +240,14 @@ def test_it_is_whole_or_as_before(directory, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(InputError, match="the disk filled up"):
+    with pytest.raises(UserError, match="the disk filled up"):
         write_model_card(directory, METRICS, "base", DATA)
     assert (directory / "README.md").read_bytes() == before
     assert not list(directory.glob("*.partial"))
 
 
 def test_only_a_model_directory_gets_a_card(tmp_path):
-    with pytest.raises(InputError, match="is not a model directory"):
+    with pytest.raises(UserError, match="is not a model directory"):
         write_model_card(tmp_path, METRICS, "base", DATA)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 from test_train import log_of, losses_of
 
-from llmtuner.console import InputError, Stopped
+from llmtuner.console import TrainingInterrupted, UserError
 from llmtuner.data.packing import next_fit
 from llmtuner.data.template import Template
 from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
-from llmtuner.model.merging import merge_adapter
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import workflow
 from llmtuner.train.trainer import EarlyStopping, PackedTrainer
 from llmtuner.train.tuner import export_model, run_exp
+from llmtuner.weights.merge_lora import merge_adapter
 
 NO_FIGURES = {"plot_loss": False, "eval_on_start": False}
 SFT = {"stage": "sft", "dataset": "dialogues"}
@@ -37,14 +37,14 @@ def with_second_dataset(tiny_run, tmp_path):
 def test_each_dataset_has_an_eval_loss_and_together_they_make_eval_loss(tiny_run, tmp_path):
     settings = with_second_dataset(tiny_run, tmp_path) | {"eval_on_each_dataset": True}
     run_exp(settings)
-    lines = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "adapter" / "trainer_log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "eval_loss" in line]
     assert len(lines) == 2
     _, data, training, _ = get_train_args(settings)
-    _, held_out = workflow.pack_pt(data, training.seed, load_tokenizer(tiny_run["model_name_or_path"]))
+    _, held_out = workflow.get_pt_dataset(data, training.seed, load_tokenizer(tiny_run["model_name_or_path"]))
     counts = [
         sum(int((part[number]["labels"][1:] != -100).sum()) for number in range(len(part)))
-        for part in (held_out.of_dataset(0), held_out.of_dataset(1), held_out)
+        for part in (held_out.select_dataset(0), held_out.select_dataset(1), held_out)
     ]
     for line in lines:
         losses = [line["eval_documents_loss"], line["eval_short_loss"]]
@@ -72,7 +72,7 @@ def test_early_stopping_counts_evaluations_without_improvement():
 def with_eval_losses(monkeypatch, losses):
     """Lets the evaluations of a run find these losses."""
     given = iter(losses)
-    monkeypatch.setattr(PackedTrainer, "loss_on", lambda self, dataset: next(given))
+    monkeypatch.setattr(PackedTrainer, "evaluate_loss", lambda self, dataset: next(given))
 
 
 def test_a_run_that_stops_early_is_finished_and_stays_so(tiny_run, tmp_path, monkeypatch, capsys):
@@ -94,7 +94,7 @@ def test_patience_is_the_same_after_a_restart(tiny_run, monkeypatch):
     settings = {**tiny_run, **NO_FIGURES, "max_steps": 9, "eval_steps": 1, "early_stopping_steps": 3}
     with_eval_losses(monkeypatch, [2.0, 2.5])
     stop_after_two(monkeypatch)
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         run_exp(settings)
     monkeypatch.undo()
     with_eval_losses(monkeypatch, [2.5, 2.5, 0.0])
@@ -106,7 +106,7 @@ def stop_after_two(monkeypatch):
 
     def watched(self, *args):
         watch(self, *args)
-        self.ending = self.state.global_step == 1  # the second step is being made
+        self.should_stop = self.state.global_step == 1  # the second step is being made
 
     monkeypatch.setattr(PackedTrainer, "_watch", watched)
 
@@ -124,14 +124,14 @@ def test_default_system_begins_dialogues_that_have_none(tiny_run, tmp_path):
 
     def ids(**changed):
         _, data, training, _ = get_train_args(settings | changed)
-        train = workflow.pack_sft(data, training.seed, tokenizer)[0]
+        train = workflow.get_sft_dataset(data, training.seed, tokenizer)[0]
         return [train[number]["input_ids"].tolist() for number in range(len(train))]
 
-    template = Template.of(tokenizer)
+    template = Template.from_tokenizer(tokenizer)
 
     def dialogue(*messages):
         messages = [{"role": role, "content": content} for role, content in messages]
-        return template.dialogues(tokenizer, [messages])[0][0].tolist()
+        return template.encode_dialogues(tokenizer, [messages])[0][0].tolist()
 
     turns = ("user", "柳树？"), ("assistant", "柳絮")
     own = dialogue(("system", "一座山"), *turns)
@@ -145,7 +145,7 @@ def test_tokenized_path_with_another_default_system_is_refused(tiny_run, tmp_pat
     settings = {**tiny_run, **SFT, **NO_FIGURES, "max_steps": 1, "tokenized_path": str(tmp_path / "kept")}
     settings |= {"eval_strategy": "no"}
     run_exp(settings | {"default_system": "河边"})
-    with pytest.raises(InputError, match="default_system was 河边, now None"):
+    with pytest.raises(UserError, match="default_system was 河边, now None"):
         run_exp(settings | {"output_dir": str(tmp_path / "other")})
 
 
@@ -156,7 +156,7 @@ def test_without_shuffling_rows_are_trained_in_the_order_of_the_file(tiny_run, m
     watch = PackedTrainer._watch
 
     def watched(self, loss, inputs, trained):
-        seen.extend(row for documents in inputs["rows"] for row in documents.tolist())
+        seen.extend(row for documents in inputs["doc_ids"] for row in documents.tolist())
         watch(self, loss, inputs, trained)
 
     monkeypatch.setattr(PackedTrainer, "_watch", watched)
@@ -208,9 +208,7 @@ def test_freeze_trains_the_named_layers_alone(tiny_run, tiny_model_dir, tmp_path
 
 def test_modules_of_layers_that_are_not_there_are_named(tiny_run):
     settings = {**tiny_run, "additional_target": None, "finetuning_type": "freeze", "freeze_trainable_modules": "attn"}
-    with pytest.raises(
-        InputError, match="freeze_trainable_modules 'attn' matches no module; this model has: input_lay"
-    ):
+    with pytest.raises(UserError, match="freeze_trainable_modules 'attn' matches no module; this model has: input_lay"):
         run_exp(settings)
 
 
@@ -294,12 +292,12 @@ def test_the_adapter_below_must_be_there_unchanged(tiny_run, tiny_model_dir, tmp
     weights = first / "adapter_model.safetensors"
     sound = weights.read_bytes()
     weights.write_bytes(sound[:-1] + b"x")
-    with pytest.raises(InputError, match="merged adapter: sha256"):  # a checkpoint on another base is not resumed
+    with pytest.raises(UserError, match="merged adapter: sha256"):  # a checkpoint on another base is not resumed
         run_exp({**on_it, "lora_rank": 2, "max_steps": 1, "save_strategy": "steps", "save_steps": 1})
     weights.write_bytes(sound)
-    with pytest.raises(InputError, match="nothing holds no LoRA adapter"):
+    with pytest.raises(UserError, match="nothing holds no LoRA adapter"):
         run_exp({**on_it, "adapter_name_or_path": str(tmp_path / "nothing"), "output_dir": str(tmp_path / "third")})
-    with pytest.raises(InputError, match=r"was itself trained with create_new_adapter.*Export it"):
+    with pytest.raises(UserError, match=r"was itself trained with create_new_adapter.*Export it"):
         run_exp({**on_it, "adapter_name_or_path": str(second), "output_dir": str(tmp_path / "third")})
     export = {"model_name_or_path": str(tiny_model_dir), "adapter_name_or_path": str(second)}
     for content, problem in ((weights.read_bytes()[:-1] + b"x", "has changed since"), (None, "no longer there")):
@@ -307,7 +305,7 @@ def test_the_adapter_below_must_be_there_unchanged(tiny_run, tiny_model_dir, tmp
             weights.unlink()
         else:
             weights.write_bytes(content)
-        with pytest.raises(InputError, match=problem):
+        with pytest.raises(UserError, match=problem):
             export_model({**export, "export_dir": str(tmp_path / "merged")})
     assert not (tmp_path / "merged").exists()
 

@@ -12,20 +12,17 @@ from pathlib import Path
 import pytest
 
 from llmtuner import outputs
-from llmtuner.console import InputError
+from llmtuner.console import UserError
+from llmtuner.files import MARKER, checksum
+from llmtuner.locks import acquire_lock, file_lock, release_lock
 from llmtuner.outputs import (
-    MARKER,
-    acquire,
     add_to_marker,
     atomic_directory,
     check_destination,
-    checksum,
-    exclusive,
     finish_publishing,
     publish_files,
     read_marker,
     recover_directory,
-    release,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +51,7 @@ def test_directory_of_a_user_is_not_touched(tmp_path, replace):
     (tmp_path / "mine" / "thesis.tex").write_text("ten years")
     (tmp_path / "mine" / "other_model" / "config.json").write_text("{}")
     before = content(tmp_path / "mine")
-    with pytest.raises(InputError, match=r"did not make \(other_model/config.json, thesis.tex\)"):
+    with pytest.raises(UserError, match=r"did not make \(other_model/config.json, thesis.tex\)"):
         written(tmp_path / "mine", "new", replace=replace)
     assert content(tmp_path / "mine") == before
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -63,7 +60,7 @@ def test_directory_of_a_user_is_not_touched(tmp_path, replace):
 def test_file_that_was_put_into_a_result_keeps_it(tmp_path):
     result = written(tmp_path / "result", "old")
     (result / "sub" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"notes\.txt"):
+    with pytest.raises(UserError, match=r"notes\.txt"):
         written(result, "new", replace=True)
     assert content(result) == {"sub/weights": "old", "sub/notes.txt": "mine"}
     (result / "sub" / "notes.txt").unlink()
@@ -75,7 +72,7 @@ def test_file_that_was_put_into_a_result_keeps_it(tmp_path):
 def test_result_is_replaced_only_when_asked_to(tmp_path):
     result = written(tmp_path / "result", "old", made_from={"base": "0123"})
     assert read_marker(result) == {"made_by": "a test", "made_from": {"base": "0123"}, "files": ["sub/weights"]}
-    with pytest.raises(InputError, match=r"result of a test already\. Set OVERWRITE=1"):
+    with pytest.raises(UserError, match=r"result of a test already\. Set OVERWRITE=1"):
         written(result, "new")
     assert content(result) == {"sub/weights": "old"}
     (tmp_path / "empty").mkdir()
@@ -92,7 +89,7 @@ def test_places_that_are_never_replaced(tmp_path, monkeypatch, place):
         directory.mkdir(parents=True)
     monkeypatch.setattr(Path, "home", lambda: home)
     monkeypatch.chdir(cwd)
-    monkeypatch.setattr(outputs, "REPOSITORY", tmp_path / "code" / "repository")
+    monkeypatch.setattr(outputs, "REPO_ROOT", tmp_path / "code" / "repository")
     (tmp_path / "code" / "repository").mkdir(parents=True)
     (tmp_path / "link").symlink_to(home)
     named = {
@@ -101,17 +98,17 @@ def test_places_that_are_never_replaced(tmp_path, monkeypatch, place):
         "around the repository": tmp_path / "code",
         "link to home": tmp_path / "link",
     }
-    with pytest.raises(InputError, match="is never replaced"):
+    with pytest.raises(UserError, match="is never replaced"):
         check_destination(named.get(place, Path(place)), replace=True)
 
 
 def test_mount_point_and_file_are_refused(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
-    with pytest.raises(InputError, match="mount point"):
+    with pytest.raises(UserError, match="mount point"):
         check_destination(tmp_path / "disk", replace=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         check_destination(tmp_path / "file", replace=True)
 
 
@@ -123,7 +120,7 @@ def test_symbolic_link_to_a_larger_disk(tmp_path):
         assert (tmp_path / "chat_model").is_symlink()
         assert content(tmp_path / "disk" / "chat_model") == {"sub/weights": text}
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(InputError, match="Choose another directory"):
+    with pytest.raises(UserError, match="Choose another directory"):
         check_destination(tmp_path / "loop")
 
 
@@ -140,12 +137,12 @@ def test_export_leaves_a_full_directory_alone(tiny_run, tmp_path):
         export_dir=str(tmp_path / "mine"),
     )
     for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"thesis\.tex"):
+        with pytest.raises(UserError, match=r"thesis\.tex"):
             export_model({**export, "overwrite_output_dir": overwrite})
     assert content(tmp_path / "mine") == {"thesis.tex": "ten years"}
     export["export_dir"] = str(tmp_path / "merged")
     export_model(export)
-    with pytest.raises(InputError, match="OVERWRITE=1"):
+    with pytest.raises(UserError, match="OVERWRITE=1"):
         export_model(export)
     export_model({**export, "overwrite_output_dir": True})
 
@@ -174,7 +171,7 @@ def test_rename_that_fails_names_both_versions(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(InputError, match=r"new version is complete in .*partial, the old one in .*result\.$") as error:
+    with pytest.raises(UserError, match=r"new version is complete in .*partial, the old one in .*result\.$") as error:
         written(result, "new", replace=True)
     assert content(result) == {"sub/weights": "old"}
     new = next(path for path in tmp_path.iterdir() if path.suffix == ".partial")
@@ -261,12 +258,12 @@ def replace_files(room):
 
 
 def save_checkpoint(room):
-    from llmtuner.train import checkpoints
+    from llmtuner.train import checkpointing
 
-    staged = room / checkpoints.STAGING / "checkpoint-5"
+    staged = room / checkpointing.TMP_DIR / "checkpoint-5"
     staged.mkdir(parents=True, exist_ok=True)
     (staged / "weights").write_text("new")
-    checkpoints.publish(room, 5, limit=1)
+    checkpointing.commit_checkpoint(room, 5, limit=1)
 
 
 def killed_at(number, room, what):
@@ -316,20 +313,20 @@ def test_kill_at_every_moment_while_an_adapter_takes_its_place(tmp_path):
 
 
 def test_kill_at_every_moment_while_a_checkpoint_is_saved(tmp_path):
-    from llmtuner.train import checkpoints
+    from llmtuner.train import checkpointing
 
     def checkpoint(room, step):
         (room / f"checkpoint-{step}").mkdir(parents=True)
         (room / f"checkpoint-{step}" / "weights").write_text("old")
-        checkpoints.seal(room / f"checkpoint-{step}")
+        checkpointing.write_checksums(room / f"checkpoint-{step}")
 
     def prepare(room):
         checkpoint(room, 4)
         checkpoint(room, 5)  # saved again, as after a run that went on from 4
 
     def check(room):
-        with checkpoints.claim_output_dir(room):
-            newest = checkpoints.newest_whole(room)
+        with checkpointing.lock_output_dir(room):
+            newest = checkpointing.latest_valid_checkpoint(room)
         assert newest is not None
         assert newest.name == "checkpoint-5"
         assert not list(room.glob("*.old"))
@@ -346,7 +343,7 @@ def test_downloaded_adapter_cannot_move_or_delete_other_files(tmp_path):
         {"files": [str(tmp_path / "thesis.tex")], "obsolete": []},
     ):
         (ready / outputs.MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(InputError, match="names files outside"):
+        with pytest.raises(UserError, match="names files outside"):
             finish_publishing(tmp_path / "adapter")
     assert (tmp_path / "thesis.tex").read_text() == "ten years"
 
@@ -356,8 +353,8 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from llmtuner.outputs import acquire
-acquire(Path(sys.argv[2]), "it")
+from llmtuner.locks import acquire_lock
+acquire_lock(Path(sys.argv[2]), "it")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -368,17 +365,17 @@ def test_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(ROOT), str(lock)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=rf"WORK_DIR=here is in use by process {holder.pid} on "):
-            acquire(lock, "WORK_DIR=here")
+        with pytest.raises(UserError, match=rf"WORK_DIR=here is in use by process {holder.pid} on "):
+            acquire_lock(lock, "WORK_DIR=here")
     finally:
         holder.kill()
         holder.wait()
     assert lock.exists()  # a dead process leaves the file, and nothing else
-    with exclusive(lock, "it"), exclusive(lock, "it"):
+    with file_lock(lock, "it"), file_lock(lock, "it"):
         assert str(os.getpid()) in lock.read_text()
     assert not lock.exists()
     with pytest.raises(KeyError):
-        release(lock)
+        release_lock(lock)
 
 
 def test_file_system_without_locks(tmp_path, monkeypatch):
@@ -392,13 +389,13 @@ def test_file_system_without_locks(tmp_path, monkeypatch):
 
 def test_two_writers_never_mix(tmp_path):
     code = HOLDS.replace(
-        'acquire(Path(sys.argv[2]), "it")', "acquire(Path(sys.argv[2]).with_name('.result.lock'), 'it')"
+        'acquire_lock(Path(sys.argv[2]), "it")', "acquire_lock(Path(sys.argv[2]).with_name('.result.lock'), 'it')"
     )
     command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / "result")]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"in use by process {holder.pid}"):
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
             written(tmp_path / "result", "new")
     finally:
         holder.kill()

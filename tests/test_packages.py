@@ -7,16 +7,16 @@ import pytest
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.hparams import get_train_args
-from llmtuner.packages import PACKAGES, missing_packages
+from llmtuner.packages import REQUIRED_PACKAGES, missing_packages
 from llmtuner.train.tuner import run_exp
 
 
 @pytest.fixture
 def bare(monkeypatch):
     """As if none of the optional packages were installed."""
-    modules = {module for own in PACKAGES.values() for needed, _ in own.values() for module in needed}
+    modules = {module for own in REQUIRED_PACKAGES.values() for needed, _ in own.values() for module in needed}
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name in modules else find_spec(name, *rest)
@@ -41,13 +41,13 @@ def bare(monkeypatch):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_missing_package_is_refused_before_data_is_read(tiny_run, tmp_path, bare, settings, package):
-    with pytest.raises(InputError, match=rf"not installed\. Run: \S+ -m pip install {re.escape(package)}$"):
+    with pytest.raises(UserError, match=rf"not installed\. Run: \S+ -m pip install {re.escape(package)}$"):
         run_exp({**tiny_run, "plot_loss": False, **settings})
     assert not (tmp_path / "cache").exists()
 
 
 def test_all_missing_packages_are_reported_at_once(tiny_run, bare):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         get_train_args({**tiny_run, "report_to": ["wandb", "mlflow"], "optim": "lion_8bit", "learning_rate": -1})
     assert all(part in str(caught.value) for part in ("wandb", "mlflow", "bitsandbytes", "learning_rate"))
 
@@ -59,7 +59,7 @@ def test_what_needs_no_package_is_taken(tiny_run, bare):
 
 
 def test_unknown_tracker_is_refused(tiny_run):
-    with pytest.raises(InputError, match=r"report_to is wandbb; it can be none, all, or some of .*wandb"):
+    with pytest.raises(UserError, match=r"report_to is wandbb; it can be none, all, or some of .*wandb"):
         get_train_args({**tiny_run, "report_to": "wandbb"})
 
 
@@ -91,7 +91,7 @@ def test_every_optimizer_of_transformers_is_placed(bare):
 )
 def test_values_that_end_a_run_later_or_turn_it_around_are_refused(tiny_run, setting):
     [(name, value)] = setting.items()
-    with pytest.raises(InputError, match=rf"{name} is {value}; it must be "):
+    with pytest.raises(UserError, match=rf"{name} is {value}; it must be "):
         get_train_args({**tiny_run, **setting})
 
 

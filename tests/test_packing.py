@@ -7,20 +7,20 @@ import pytest
 import torch
 
 from llmtuner.data.packing import (
-    FilledUp,
-    PackedCollator,
-    PackedSequences,
-    Pool,
+    ConcatTokenDataset,
+    PackedDataCollator,
+    PackedDataset,
+    PadToMultiple,
     best_fit_decreasing,
-    bin_segments,
-    block_segments,
+    concat_and_chunk,
+    interleave,
     last_turns,
-    mix,
-    single_segments,
+    one_per_sequence,
+    pack_best_fit,
 )
-from llmtuner.data.template import IGNORE, Template
+from llmtuner.data.template import IGNORE_INDEX, Template
 from llmtuner.model.loading import load_model
-from llmtuner.train.loss import summed_cross_entropy
+from llmtuner.train.loss import linear_cross_entropy_sum
 
 
 class Rows:
@@ -40,8 +40,8 @@ class Rows:
         return self.rows[row][1]
 
 
-def pool(*sets):
-    return Pool([SimpleNamespace(name=str(place), table=Rows(rows)) for place, rows in enumerate(sets)])
+def token_dataset(*sets):
+    return ConcatTokenDataset([SimpleNamespace(name=str(place), store=Rows(rows)) for place, rows in enumerate(sets)])
 
 
 def everything(one):
@@ -49,54 +49,56 @@ def everything(one):
 
 
 def test_blocks_hold_every_token_once_and_restart_positions():
-    own = pool([([7, 8, 10, 11], [])], [([7, 8, 12, 13, 14], [])])
-    blocks = PackedSequences(own, block_segments(everything(own), own.lengths, 6), prefix=2)
+    own = token_dataset([([7, 8, 10, 11], [])], [([7, 8, 12, 13, 14], [])])
+    blocks = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 6), prefix_len=2)
     first, second = blocks[0], blocks[1]
     assert first["input_ids"].tolist() == [7, 8, 10, 11, 7, 8]
-    assert first["labels"].tolist() == [IGNORE, IGNORE, 10, 11, IGNORE, IGNORE]
+    assert first["labels"].tolist() == [IGNORE_INDEX, IGNORE_INDEX, 10, 11, IGNORE_INDEX, IGNORE_INDEX]
     assert first["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
-    assert first["rows"].tolist() == [0, 1]
+    assert first["doc_ids"].tolist() == [0, 1]
     assert second["input_ids"].tolist() == [12, 13, 14]
-    assert second["labels"].tolist() == [IGNORE, 13, 14]  # the first has lost its context
+    assert second["labels"].tolist() == [IGNORE_INDEX, 13, 14]  # the first has lost its context
     assert second["position_ids"].tolist() == [0, 1, 2]
-    assert (len(blocks), blocks.tokens) == (2, 9)
-    across = PackedSequences(own, block_segments(everything(own), own.lengths, 6), prefix=2, isolated=False)
+    assert (len(blocks), blocks.num_tokens) == (2, 9)
+    across = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 6), prefix_len=2, block_diagonal=False)
     assert across[0]["position_ids"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_prefix_cut_by_a_sequence_is_not_trained():
-    own = pool([([7, 8, 10, 11, 2], []), ([7, 8, 12, 2], [])])
-    blocks = PackedSequences(own, block_segments(everything(own), own.lengths, 6), prefix=2)
+    own = token_dataset([([7, 8, 10, 11, 2], []), ([7, 8, 12, 2], [])])
+    blocks = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 6), prefix_len=2)
     assert blocks[1]["input_ids"].tolist() == [8, 12, 2]
-    assert blocks[1]["labels"].tolist() == [IGNORE, 12, 2]
+    assert blocks[1]["labels"].tolist() == [IGNORE_INDEX, 12, 2]
 
 
 @pytest.mark.parametrize("cutoff", [5, 64, 1000])
 def test_blocks_and_singles_cover_random_documents(cutoff):
     rng = numpy.random.default_rng(0)
-    own = pool([(rng.integers(0, 99, size), []) for size in rng.integers(3, 90, 70)])
+    own = token_dataset([(rng.integers(0, 99, size), []) for size in rng.integers(3, 90, 70)])
     order = rng.permutation(70)
-    wanted = numpy.concatenate([own.sets[0].table.ids(row) for row in order])
-    for make in (block_segments, single_segments):
-        sequences = PackedSequences(own, make(order, own.lengths, cutoff))
+    wanted = numpy.concatenate([own.datasets[0].store.ids(row) for row in order])
+    for make in (concat_and_chunk, one_per_sequence):
+        sequences = PackedDataset(own, make(order, own.lengths, cutoff))
         got = [sequences[number]["input_ids"] for number in range(len(sequences))]
         assert numpy.array_equal(numpy.concatenate(got), wanted)
         assert max(map(len, got)) <= cutoff
-        if make is block_segments:
+        if make is concat_and_chunk:
             assert {len(one) for one in got[:-1]} <= {cutoff}
 
 
 def test_bins_hold_every_dialogue_and_count_what_is_cut():
-    rows = [([1] * size, [IGNORE] + [1] * (size - 1)) for size in (5, 3, 4, 12)] + [([1] * 12, [IGNORE] * 11 + [1])]
-    own = pool(rows)
-    segments = bin_segments(everything(own), own, 8)
-    assert sorted(segments.rows.tolist()) == [0, 1, 2, 3]
-    assert (segments.cut, segments.dropped) == (2, 1)
-    bins = PackedSequences(own, segments)
+    rows = [([1] * size, [IGNORE_INDEX] + [1] * (size - 1)) for size in (5, 3, 4, 12)] + [
+        ([1] * 12, [IGNORE_INDEX] * 11 + [1])
+    ]
+    own = token_dataset(rows)
+    segments = pack_best_fit(everything(own), own, 8)
+    assert sorted(segments.doc_ids.tolist()) == [0, 1, 2, 3]
+    assert (segments.num_truncated, segments.num_dropped) == (2, 1)
+    bins = PackedDataset(own, segments)
     sizes = [len(bins[number]["input_ids"]) for number in range(len(bins))]
     assert sorted(sizes) == [4, 8, 8]
-    assert bins.tokens == 20
-    single = PackedSequences(own, bin_segments(everything(own), own, 8, packed=False))
+    assert bins.num_tokens == 20
+    single = PackedDataset(own, pack_best_fit(everything(own), own, 8, packed=False))
     assert [len(single[number]["input_ids"]) for number in range(len(single))] == [5, 3, 4, 8]
 
 
@@ -105,11 +107,11 @@ TEMPLATE = Template(7, 8, 2, {"system": 3, "user": 4, "assistant": 5, "observati
 
 def dialogue(*messages):
     """Ids and labels under mask_history of messages (role, number of tokens); contents count up from 10."""
-    ids, labels = [7, 8], [IGNORE, IGNORE]
+    ids, labels = [7, 8], [IGNORE_INDEX, IGNORE_INDEX]
     for role, size in messages:
         content = list(range(10 + len(ids), 10 + len(ids) + size))
         ids += [TEMPLATE.roles[role], *content]
-        labels += [IGNORE] * (size + 1)
+        labels += [IGNORE_INDEX] * (size + 1)
     labels[-size:] = ids[-size:]
     return [*ids, 2], [*labels, 2]
 
@@ -140,17 +142,17 @@ TOOL += [("observation", 1), ("assistant", 2)]
 def test_long_dialogue_keeps_its_last_answer_under_mask_history(messages, cutoff, kept):
     ids, labels = dialogue(*messages)
     assert last_turns(numpy.array(ids), cutoff, TEMPLATE) == kept
-    own = pool([(ids, labels)], [dialogue(*TOOL[:2])])
-    packed = PackedSequences(own, bin_segments(everything(own), own, cutoff, keep_last_answer=TEMPLATE))
-    [sequence] = [one for one in (packed[number] for number in range(len(packed))) if 0 in one["rows"]]
+    own = token_dataset([(ids, labels)], [dialogue(*TOOL[:2])])
+    packed = PackedDataset(own, pack_best_fit(everything(own), own, cutoff, keep_last_answer=TEMPLATE))
+    [sequence] = [one for one in (packed[number] for number in range(len(packed))) if 0 in one["doc_ids"]]
     head, start, stop = kept
     size = head + stop - start
     assert sequence["input_ids"][:size].tolist() == ids[:head] + ids[start:stop]
     assert sequence["labels"][:size].tolist() == labels[:head] + labels[start:stop]
     assert sequence["position_ids"][:size].tolist() == list(range(size))  # one document
-    assert packed.tokens == size + 7
-    assert packed.of_dataset(0)[0]["input_ids"].tolist() == ids[:head] + ids[start:stop]
-    assert (packed.segments.cut, packed.segments.dropped) == (1, 0)
+    assert packed.num_tokens == size + 7
+    assert packed.select_dataset(0)[0]["input_ids"].tolist() == ids[:head] + ids[start:stop]
+    assert (packed.pack_index.num_truncated, packed.pack_index.num_dropped) == (1, 0)
 
 
 def test_no_last_answer_is_lost_under_mask_history():
@@ -161,12 +163,12 @@ def test_no_last_answer_is_lost_under_mask_history():
         messages += [(role, int(next(sizes))) for _ in range(rng.integers(1, 4)) for role in ("user", "assistant")]
         ids, labels = dialogue(*messages)
         cutoff = int(rng.integers(8, max(9, len(ids))))
-        own = pool([(ids, labels)])
-        segments = bin_segments(everything(own), own, cutoff, keep_last_answer=TEMPLATE)
-        [sequence] = [PackedSequences(own, segments)[0]]
+        own = token_dataset([(ids, labels)])
+        segments = pack_best_fit(everything(own), own, cutoff, keep_last_answer=TEMPLATE)
+        [sequence] = [PackedDataset(own, segments)[0]]
         assert len(sequence["input_ids"]) == segments.lengths[0] <= cutoff
-        targets = [label for label in labels if label != IGNORE]
-        got = sequence["labels"][sequence["labels"] != IGNORE].tolist()
+        targets = [label for label in labels if label != IGNORE_INDEX]
+        got = sequence["labels"][sequence["labels"] != IGNORE_INDEX].tolist()
         assert got == targets[: len(got)]  # from its first token on
         assert got == targets or len(targets) > cutoff - 3
         assert got
@@ -191,37 +193,41 @@ def test_mix_keeps_shares():
     def tokens(order):
         return numpy.array([lengths[order[numpy.isin(order, own)]].sum() for own in rows])
 
-    under = mix(rows, lengths, shares, "interleave_under", seed=1)
+    under = interleave(rows, lengths, shares, "interleave_under", seed=1)
     assert len(set(under.tolist())) == len(under)
     assert any(numpy.isin(own, under).all() for own in rows)  # it ends when one is used up
     for upto in (500, 2_000, len(under)):  # at every moment, to within one document
         taken = tokens(under[:upto])
         assert (abs(taken - taken.sum() * numpy.array(shares)) <= 2 * lengths.max()).all()
     assert (abs(tokens(under) / tokens(under).sum() - shares) < 0.01).all()
-    over = mix(rows, lengths, shares, "interleave_over", seed=1)
+    over = interleave(rows, lengths, shares, "interleave_over", seed=1)
     assert len(set(over.tolist())) == 5_200
     assert (abs(tokens(over) / tokens(over).sum() - shares) < 0.01).all()
-    assert sorted(mix(rows, lengths, [], "concat", seed=1).tolist()) == list(range(5_200))
-    assert not numpy.array_equal(under, mix(rows, lengths, shares, "interleave_under", seed=2))
+    assert sorted(interleave(rows, lengths, [], "concat", seed=1).tolist()) == list(range(5_200))
+    assert not numpy.array_equal(under, interleave(rows, lengths, shares, "interleave_under", seed=2))
 
 
 def test_collator_pads_without_training_the_padding():
-    one = {"input_ids": numpy.array([5, 6, 7]), "labels": numpy.array([IGNORE, 6, 7]), "position_ids": numpy.arange(3)}
-    one["rows"] = numpy.array([4])
+    one = {
+        "input_ids": numpy.array([5, 6, 7]),
+        "labels": numpy.array([IGNORE_INDEX, 6, 7]),
+        "position_ids": numpy.arange(3),
+    }
+    one["doc_ids"] = numpy.array([4])
     other = {key: value[:2] for key, value in one.items()}
-    filled = FilledUp([one, other, one], 4)
+    filled = PadToMultiple([one, other, one], 4)
     assert len(filled) == 4
-    batch = PackedCollator(pad_id=0)([one, other, filled[3]])
+    batch = PackedDataCollator(pad_id=0)([one, other, filled[3]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 0], [0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE, 6, IGNORE], [IGNORE] * 3]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 6, IGNORE_INDEX], [IGNORE_INDEX] * 3]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0], [0, 1, 2]]
-    assert batch["padding"] == 4
-    assert [rows.tolist() for rows in batch["rows"]] == [[4], [4], []]
+    assert batch["num_padding"] == 4
+    assert [rows.tolist() for rows in batch["doc_ids"]] == [[4], [4], []]
 
 
 def test_filled_up_ends_where_its_size_says():
     """Whoever loops over it without an iterator of its own, as samplers do, goes on until an IndexError."""
-    filled = FilledUp([{"input_ids": numpy.arange(3)}] * 3, 4)
+    filled = PadToMultiple([{"input_ids": numpy.arange(3)}] * 3, 4)
     assert [len(one["input_ids"]) for one in filled] == [3, 3, 3, 0]
     assert len(filled[-1]["input_ids"]) == 0
     assert len(filled[-4]["input_ids"]) == 3
@@ -231,26 +237,26 @@ def test_filled_up_ends_where_its_size_says():
 
 
 # ------------------------------------------------------------------------------------------------------ nothing leaks
-def packed_and_alone(stage, model, isolated=True):
+def packed_and_alone(stage, model, block_diagonal=True):
     """A packed batch of five examples of random ids, and each example's place in it."""
     rng = numpy.random.default_rng(3)
     rows = []
     for size in (9, 30, 14, 22, 17):
         ids = rng.integers(10, 300, size)
-        rows.append((ids, [] if stage == "pt" else numpy.where(numpy.arange(size) > size // 2, ids, IGNORE)))
-    own = pool(rows)
+        rows.append((ids, [] if stage == "pt" else numpy.where(numpy.arange(size) > size // 2, ids, IGNORE_INDEX)))
+    own = token_dataset(rows)
     if stage == "pt":
-        packed = PackedSequences(own, block_segments(everything(own), own.lengths, 128), 2, isolated)
-        single = PackedSequences(own, single_segments(everything(own), own.lengths, 128), 2)
+        packed = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 128), 2, block_diagonal)
+        single = PackedDataset(own, one_per_sequence(everything(own), own.lengths, 128), 2)
     else:
-        packed = PackedSequences(own, bin_segments(everything(own), own, 128), isolated=isolated)
-        single = PackedSequences(own, bin_segments(everything(own), own, 128, packed=False))
+        packed = PackedDataset(own, pack_best_fit(everything(own), own, 128), block_diagonal=block_diagonal)
+        single = PackedDataset(own, pack_best_fit(everything(own), own, 128, packed=False))
     assert len(packed) == 1
     return packed[0], [single[number] for number in range(5)], own
 
 
 def logits_of(model, sequence):
-    batch = PackedCollator(0)([sequence])
+    batch = PackedDataCollator(0)([sequence])
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
 
@@ -259,13 +265,13 @@ def logits_of(model, sequence):
 @pytest.mark.parametrize("stage", ["pt", "sft"])
 def test_changing_one_document_leaves_all_others_bit_identical(tiny_model_dir, stage, attention):
     model = load_model(tiny_model_dir, torch.float32, attention)
-    for isolated in (True, False):
-        sequence, _, own = packed_and_alone(stage, model, isolated)
+    for block_diagonal in (True, False):
+        sequence, _, own = packed_and_alone(stage, model, block_diagonal)
         before = logits_of(model, sequence)
-        ends = numpy.cumsum(own.lengths[sequence["rows"]])
+        ends = numpy.cumsum(own.lengths[sequence["doc_ids"]])
         leaked = []
         for place, end in enumerate(ends):
-            start = end - own.lengths[sequence["rows"][place]]
+            start = end - own.lengths[sequence["doc_ids"][place]]
             changed = {**sequence, "input_ids": sequence["input_ids"].copy()}
             changed["input_ids"][start:end] = numpy.random.default_rng(place).integers(10, 300, end - start)
             after = logits_of(model, changed)
@@ -273,7 +279,7 @@ def test_changing_one_document_leaves_all_others_bit_identical(tiny_model_dir, s
             outside[start:end] = False
             assert not torch.equal(before[~outside], after[~outside])
             leaked.append(not torch.equal(before[outside], after[outside]))
-        assert any(leaked) != isolated  # across documents, the comparison does see a change
+        assert any(leaked) != block_diagonal  # across documents, the comparison does see a change
 
 
 @pytest.mark.parametrize("stage", ["pt", "sft"])
@@ -284,19 +290,19 @@ def test_packed_loss_is_that_of_each_alone(tiny_model_dir, stage):
         targets = torch.from_numpy(sequence["labels"][1:])
         return torch.nn.functional.cross_entropy(logits_of(model, sequence)[:-1], targets, reduction="sum")
 
-    for isolated in (True, False):
-        packed, alone, _ = packed_and_alone(stage, model, isolated)
-        count = (packed["labels"] != IGNORE).sum()
-        assert count == sum((one["labels"] != IGNORE).sum() for one in alone)
+    for block_diagonal in (True, False):
+        packed, alone, _ = packed_and_alone(stage, model, block_diagonal)
+        count = (packed["labels"] != IGNORE_INDEX).sum()
+        assert count == sum((one["labels"] != IGNORE_INDEX).sum() for one in alone)
         difference = abs(float(summed(packed)) - sum(float(summed(one)) for one in alone)) / count
-        assert (difference < 1e-5) == isolated
+        assert (difference < 1e-5) == block_diagonal
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize("at_once", [2**25, 700])
 @pytest.mark.parametrize("trained", ["both", "hidden", "weight"])
 def test_chunked_loss_has_the_value_and_gradients_of_the_whole(monkeypatch, at_once, trained):
-    monkeypatch.setattr("llmtuner.train.loss.LOGITS_AT_ONCE_ON_CPU", at_once)
+    monkeypatch.setattr("llmtuner.train.loss.CHUNK_NUMEL_CPU", at_once)
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, dtype=torch.float32, requires_grad=trained != "weight")
     weight = torch.randn(100, 16, requires_grad=trained != "hidden")
@@ -304,14 +310,14 @@ def test_chunked_loss_has_the_value_and_gradients_of_the_whole(monkeypatch, at_o
     whole = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     leaves = [one for one in (hidden, weight) if one.requires_grad]
     wanted = torch.autograd.grad(whole / 7, leaves)
-    loss = summed_cross_entropy(hidden, weight, targets)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
     for own, other in zip(torch.autograd.grad(loss / 7, leaves), wanted, strict=True):
         assert torch.allclose(own, other, atol=1e-5)
 
 
 def test_chunked_loss_holds_few_logits_and_takes_autocast(monkeypatch):
-    monkeypatch.setattr("llmtuner.train.loss.LOGITS_AT_ONCE_ON_CPU", 1_000)
+    monkeypatch.setattr("llmtuner.train.loss.CHUNK_NUMEL_CPU", 1_000)
     largest = []
     original = torch.Tensor.amax
 
@@ -322,9 +328,9 @@ def test_chunked_loss_holds_few_logits_and_takes_autocast(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "amax", spy)
     hidden, weight = torch.randn(50, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = summed_cross_entropy(hidden, weight, torch.arange(50))
+        loss = linear_cross_entropy_sum(hidden, weight, torch.arange(50))
     assert max(largest) == 1_000
     assert loss.dtype == torch.float32
     loss.backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
-    assert summed_cross_entropy(hidden[:0], weight, torch.arange(0)) == 0
+    assert linear_cross_entropy_sum(hidden[:0], weight, torch.arange(0)) == 0

@@ -13,10 +13,10 @@ import pytest
 from conftest import opened
 from jinja2 import UndefinedError
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.report import environment as surroundings
 from llmtuner.report import page
-from llmtuner.report.claims import claims, percent
+from llmtuner.report.checks import percent, run_checks
 from llmtuner.report.environment import environment
 from llmtuner.report.page import Step, write_report
 
@@ -33,13 +33,13 @@ STEPS = [
 ]
 MODELS = ("base", "zero", "pretrained", "chat")
 SENTENCE = ["▁", "私", "‹E3›", "‹81›", "‹AF›", " ", ATTACK]
-CANDIDATE = {"longest_loop": 9, "mean_loop": 1.5, "ended": 0.5, "tokens_per_second": 1234.5}
+CANDIDATE = {"longest_loop": 9, "mean_loop": 1.5, "finished_ratio": 0.5, "tokens_per_second": 1234.5}
 CONFUSION = {"line_pass_rate": 0.99, "lines": 300, "undecided_lines": 5, "responses": 198, "undecided_responses": 2}
 METRICS = {
     "step1": {"skipped": 0, "new_pieces": 900, "input_bytes": 2_961_403},
     "step2": {
         "special_ids_kept": True,
-        "dead_pieces": 0,
+        "unreachable_tokens": 0,
         "added_pieces": 900,
         "changed_texts": {"zh": 0, "en": 0},
         "texts": {"ja": 104, "zh": 96, "en": 95},
@@ -52,9 +52,9 @@ METRICS = {
     },
     "step3": {"old_rows": 2432, "new_rows": 3328, "old_rows_identical": True, "old_logits_max_diff": 1e-6},
     "step4": {
-        "zh": {"asked": 60, "identical": 60},
-        "en": {"asked": 50, "identical": 50},
-        "ja": {"asked": 60, "correct": 0},
+        "zh": {"total": 60, "identical": 60},
+        "en": {"total": 50, "identical": 50},
+        "ja": {"total": 60, "correct": 0},
         "tokens_per_character": {
             "base": {"ja": 2.4484, "zh": 0.9, "en": 0.4},
             "zero": {"ja": 0.6572, "zh": 0.9, "en": 0.4},
@@ -62,22 +62,22 @@ METRICS = {
     },
     "step5": {
         "tokens": 798_720,
-        "padding_share": 0.00124,
+        "padding_ratio": 0.00124,
         "bits_per_byte": {"before": {"ja": 3.6648}, "after": {"ja": 0.3183}},
         "data": {
-            "wikipedia_ja": {"planned_share": 0.64, "share": 0.65},
-            "aozora_ja": {"planned_share": 0.36, "share": 0.35},
+            "wikipedia_ja": {"target_ratio": 0.64, "ratio": 0.65},
+            "aozora_ja": {"target_ratio": 0.36, "ratio": 0.35},
         },
     },
     "step6": {
         "tokens": 1_454_032,
-        "padding_share": 0.0499,
+        "padding_ratio": 0.0499,
         "train_loss": {"first": 2.0349, "last": 0.1753},
         "eval_loss": {"first": 1.9952, "last": 0.2514},
-        "data": {"dolly_ja": {"planned_share": None, "share": 1.0}},
+        "data": {"dolly_ja": {"target_ratio": None, "ratio": 1.0}},
     },
     "step7": {
-        "exact": {
+        "accuracy": {
             model: {"zh": 1.0, "en": 0.995, "ja": 0.0 if model == "base" else 0.96, "ja_unseen": None}
             for model in MODELS
         },
@@ -86,11 +86,21 @@ METRICS = {
         "agreement": {model: {"zh": {"identical": 0.335, "similar": 0.7812}} for model in MODELS},
         "language_confusion": {model: {"ja": CONFUSION | {"response_pass_rate": 0.9996}} for model in MODELS},
         "repetition": {model: {"ja": 0.1845} for model in MODELS},
-        "free_answers": {model: {**CANDIDATE, "repeated": 0.1845} for model in MODELS},
+        "free_answers": {model: {**CANDIDATE, "repeated_4gram_ratio": 0.1845} for model in MODELS},
         "generation": {
             "candidates": {
-                "greedy": {"settings": {"do_sample": False}, **CANDIDATE, "repeated": 0.2, "right": None},
-                "penalty": {"settings": {"repetition_penalty": 1.1}, **CANDIDATE, "repeated": 0.2, "right": 0.9},
+                "greedy": {
+                    "settings": {"do_sample": False},
+                    **CANDIDATE,
+                    "repeated_4gram_ratio": 0.2,
+                    "accuracy": None,
+                },
+                "penalty": {
+                    "settings": {"repetition_penalty": 1.1},
+                    **CANDIDATE,
+                    "repeated_4gram_ratio": 0.2,
+                    "accuracy": 0.9,
+                },
             },
             "chosen": "penalty",
         },
@@ -135,8 +145,8 @@ def work_dir(tmp_path):
     put(tmp_path, METRICS)
     for name in page.RUNS.values():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
-        (tmp_path / name / "settings.json").write_text(
+        (tmp_path / name / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
+        (tmp_path / name / "training_args.json").write_text(
             json.dumps({"stage": "pt", "dataset": ["日本語", ATTACK], "bf16": True})
         )
     lines = "".join(json.dumps(row, ensure_ascii=False).replace("\ud800", r"\ud800") + "\n" for row in ANSWERS)
@@ -147,7 +157,7 @@ def work_dir(tmp_path):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes time, and test_figures.py looks at it."""
-    monkeypatch.setattr(page, "figures_of", lambda *_: [])
+    monkeypatch.setattr(page, "build_figures", lambda *_: [])
 
 
 def put(work_dir, metrics):
@@ -177,11 +187,11 @@ def changed(path, value):
 
 # -------------------------------------------------------------------------------------------------------------- claims
 def test_a_run_that_keeps_every_promise():
-    made = claims(METRICS)
-    assert all(claim.met for claim in made)
-    count = {step.name: sum(claim.step == step.name for claim in made) for step in STEPS}
+    made = run_checks(METRICS)
+    assert all(check.passed for check in made)
+    count = {step.name: sum(check.step == step.name for check in made) for step in STEPS}
     assert count == {"step1": 1, "step2": 5, "step3": 2, "step4": 2, "step5": 3, "step6": 2, "step7": 5}
-    assert len({(claim.step, claim.text) for claim in made}) == len(made)
+    assert len({(check.step, check.text) for check in made}) == len(made)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +199,7 @@ def test_a_run_that_keeps_every_promise():
     [
         ("step1/skipped", 1, "step1", "1 skipped"),
         ("step2/special_ids_kept", False, "step2", "moved"),
-        ("step2/dead_pieces", 3, "step2", "3 dead pieces"),
+        ("step2/unreachable_tokens", 3, "step2", "3 dead pieces"),
         ("step2/changed_texts/zh", 7, "step2", "7 of 96 changed"),
         ("step2/changed_texts/en", 7, "step2", "7 of 95 changed"),
         ("step2/token_ratio/ja", 1.0, "step2", "100% of before"),
@@ -199,65 +209,65 @@ def test_a_run_that_keeps_every_promise():
         ("step4/zh/identical", 59, "step4", "59 of 60 identical"),
         ("step4/en/identical", 49, "step4", "49 of 50 identical"),
         ("step5/bits_per_byte/after/ja", 3.6648, "step5", "3.665 → 3.665 bits per byte"),
-        ("step5/data/aozora_ja/share", 0.3499, "step5", "at most 1 points off (aozora_ja)"),
-        ("step5/padding_share", 0.05, "step5", "5% padding"),
-        ("step6/padding_share", 0.05, "step6", "5% padding"),
+        ("step5/data/aozora_ja/ratio", 0.3499, "step5", "at most 1 points off (aozora_ja)"),
+        ("step5/padding_ratio", 0.05, "step5", "5% padding"),
+        ("step6/padding_ratio", 0.05, "step6", "5% padding"),
         ("step6/eval_loss/last", 1.9952, "step6", "held-out loss 1.995 → 1.995"),
-        ("step7/exact/chat/zh", 0.9499, "step7", "100% → 95% right"),
-        ("step7/exact/chat/en", 0.9449, "step7", "99.5% → 94.5% right"),
-        ("step7/exact/chat/ja", 0.5, "step7", "0% → 50% right"),
+        ("step7/accuracy/chat/zh", 0.9499, "step7", "100% → 95% right"),
+        ("step7/accuracy/chat/en", 0.9449, "step7", "99.5% → 94.5% right"),
+        ("step7/accuracy/chat/ja", 0.5, "step7", "0% → 50% right"),
         ("step7/language_confusion/chat/ja/response_pass_rate", 0.9499, "step7", "99.9% → 95% of answers"),
-        ("step7/generation/candidates/penalty/repeated", 0.2001, "step7", "20% repeated, greedy 20%"),
+        ("step7/generation/candidates/penalty/repeated_4gram_ratio", 0.2001, "step7", "20% repeated, greedy 20%"),
     ],
 )
 def test_a_promise_that_is_missed(path, value, step, figure):
-    missed = [claim for claim in claims(changed(path, value)) if not claim.met]
-    assert [(claim.step, claim.figure) for claim in missed] == [(step, figure)]
+    missed = [check for check in run_checks(changed(path, value)) if not check.passed]
+    assert [(check.step, check.figure) for check in missed] == [(step, figure)]
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("step7/exact/chat/zh", 0.95),
+        ("step7/accuracy/chat/zh", 0.95),
         ("step7/language_confusion/chat/ja/response_pass_rate", 0.95),
-        ("step7/exact/chat/en", 0.945),
-        ("step7/exact/chat/ja", 0.505),
+        ("step7/accuracy/chat/en", 0.945),
+        ("step7/accuracy/chat/ja", 0.505),
         ("step2/token_ratio/ja", 0.999),
     ],
 )
 def test_a_promise_that_is_just_kept(path, value):
-    assert all(claim.met for claim in claims(changed(path, value)))
+    assert all(check.passed for check in run_checks(changed(path, value)))
 
 
 @pytest.mark.parametrize(
     ("path", "fewer"),
     [
         ("step1", 1), ("step2/changed_texts", 2), ("step2/texts", 0), ("step3/old_logits_max_diff", 1), ("step4/en", 1),
-        ("step5/data", 1), ("step5/bits_per_byte/before", 1), ("step6", 2), ("step6/eval_loss", 0), ("step7/exact", 3),
-        ("step7/exact/base", 2),
+        ("step5/data", 1), ("step5/bits_per_byte/before", 1), ("step6", 2), ("step6/eval_loss", 0), ("step7/accuracy", 3),
+        ("step7/accuracy/base", 2),
         ("step7/language_confusion", 1), ("step7/language_confusion/base", 0),
         ("step7/language_confusion/chat/ja/response_pass_rate", 1),
         ("step7/generation", 1), ("step7/generation/candidates/greedy", 0),
     ],
 )  # fmt: skip
 def test_what_was_not_measured_is_not_claimed(path, fewer):
-    assert len(claims(METRICS)) - len(claims(changed(path, None))) == fewer
+    assert len(run_checks(METRICS)) - len(run_checks(changed(path, None))) == fewer
 
 
 def test_answers_that_nobody_knows_are_not_claimed():
     metrics = copy.deepcopy(METRICS)
-    metrics["step7"]["exact"] = {model: dict.fromkeys(("zh", "en", "ja")) for model in MODELS}
+    metrics["step7"]["accuracy"] = {model: dict.fromkeys(("zh", "en", "ja")) for model in MODELS}
     metrics["step6"]["eval_loss"] = {"first": None, "last": None}
-    made = claims(metrics)
-    assert len(claims(METRICS)) - len(made) == 3
-    assert "training loss 2.035 → 0.175" in [claim.figure for claim in made]
+    made = run_checks(metrics)
+    assert len(run_checks(METRICS)) - len(made) == 3
+    assert "training loss 2.035 → 0.175" in [check.figure for check in made]
 
 
 def test_greedy_is_known_without_its_candidate():
     metrics = changed("step7/generation/candidates/greedy", None)
-    assert [claim.met for claim in claims(metrics)][-1] is False  # free answers, greedy: 0.1845
-    metrics["step7"]["free_answers"]["chat"]["repeated"] = 0.3
-    assert [claim.met for claim in claims(metrics)][-1] is True
+    assert [check.passed for check in run_checks(metrics)][-1] is False  # free answers, greedy: 0.1845
+    metrics["step7"]["free_answers"]["chat"]["repeated_4gram_ratio"] = 0.3
+    assert [check.passed for check in run_checks(metrics)][-1] is True
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -444,7 +454,7 @@ def test_loops_of_the_chat_model_come_first(work_dir, no_figures):
 
 
 def test_missed_checks_are_named_first(work_dir, no_figures):
-    put(work_dir, changed("step2/dead_pieces", 3))
+    put(work_dir, changed("step2/unreachable_tokens", 3))
     text = report(work_dir)
     seen = words(text)
     assert text.count('aria-label="missed">✗<') == 1
@@ -460,7 +470,7 @@ def every_place(tree, path=()):
             yield from every_place(value, (*path, name))
 
 
-TOGETHER = ("asked", "identical", "similar", "before", "after")  # these come in pairs, and so do they go
+TOGETHER = ("total", "identical", "similar", "before", "after")  # these come in pairs, and so do they go
 
 
 def test_no_field_is_needed(tmp_path, no_figures):
@@ -473,7 +483,7 @@ def test_no_field_is_needed(tmp_path, no_figures):
 
 def test_of_steps_that_have_not_finished_only_the_log_is_shown(work_dir, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(page, "figures_of", lambda metrics, logs: drawn.update(logs) or [])
+    monkeypatch.setattr(page, "build_figures", lambda metrics, logs: drawn.update(logs) or [])
     for step in ("step5", "step7"):
         (work_dir / "metrics" / f"{step}.json").unlink()
     text = report(work_dir)
@@ -484,19 +494,19 @@ def test_of_steps_that_have_not_finished_only_the_log_is_shown(work_dir, monkeyp
 
 
 def test_no_step_has_finished(tmp_path):
-    with pytest.raises(InputError, match=r"no step has finished in .* Run step1_train_tokenizer\.py first"):
+    with pytest.raises(UserError, match=r"no step has finished in .* Run step1_train_tokenizer\.py first"):
         report(tmp_path)
     put(tmp_path, {"suite_ja_chat": METRICS["suite_ja_chat"]})
-    with pytest.raises(InputError, match="no step has finished"):
+    with pytest.raises(UserError, match="no step has finished"):
         report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics/step3.json", "answers.jsonl", "step5_pt_adapter/settings.json"])
+@pytest.mark.parametrize("name", ["metrics/step3.json", "answers.jsonl", "step5_pt_adapter/training_args.json"])
 def test_damaged_file(work_dir, name, no_figures):
     before = report(work_dir)
     (work_dir / name).write_text('{"half": ')
-    with pytest.raises(InputError, match=re.escape(str(work_dir / name))):
+    with pytest.raises(UserError, match=re.escape(str(work_dir / name))):
         report(work_dir)
     assert (work_dir / "report.html").read_text(encoding="utf-8") == before
     assert not list(work_dir.glob("*.partial"))
@@ -510,7 +520,7 @@ def test_nothing_half_written(work_dir, monkeypatch, no_figures):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", disk_is_full)
-    with pytest.raises(InputError, match="disk filled up"):
+    with pytest.raises(UserError, match="disk filled up"):
         write_report(work_dir, STEPS, {})
     assert (work_dir / "report.html").read_text(encoding="utf-8") == before
     assert not list(work_dir.glob("*.partial"))

@@ -14,15 +14,15 @@ import safetensors.torch
 import torch
 import transformers
 
-from llmtuner.console import InputError
-from llmtuner.data.packing import PackedCollator
+from llmtuner.console import UserError
+from llmtuner.data.packing import PackedDataCollator
 from llmtuner.model import fused
 from llmtuner.model.loading import load_model
-from llmtuner.model.merging import copy_tokenizer
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import self_check
 from llmtuner.train.trainer import run_model
 from llmtuner.train.tuner import run_exp
+from llmtuner.weights.merge_lora import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE_LINE = re.compile(
@@ -75,7 +75,7 @@ def refusal(settings):
     """The message with which the self-check refuses a run before its first step; None where it trains."""
     try:
         run_exp(settings)
-    except InputError as error:
+    except UserError as error:
         return str(error) if str(error).startswith("self-check") else pytest.fail(str(error))
     return None
 
@@ -109,10 +109,10 @@ def test_a_padded_sequence_is_computed_as_if_alone(family_run, name):
 
     def logits(*lengths):
         sequences = [
-            {"input_ids": numpy.arange(10, 10 + size), "position_ids": numpy.arange(size), "rows": numpy.arange(0)}
+            {"input_ids": numpy.arange(10, 10 + size), "position_ids": numpy.arange(size), "doc_ids": numpy.arange(0)}
             for size in lengths
         ]
-        batch = PackedCollator(pad_id=0)([{**sequence, "labels": sequence["input_ids"]} for sequence in sequences])
+        batch = PackedDataCollator(pad_id=0)([{**sequence, "labels": sequence["input_ids"]} for sequence in sequences])
         with torch.no_grad():
             return run_model(model, "eager", batch).logits[-1, : lengths[-1]]
 
@@ -128,10 +128,10 @@ def test_logits_that_are_not_finite_are_no_matter_of_the_loss(family_run, tmp_pa
 
 
 def test_attention_that_does_not_fit_the_model_says_which_does(family_run):
-    settings = {**family_run("Gemma2"), "flash_attn": "documents"}
+    settings = {**family_run("Gemma2"), "flash_attn": "varlen"}
     message = refusal(settings)
     assert message.endswith("Set flash_attn: auto.")  # and no other advice beside it
-    assert "InputError" not in message
+    assert "UserError" not in message
     assert "Set chunked_loss: false" in refusal({**settings, "flash_attn": "auto"})
 
 
@@ -141,9 +141,9 @@ def test_documents_that_may_see_each_other_are_not_compared(family_run):
 
 @pytest.mark.parametrize("stage", ["pt", "sft"])
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("plain", [{}, {"fused_layers": False, "chunked_loss": False, "flash_attn": "sdpa"}])
+@pytest.mark.parametrize("plain", [{}, {"fused_ops": False, "chunked_loss": False, "flash_attn": "sdpa"}])
 def test_glm_with_lora_and_embeddings_passes(tiny_run, monkeypatch, capsys, stage, bf16, plain):
-    monkeypatch.setattr("llmtuner.hparams.cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr("llmtuner.hparams.cpu_supports_bf16", lambda: True)
     other = torch.float32 if bf16 else torch.bfloat16  # accelerate's autocast is in model.forward alone
     monkeypatch.setitem(self_check.TOLERANCES, other, (-1, -1))
     dataset = {"pt": "documents", "sft": "dialogues"}[stage]
@@ -191,8 +191,8 @@ def test_it_runs_on_every_start(tiny_run, tmp_path, capsys):
 
 def test_fused_layers_that_compute_another_thing_are_named(tiny_run, monkeypatch):
     monkeypatch.setattr(fused, "linear", lambda x, weight, bias: torch.nn.functional.linear(x, weight))  # no bias
-    assert "Set fused_layers: false" in refusal(tiny_run)
-    run_exp({**tiny_run, "fused_layers": False, "max_steps": 1, "eval_strategy": "no"})
+    assert "Set fused_ops: false" in refusal(tiny_run)
+    run_exp({**tiny_run, "fused_ops": False, "max_steps": 1, "eval_strategy": "no"})
 
 
 def test_all_processes_end_if_one_refuses(tiny_run, tmp_path):
@@ -202,14 +202,14 @@ def test_all_processes_end_if_one_refuses(tiny_run, tmp_path):
     script.write_text(
         f"""
 import os
-from llmtuner.console import run_script
+from llmtuner.console import run_cli
 from llmtuner.train import self_check
 from llmtuner.train.tuner import run_exp
 
 if os.environ["RANK"] == "1":
     logits = self_check._logits
     self_check._logits = lambda *args, **options: logits(*args, **options) * 1.5
-run_script(lambda: run_exp({settings!r}))
+run_cli(lambda: run_exp({settings!r}))
 """,
         encoding="utf-8",
     )
@@ -228,6 +228,6 @@ run_script(lambda: run_exp({settings!r}))
     assert "error: self-check" in result.stderr
     assert "from the model's own logits" in result.stderr
     assert (
-        not (tmp_path / "adapter" / "log.jsonl").exists()
-        or "loss" not in (tmp_path / "adapter" / "log.jsonl").read_text()
+        not (tmp_path / "adapter" / "trainer_log.jsonl").exists()
+        or "loss" not in (tmp_path / "adapter" / "trainer_log.jsonl").read_text()
     )

@@ -78,7 +78,7 @@ def test_command_for_a_python_without_the_packages(monkeypatch, tmp_path):
 
 def test_a_missing_package_is_a_message_and_a_missing_module_of_ours_a_traceback():
     def run(module):
-        return start(["-c", f"from llmtuner.console import run_script\nrun_script(lambda: __import__('{module}'))"])
+        return start(["-c", f"from llmtuner.console import run_cli\nrun_cli(lambda: __import__('{module}'))"])
 
     refused(run("absent_package.part"), "absent_package")
     assert "Traceback" in run("llmtuner.absent").stderr
@@ -130,7 +130,7 @@ def test_switch_that_is_off(value, monkeypatch):
     assert not env_flag("OVERWRITE")
 
 
-@pytest.mark.parametrize("name", ["OVERWRITE", "SKIP_FINISHED"])
+@pytest.mark.parametrize("name", ["OVERWRITE", "SKIP_COMPLETED"])
 def test_switch_that_is_neither(name):
     refused(start(["step1_train_tokenizer.py"], **{name: "ture"}), f"{name}=ture", f"{name}=1")
 
@@ -148,7 +148,7 @@ def test_overwrite_true_is_not_ignored(tmp_path):
 def test_misspelled_variables(monkeypatch):
     from llmtuner.env import misspelled_variables
 
-    names = ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_FINISHED")
+    names = ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_COMPLETED")
     wrong = {
         "CORPUSDIR": "CORPUS_DIR",
         "WORKDIR": "WORK_DIR",
@@ -156,7 +156,7 @@ def test_misspelled_variables(monkeypatch):
         "work_dir": "WORK_DIR",
         "BASE_MODEL": "BASE_MODEL_DIR",
         "OVERWRTE": "OVERWRITE",
-        "SKIP_FINISH": "SKIP_FINISHED",
+        "SKIP_FINISH": "SKIP_COMPLETED",
         "PROFIL": "PROFILE",
     }
     others = ("AWS_PROFILE", "WORKSPACE", "WORK", "HOME", "MODEL", "CORPUS_NAME", "DIR", "GIT_WORK_TREE", "WORKERS")
@@ -270,14 +270,14 @@ def test_options_of_step_7_that_do_not_go_together(words, message, tmp_path):
 
 def test_flags_of_training_steps_are_parsed(monkeypatch):
     """A flag's name as the value of a setting is not the flag."""
-    from llmtuner.settings_help import parse_step
+    from llmtuner.settings_help import parse_step_args
 
     monkeypatch.setattr(sys, "argv", ["step5", "--learning_rate", "1e-4", "--staged", "--bf16", "rank=3"])
-    options, arguments = parse_step("", {}, {"--staged": ""})
+    options, arguments = parse_step_args("", {}, {"--staged": ""})
     assert options.staged
     assert arguments == ["--learning_rate", "1e-4", "--bf16", "rank=3"]
     monkeypatch.setattr(sys, "argv", ["step5", "--run_name=--staged"])
-    assert not parse_step("", {}, {"--staged": ""})[0].staged
+    assert not parse_step_args("", {}, {"--staged": ""})[0].staged
 
 
 # --------------------------------------------------------------------------------------- what nobody can act on
@@ -298,7 +298,7 @@ def test_start_with_bitsandbytes_is_silent():
 
 # ---------------------------------------------------------------------------------- errors of the system and the user
 def explained(error):
-    code = f"from llmtuner.console import run_script\ndef main(): {error}\nrun_script(main)"
+    code = f"from llmtuner.console import run_cli\ndef main(): {error}\nrun_cli(main)"
     return start(["-c", code])
 
 

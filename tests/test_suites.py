@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.data.template import Template
-from llmtuner.eval.suites import SUITES, HarnessModel, load_tasks, run_suite
+from llmtuner.eval.lm_eval_adapter import SUITES, ChatGLM3LM, load_tasks, run_suite
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 
@@ -65,7 +65,7 @@ def tiny(lively_dir):
 
 @pytest.fixture
 def harness_model(tiny):
-    return HarnessModel(*tiny, batch_size=4)
+    return ChatGLM3LM(*tiny, batch_size=4)
 
 
 @pytest.fixture
@@ -141,12 +141,12 @@ def log_likelihood(model, ids, start):
 
 
 @torch.no_grad()
-def greedy(model, ids, tokens, stop_ids):
+def greedy(model, ids, tokens, stop_token_ids):
     """Ids that a model writes, by argmax and without a cache."""
     written = []
     while len(written) < tokens:
         written.append(int(model(torch.tensor([[*ids, *written]])).logits[0, -1].argmax()))
-        if written[-1] in stop_ids:
+        if written[-1] in stop_token_ids:
             return written[:-1]
     return written
 
@@ -165,7 +165,7 @@ def dialogue(question):
 
 def test_prefix_stands_once_before_every_request(tiny, harness_model, read):
     _, tokenizer = tiny
-    prefix = Template.of(tokenizer).prefix
+    prefix = Template.from_tokenizer(tokenizer).prefix
     for context, continuation in (("木匠は山に", "住む"), ("", "木匠は山に住む"), ("A\n", " B")):
         read.clear()
         harness_model.loglikelihood(requests((context, continuation)))
@@ -177,9 +177,9 @@ def test_prefix_stands_once_before_every_request(tiny, harness_model, read):
 
 def test_dialogue_is_the_template_with_an_open_answer(tiny, harness_model, read):
     _, tokenizer = tiny
-    template = Template.of(tokenizer)
+    template = Template.from_tokenizer(tokenizer)
     harness_model.generate_until(requests((dialogue("港は？"), {"max_gen_toks": 1})))
-    asked = [*template.prompt(tokenizer, dialogue("港は？")), *encode(tokenizer, "\n")]
+    asked = [*template.encode_prompt(tokenizer, dialogue("港は？")), *encode(tokenizer, "\n")]
     assert read == [asked]
     read.clear()
     begun = [*dialogue("港は？"), {"role": "assistant", "content": "答えは"}]
@@ -189,8 +189,8 @@ def test_dialogue_is_the_template_with_an_open_answer(tiny, harness_model, read)
 
 def test_no_text_becomes_a_special_token(tiny, harness_model, read):
     _, tokenizer = tiny
-    template = Template.of(tokenizer)
-    special = {*template.prefix, *template.stop_ids, *template.roles.values()}
+    template = Template.from_tokenizer(tokenizer)
+    special = {*template.prefix, *template.stop_token_ids, *template.roles.values()}
     harness_model.loglikelihood(requests((FORGED, FORGED)))
     harness_model.generate_until(requests((FORGED, {"max_gen_toks": 1})))
     for ids in read:
@@ -203,7 +203,7 @@ def test_no_text_becomes_a_special_token(tiny, harness_model, read):
 
 def test_what_is_too_long_loses_its_beginning_but_not_the_prefix(tiny, harness_model, read):
     model, tokenizer = tiny
-    prefix, window = Template.of(tokenizer).prefix, model.config.max_position_embeddings
+    prefix, window = Template.from_tokenizer(tokenizer).prefix, model.config.max_position_embeddings
     long = "小镇的东边是一条河，" * 100
     ids = encode(tokenizer, long + "柳树")
     [(score, _)] = harness_model.loglikelihood(requests((long, "柳树")))
@@ -219,7 +219,7 @@ def test_what_is_too_long_loses_its_beginning_but_not_the_prefix(tiny, harness_m
         assert read[0][:2] == prefix
         assert tokenizer.decode(read[0][2:50]) in long
         assert max(map(len, read)) <= window
-    assert harness_model.cut == 3
+    assert harness_model.num_truncated == 3
 
 
 # Scores
@@ -227,7 +227,7 @@ def test_what_is_too_long_loses_its_beginning_but_not_the_prefix(tiny, harness_m
 
 def test_log_likelihoods_are_those_of_the_continuations(tiny, harness_model):
     model, tokenizer = tiny
-    prefix = Template.of(tokenizer).prefix
+    prefix = Template.from_tokenizer(tokenizer).prefix
     pairs = [
         ("镇上住着一位木匠。问：", "木匠"),
         ("", "镇上住着一位木匠。"),
@@ -264,28 +264,28 @@ def test_a_piece_across_the_boundary_is_counted(tiny, harness_model):
     before = encode(tokenizer, text[:cut])
     shared = next(place for place in range(len(ids)) if before[place : place + 1] != ids[place : place + 1])
     [(score, _)] = harness_model.loglikelihood(requests((text[:cut], text[cut:])))
-    prefix = Template.of(tokenizer).prefix
+    prefix = Template.from_tokenizer(tokenizer).prefix
     assert score == pytest.approx(log_likelihood(model, [*prefix, *ids], len(prefix) + shared), abs=1e-4)
 
 
 def test_greedy_answers_are_those_done_by_hand(tiny, harness_model):
     model, tokenizer = tiny
-    template = Template.of(tokenizer)
+    template = Template.from_tokenizer(tokenizer)
     questions = [one["question"] for one in QUESTIONS]
     told = harness_model.generate_until(
         requests(*((dialogue(one), {"max_gen_toks": 12}) for one in questions), *((one, {}) for one in questions[:1]))
     )
     assert len(set(told)) == 6
     for question, answer in zip(questions, told, strict=False):
-        prompt = [*template.prompt(tokenizer, dialogue(question)), *encode(tokenizer, "\n")]
-        assert answer == tokenizer.decode(greedy(model, prompt, 12, template.stop_ids), skip_special_tokens=True)
-    plain = greedy(model, [*template.prefix, *encode(tokenizer, questions[0])], 128, template.stop_ids)
+        prompt = [*template.encode_prompt(tokenizer, dialogue(question)), *encode(tokenizer, "\n")]
+        assert answer == tokenizer.decode(greedy(model, prompt, 12, template.stop_token_ids), skip_special_tokens=True)
+    plain = greedy(model, [*template.prefix, *encode(tokenizer, questions[0])], 128, template.stop_token_ids)
     assert told[-1] == tokenizer.decode(plain, skip_special_tokens=True)
 
 
 def test_answers_end_at_stop_texts_and_end_marks(tiny, read, monkeypatch):
     model, tokenizer = tiny
-    template = Template.of(tokenizer)
+    template = Template.from_tokenizer(tokenizer)
     ids = greedy(model, [*template.prefix, *encode(tokenizer, "港は")], 40, [])
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     stop = whole[12:14]
@@ -293,15 +293,15 @@ def test_answers_end_at_stop_texts_and_end_marks(tiny, read, monkeypatch):
     steps = []
     for until in (stop, ["none of it", stop, ""]):
         read.clear()
-        [answer] = HarnessModel(*tiny).generate_until(requests(("港は", {"until": until, "max_gen_toks": 40})))
+        [answer] = ChatGLM3LM(*tiny).generate_until(requests(("港は", {"until": until, "max_gen_toks": 40})))
         assert answer == whole[: whole.index(stop)]
         steps.append(len(read))
     assert max(steps) < 30  # it does not write on
     ended = ids[9]
     assert ids.index(ended) > 5
-    monkeypatch.setattr(Template, "stop_ids", property(lambda _: [ended]))
+    monkeypatch.setattr(Template, "stop_token_ids", property(lambda _: [ended]))
     read.clear()
-    [answer] = HarnessModel(*tiny).generate_until(requests(("港は", {"max_gen_toks": 40})))
+    [answer] = ChatGLM3LM(*tiny).generate_until(requests(("港は", {"max_gen_toks": 40})))
     assert answer == tokenizer.decode(ids[: ids.index(ended)], skip_special_tokens=True)
     assert len(read) == ids.index(ended) + 1
 
@@ -309,7 +309,7 @@ def test_answers_end_at_stop_texts_and_end_marks(tiny, read, monkeypatch):
 def test_batches_change_nothing(tiny):
     pairs = [(one["question"] * (1 + place % 3), choice) for place, one in enumerate(QUESTIONS) for choice in one["choices"]]  # fmt: skip
     texts = [(context, {"max_gen_toks": 6}) for context, _ in pairs]
-    alone, together = HarnessModel(*tiny, batch_size=1), HarnessModel(*tiny, batch_size=7)
+    alone, together = ChatGLM3LM(*tiny, batch_size=1), ChatGLM3LM(*tiny, batch_size=7)
     for (one, first), (other, second) in zip(
         alone.loglikelihood(requests(*pairs)), together.loglikelihood(requests(*pairs)), strict=True
     ):
@@ -325,7 +325,7 @@ def test_a_models_generation_config_does_not_leak(lively_dir, tmp_path, harness_
     model = load_model(directory, torch.float32)
     assert model.generation_config.repetition_penalty == 5.0
     asked = requests(*((one["question"], {"max_gen_toks": 30}) for one in QUESTIONS))
-    assert HarnessModel(model, load_tokenizer(directory)).generate_until(asked) == harness_model.generate_until(asked)
+    assert ChatGLM3LM(model, load_tokenizer(directory)).generate_until(asked) == harness_model.generate_until(asked)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_task_may_ask_for_sampling(asked, given, harness_model, monkeypatch):
 def by_hand(tiny):
     """Shares of right answers that the two tasks of `write_choice` and `write_written` must have."""
     model, tokenizer = tiny
-    template = Template.of(tokenizer)
+    template = Template.from_tokenizer(tokenizer)
 
     def chosen(one):
         text = f"{DESCRIPTION}{SHOWN['question']}\n青\n\n{one['question']}"
@@ -362,11 +362,11 @@ def by_hand(tiny):
         return scores.index(max(scores))
 
     def written(one, chat):
-        prompt = [*template.prompt(tokenizer, dialogue(one["question"])), *encode(tokenizer, "\n")]
+        prompt = [*template.encode_prompt(tokenizer, dialogue(one["question"])), *encode(tokenizer, "\n")]
         if not chat:
             text = f"{DESCRIPTION}{SHOWN['question']} 青\n\n{one['question']}"
             prompt = [*template.prefix, *encode(tokenizer, text)]
-        answer = tokenizer.decode(greedy(model, prompt, 8, template.stop_ids), skip_special_tokens=True)
+        answer = tokenizer.decode(greedy(model, prompt, 8, template.stop_token_ids), skip_special_tokens=True)
         return answer.split("\n")[0]
 
     choices = [chosen(one) for one in QUESTIONS]
@@ -379,9 +379,9 @@ def by_hand(tiny):
 
 
 def test_suite_equals_scores_by_hand(lively_dir, by_hand, tmp_path, capsys, caplog, monkeypatch):
-    generate_until, contexts = HarnessModel.generate_until, []
+    generate_until, contexts = ChatGLM3LM.generate_until, []
     monkeypatch.setattr(
-        HarnessModel,
+        ChatGLM3LM,
         "generate_until",
         lambda self, asked: contexts.extend(one.args[0] for one in asked) or generate_until(self, asked),
     )
@@ -397,11 +397,11 @@ def test_suite_equals_scores_by_hand(lively_dir, by_hand, tmp_path, capsys, capl
     assert result["tasks"]["written"]["exact_match"] == pytest.approx(3 / 5)
     assert result["tasks"]["written"]["exact_match_stderr"] == pytest.approx((3 / 5 * 2 / 5 / 4) ** 0.5)
     assert json.loads(output.read_text(encoding="utf-8")) == result
-    assert {key: result[key] for key in ("model", "suite", "limit", "cut_requests")} == {
+    assert {key: result[key] for key in ("model", "suite", "limit", "truncated_requests")} == {
         "model": str(lively_dir),
         "suite": "ja",
         "limit": None,
-        "cut_requests": 0,
+        "truncated_requests": 0,
     }
     assert result["harness"] == lm_eval.__version__
     printed = capsys.readouterr()
@@ -467,18 +467,18 @@ def test_several_filters_are_named(lively_dir, tmp_path):
 def test_number_of_examples(lively_dir, tmp_path, monkeypatch):
     write_choice(tmp_path, fewshot_config={"split": "test"})
     asked = []
-    loglikelihood = HarnessModel.loglikelihood
+    loglikelihood = ChatGLM3LM.loglikelihood
     monkeypatch.setattr(
-        HarnessModel, "loglikelihood", lambda self, requests: asked.append(requests) or loglikelihood(self, requests)
+        ChatGLM3LM, "loglikelihood", lambda self, requests: asked.append(requests) or loglikelihood(self, requests)
     )
     for number in (0, 2):
         scores = run_suite("ja", lively_dir, None, ["choice"], tmp_path, limit=1, num_fewshot=number)["tasks"]["choice"]
         assert scores["few_shot"] == number
     none, two = (len(requests[0].args[0]) for requests in asked)
     assert two > none
-    with pytest.raises(InputError, match="num_fewshot is -1, but must be at least 0"):
+    with pytest.raises(UserError, match="num_fewshot is -1, but must be at least 0"):
         run_suite("ja", lively_dir, None, ["choice"], tmp_path, num_fewshot=-1)
-    with pytest.raises(InputError, match=r"choice cannot be asked \(.*num_fewshot"):
+    with pytest.raises(UserError, match=r"choice cannot be asked \(.*num_fewshot"):
         run_suite("ja", lively_dir, None, ["choice"], tmp_path, num_fewshot=50)
 
 
@@ -511,22 +511,22 @@ def test_suites_are_the_harnesses_own(few_tasks):
     ],
 )
 def test_errors_say_what_to_do(arguments, message, few_tasks, tmp_path):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         run_suite(**{"suite": "ja", "model_dir": tmp_path / "no-model", **arguments})
 
 
 def test_missing_harness(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match=r"pip install lm_eval==0\.4\.13"):
+    with pytest.raises(UserError, match=r"pip install lm_eval==0\.4\.13"):
         run_suite("ja", tmp_path)
 
 
 def test_tasks_that_can_be_loaded_are_named_beside_those_that_cannot(few_tasks, tmp_path):
     write_choice(tmp_path)
     write_choice(tmp_path, "empty", dataset_kwargs={"data_files": {"test": str(tmp_path / "lost.jsonl")}})
-    with pytest.raises(InputError, match=r"(?s)1 of 2 tasks.*lost\.jsonl.*--tasks choice"):
+    with pytest.raises(UserError, match=r"(?s)1 of 2 tasks.*lost\.jsonl.*--tasks choice"):
         load_tasks(["choice", "empty"], tmp_path)
-    with pytest.raises(InputError, match=r"chioce is unknown. Similar names: choice.*define: choice, empty\."):
+    with pytest.raises(UserError, match=r"chioce is unknown. Similar names: choice.*define: choice, empty\."):
         load_tasks(["chioce"], tmp_path)
 
 
@@ -545,7 +545,7 @@ def test_code_is_not_run(settings, message, tmp_path):
     import evaluate
 
     write_choice(tmp_path, **settings)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         load_tasks(["choice"], tmp_path)
-    with pytest.raises(InputError, match="squad is code from the hub"):
+    with pytest.raises(UserError, match="squad is code from the hub"):
         evaluate.load("squad")

@@ -16,9 +16,10 @@ import pyarrow.parquet
 import pytest
 import sentencepiece
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.data.held_out import held_out_texts, training_documents
-from llmtuner.data.sources import find_source
+from llmtuner.data.sources import get_dataset_attr
+from llmtuner.tokenizer.continued_bpe import ContinuedBPE, segment_corpus, train_continued_bpe
 from llmtuner.tokenizer.fast import (
     BYTE,
     CONTROL,
@@ -29,33 +30,32 @@ from llmtuner.tokenizer.fast import (
     encode,
     encode_batch,
     load_tokenizer,
-    read_model,
+    read_sentencepiece,
     save_tokenizer,
 )
-from llmtuner.tokenizer.learning import ContinuedBPE, learn_pieces, read_lines
-from llmtuner.tokenizer.merging import (
-    choose_pieces,
+from llmtuner.tokenizer.merge_vocab import (
     compare,
-    dead_pieces,
-    disagreements,
-    kinds,
-    merge,
+    count_scripts,
+    encoding_mismatches,
+    filter_candidates,
+    find_unreachable,
     merge_as_original,
-    merge_living,
+    merge_reachable,
+    merge_vocab,
     new_candidates,
-    processor_of,
-    unreachable,
+    to_processor,
+    unreachable_tokens,
 )
-from llmtuner.tokenizer.scripts import SCRIPTS, strings_seen
-from llmtuner.tokenizer.training import (
+from llmtuner.tokenizer.sentencepiece_bpe import (
     MAX_SENTENCE_BYTES,
-    mix_by_bytes,
+    interleave_by_bytes,
     short_sentences,
     split_sentences,
     train_bpe,
 )
+from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS, find_strings
 
-JA = SCRIPTS["japanese"]
+JA = WRITING_SYSTEMS["japanese"]
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT.parent / "shared" / "chatglm3"
 CORPORA = ROOT.parent / "shared" / "corpora"
@@ -122,10 +122,10 @@ def candidate_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def merged_file(base_file, candidate_file, tmp_path_factory):
-    base = read_model(base_file)
-    choice = choose_pieces(base, read_model(candidate_file), JA, CHINESE)
+    base = read_sentencepiece(base_file)
+    choice = filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE)
     file = tmp_path_factory.mktemp("merged") / "tokenizer.model"
-    file.write_bytes(merge_living(base, choice.pieces)[0].SerializeToString())
+    file.write_bytes(merge_reachable(base, choice.pieces)[0].SerializeToString())
     return file
 
 
@@ -184,13 +184,13 @@ def test_text_never_becomes_a_special_token_and_comes_back_whole(which, request)
 
 
 def test_special_tokens_stand_behind_the_native_pieces(base_file, merged_file):
-    size = len(read_model(base_file).pieces)
+    size = len(read_sentencepiece(base_file).pieces)
     for file in (base_file, merged_file):
         tokenizer = build_fast_tokenizer(file)
         assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(size, size + 9))
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
     assert len(build_fast_tokenizer(base_file)) == size + 9
-    assert len(build_fast_tokenizer(merged_file)) == len(read_model(merged_file).pieces) > size + 9
+    assert len(build_fast_tokenizer(merged_file)) == len(read_sentencepiece(merged_file).pieces) > size + 9
 
 
 def test_encode_keeps_no_state_of_other_calls_and_leaves_none(base_file):
@@ -257,12 +257,12 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
     assert encode_batch(tokenizer, texts) == encode_batch(build_fast_tokenizer(merged_file), texts)
     assert calls == [texts]
     assert encode_batch(tokenizer, []) == []
-    renamed, swapped = read_model(merged_file), read_model(merged_file)
+    renamed, swapped = read_sentencepiece(merged_file), read_sentencepiece(merged_file)
     renamed.pieces[-1].piece = "別"
     swapped.pieces[-1].piece, swapped.pieces[-2].piece = swapped.pieces[-2].piece, swapped.pieces[-1].piece
-    for other in (renamed, swapped, read_model(base_file)):
+    for other in (renamed, swapped, read_sentencepiece(base_file)):
         (tmp_path / "tokenizer.model").write_bytes(other.SerializeToString())
-        with pytest.raises(InputError, match="do not hold the same pieces"):
+        with pytest.raises(UserError, match="do not hold the same pieces"):
             load_tokenizer(tmp_path)
 
 
@@ -276,28 +276,28 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
 )
 def test_models_under_other_rules_are_refused(rules, message, tmp_path):
     build_fast_tokenizer(written(hand_made(["▁", "a"]), tmp_path))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         build_fast_tokenizer(written(hand_made(["▁", "a"], **rules), tmp_path))
 
 
 def test_models_that_ordered_merges_cannot_express_are_refused(tmp_path):
     tied = hand_made(["▁", "a", "b"])
     tied.pieces[-1].score = tied.pieces[-2].score
-    with pytest.raises(InputError, match="same score"):
+    with pytest.raises(UserError, match="same score"):
         build_fast_tokenizer(written(tied, tmp_path))
-    with pytest.raises(InputError, match="a character that is no piece"):
+    with pytest.raises(UserError, match="a character that is no piece"):
         build_fast_tokenizer(written(hand_made(["▁", "a", "ab"]), tmp_path))
-    with pytest.raises(InputError, match="named like special tokens"):
+    with pytest.raises(UserError, match="named like special tokens"):
         build_fast_tokenizer(written(hand_made(["▁", "s", "o", "p", "op", "sop"]), tmp_path))
 
 
 def test_unreadable_models_are_named(tmp_path):
-    with pytest.raises(InputError, match="cannot read the tokenizer model"):
-        read_model(tmp_path / "none.model")
+    with pytest.raises(UserError, match="cannot read the tokenizer model"):
+        read_sentencepiece(tmp_path / "none.model")
     for content in (b"", b"no protobuf at all"):
         (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(InputError, match=r"bad\.model is not a sentencepiece model"):
-            read_model(tmp_path / "bad.model")
+        with pytest.raises(UserError, match=r"bad\.model is not a sentencepiece model"):
+            read_sentencepiece(tmp_path / "bad.model")
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -329,7 +329,7 @@ def test_training_counts_what_sentencepiece_would_skip(tmp_path):
     trained = train_bpe(sentences, tmp_path / "a.model", 300, threads=1)
     assert (trained.sentences, trained.skipped) == (32, 2)
     assert trained.input_bytes == 30 * 21 + 1398 * 3 + 15
-    pieces = {piece.piece for piece in read_model(tmp_path / "a.model").pieces}
+    pieces = {piece.piece for piece in read_sentencepiece(tmp_path / "a.model").pieces}
     assert {"ね", "ねこ"} <= pieces
     assert "ぬ" not in pieces  # the count is true: those two were not read
     assert "いぬ▅いぬ" not in "".join(split_sentences("いぬ▅いぬ"))
@@ -337,14 +337,14 @@ def test_training_counts_what_sentencepiece_would_skip(tmp_path):
 
 
 def test_trained_model_follows_the_base_rules(candidate_file, tmp_path):
-    proto = read_model(candidate_file)
+    proto = read_sentencepiece(candidate_file)
     build_fast_tokenizer(candidate_file)  # refuses other rules
     processor = sentencepiece.SentencePieceProcessor(model_file=str(candidate_file))
     for text in JAPANESE[:5] + ODD + ["Ａ １ ２　㍿"]:
         if not {"\x00", "▁"} & set(text):
             assert processor.decode(processor.encode(text)) == text
     train_bpe(["は  2020 年   2020 年"] * 50, tmp_path / "digits.model", 290, threads=1)
-    for piece in [*proto.pieces, *read_model(tmp_path / "digits.model").pieces]:
+    for piece in [*proto.pieces, *read_sentencepiece(tmp_path / "digits.model").pieces]:
         if piece.type == NORMAL and len(piece.piece) > 1:
             assert not any(character.isdigit() for character in piece.piece)
             assert piece.piece.strip("▁")
@@ -357,17 +357,17 @@ def test_vocabulary_follows_the_text(tmp_path):
     many = train_bpe(JAPANESE, tmp_path / "many.model", 300, character_coverage=1.0, threads=1)
     characters = len(set("".join(JAPANESE)))
     assert many.vocab_size == 259 + 2 * characters > 300
-    assert set("".join(JAPANESE)) <= {piece.piece for piece in read_model(tmp_path / "many.model").pieces}
+    assert set("".join(JAPANESE)) <= {piece.piece for piece in read_sentencepiece(tmp_path / "many.model").pieces}
 
 
 def test_failed_training_leaves_no_file(tmp_path):
     def broken():
         yield "ねこがねむる。"
-        raise InputError("row 2 is damaged")
+        raise UserError("row 2 is damaged")
 
-    with pytest.raises(InputError, match="row 2 is damaged"):
+    with pytest.raises(UserError, match="row 2 is damaged"):
         train_bpe(broken(), tmp_path / "ja.model", 300, threads=1)
-    with pytest.raises(InputError, match="no sentence"):
+    with pytest.raises(UserError, match="no sentence"):
         train_bpe([], tmp_path / "ja.model", 300, threads=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -375,14 +375,14 @@ def test_failed_training_leaves_no_file(tmp_path):
 def test_mix_draws_from_the_stream_furthest_behind():
     streams = {"wiki": iter(["w" * 10] * 9), "aozora": iter(["a" * 10] * 9)}
     shares = {"wiki": 0.8, "aozora": 0.2}
-    drawn = [name for name, _ in mix_by_bytes(streams, shares, 60)]
+    drawn = [name for name, _ in interleave_by_bytes(streams, shares, 60)]
     # used / share after each text:  w 12.5 0 | a 12.5 50 | w 25 50 | w 37.5 50 | w 50 50 | w 62.5 50
     assert drawn == ["wiki", "aozora", "wiki", "wiki", "wiki", "wiki"]
 
 
 def test_mix_stops_when_a_stream_has_ended_and_counts_bytes():
     streams = {"long": iter(["あ"] * 99), "short": iter(["abc"] * 2)}
-    drawn = [name for name, _ in mix_by_bytes(streams, {"long": 0.5, "short": 0.5}, 10**6)]
+    drawn = [name for name, _ in interleave_by_bytes(streams, {"long": 0.5, "short": 0.5}, 10**6)]
     assert drawn == ["long", "short", "long", "short", "long"]
 
 
@@ -402,14 +402,14 @@ def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
         ["山上", "の山", "山の", "学校", "学駅", "駅上", "第1", "Aの", "の。", "！", "・の", "▁の"]
         + ["▁学校", "▁駅上", "畑", "校畑", "蛉", "蛉の", "働", "働の", "々", "ーの", "ー", "山。"]
     )
-    choice = choose_pieces(base, candidates, JA, ["我们的学校很大，駅上", "这里是働のところ", "働"])
+    choice = filter_candidates(base, candidates, JA, ["我们的学校很大，駅上", "这里是働のところ", "働"])
     assert choice.pieces == ["の山", "山の", "学駅", "の。", "・の", "▁の", "畑", "校畑", "々", "ーの", "ー"]
-    assert choice.left_out == {
+    assert choice.rejected == {
         "digit, letter or sign": 4,  # 第1 Aの ！ 山。
         "written in the other language too": 6,  # 学校 ▁学校 蛉 are of GB 2312, 駅上 ▁駅上 働 stand in the reference
         "of a character in bytes": 2,  # 蛉の 働の: 蛉 and 働 have no piece of their own
     }
-    assert kinds(choice.pieces) == {
+    assert count_scripts(choice.pieces) == {
         "han + hiragana": 2,
         "han": 4,
         "hiragana + marks": 2,
@@ -422,8 +422,8 @@ def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
 def test_strings_seen_looks_at_every_place_but_not_at_quotations():
     texts = iter(["説明駅前的", "開，店", "山", "彼は駅前の店\n覚書"])
     wanted = {"明駅", "駅前", "説明駅前", "開店", "駅山", "覚", "開"}
-    assert strings_seen(wanted, texts, JA) == {"明駅", "駅前", "説明駅前", "覚", "開"}
-    assert strings_seen({"駅前"}, ["彼は駅前の店"], JA) == set()
+    assert find_strings(wanted, texts, JA) == {"明駅", "駅前", "説明駅前", "覚", "開"}
+    assert find_strings({"駅前"}, ["彼は駅前の店"], JA) == set()
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_strings_seen_looks_at_every_place_but_not_at_quotations():
 def test_impossible_candidates_are_refused(pieces, message):
     base = hand_made(["▁", "山", "の"])
     assert new_candidates(base, hand_made(["山", "の山", "▁の"])) == ["の山", "▁の"]
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         new_candidates(base, hand_made(pieces))
 
 
@@ -447,13 +447,13 @@ def test_the_original_method_ranks_every_candidate_first():
     base = hand_made(["▁", "い", "う", "え", "うえ"])
     merged = merge_as_original(base, hand_made(["い", "いう", "1a"]))
     assert [(piece.piece, piece.score) for piece in merged.pieces[-2:]] == [("いう", 0.0), ("1a", 0.0)]
-    assert processor_of(merged).encode("いうえ", out_type=str) == ["▁", "いう", "え"]
-    assert processor_of(merge(base, ["いう"])).encode("いうえ", out_type=str) == ["▁", "い", "うえ"]
+    assert to_processor(merged).encode("いうえ", out_type=str) == ["▁", "いう", "え"]
+    assert to_processor(merge_vocab(base, ["いう"])).encode("いうえ", out_type=str) == ["▁", "い", "うえ"]
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
 def learned(base, lines, count, script=JA, reference=()):
-    return list(learn_pieces(read_lines(base, lines, script), count, script, reference))
+    return list(train_continued_bpe(segment_corpus(base, lines, script), count, script, reference))
 
 
 def test_the_most_frequent_pair_is_learned_first():
@@ -472,11 +472,11 @@ def brute_force(base, lines, count):
     pieces = []
     while len(pieces) < count:
         pairs = Counter()
-        for line in processor_of(merge(base, pieces)).encode(lines, out_type=str):
+        for line in to_processor(merge_vocab(base, pieces)).encode(lines, out_type=str):
             for left, right in itertools.pairwise(line):
                 name = left + right
-                usable = all(JA.writable.fullmatch(part) for part in (left, right, name))
-                if usable and JA.has_own.search(name) and len(name) <= 16:
+                usable = all(JA.token_pattern.fullmatch(part) for part in (left, right, name))
+                if usable and JA.exclusive_pattern.search(name) and len(name) <= 16:
                     pairs[name] += 1
         best = min(pairs, key=lambda name: (-pairs[name], name), default="")
         if pairs[best] < 2:
@@ -501,22 +501,22 @@ def test_learning_equals_counting_all_pairs_anew(alphabet, natives):
     lines = ["".join(shuffle.choices(alphabet, k=shuffle.randrange(2, 40))).strip() for _ in range(200)]
     lines += ["おいうえ"] * 90
     expected = brute_force(base, lines, 60)
-    bpe = ContinuedBPE(read_lines(base, lines, JA), 60, JA, set())
-    assert list(bpe.learn()) == expected
-    merged = merge(base, expected)
-    assert dead_pieces(base, merged) == []
+    bpe = ContinuedBPE(segment_corpus(base, lines, JA), 60, JA, set())
+    assert list(bpe.train()) == expected
+    merged = merge_vocab(base, expected)
+    assert unreachable_tokens(base, merged) == []
     # the merged tokenizer splits the text as it was split in learning
-    split = [piece for line in processor_of(merged).encode(lines, out_type=str) for piece in line]
-    joined = [bpe.names[index] for index in bpe.tokens if index > 0]
-    assert joined == [piece for piece in split if JA.writable.fullmatch(piece)]
+    split = [piece for line in to_processor(merged).encode(lines, out_type=str) for piece in line]
+    joined = [bpe.id_to_token[index] for index in bpe.tokens if index > 0]
+    assert joined == [piece for piece in split if JA.token_pattern.fullmatch(piece)]
 
 
 def test_rare_pairs_are_learned_once_frequent_ones_are_used_up():
     base = hand_made(["▁", *"いうえお"])
     lines = ["いう"] * 50 + ["えお"] * 3
-    bpe = ContinuedBPE(read_lines(base, lines, JA), 9, JA, set())
-    bpe.least = 40
-    assert list(bpe.learn()) == ["▁い", "▁いう", "▁え", "▁えお"]
+    bpe = ContinuedBPE(segment_corpus(base, lines, JA), 9, JA, set())
+    bpe.min_count = 40
+    assert list(bpe.train()) == ["▁い", "▁いう", "▁え", "▁えお"]
 
 
 def test_characters_in_bytes_become_pieces_unless_the_other_language_writes_them():
@@ -526,23 +526,23 @@ def test_characters_in_bytes_become_pieces_unless_the_other_language_writes_them
     assert "駅" in pieces
     assert pieces.index("駅") < min(at for at, piece in enumerate(pieces) if piece != "駅" and "駅" in piece)
     assert not any("働" in piece or "蛉" in piece for piece in pieces)  # 働 stands in the reference, 蛉 in GB 2312
-    assert dead_pieces(base, merge(base, pieces)) == []
+    assert unreachable_tokens(base, merge_vocab(base, pieces)) == []
 
 
 def test_learned_pieces_shorten_japanese_and_change_nothing_else(base_file, tmp_path):
-    base = read_model(base_file)
+    base = read_sentencepiece(base_file)
     pieces = learned(base, JAPANESE, 120, reference=CHINESE)
     assert len(pieces) == 120
-    merged = merge(base, pieces)
-    assert dead_pieces(base, merged) == []
-    before, after = processor_of(base), processor_of(merged)
+    merged = merge_vocab(base, pieces)
+    assert unreachable_tokens(base, merged) == []
+    before, after = to_processor(base), to_processor(merged)
     assert compare(before, after, CHINESE + ENGLISH + ["山上有一座城，城里、乡下。", "2020 2021"]).changes == []
     assert compare(before, after, JAPANESE[:5]).token_ratio < 0.35
     assert not any(character.isdigit() for piece in pieces for character in piece)
-    assert choose_pieces(base, merge(base, pieces, placeholders=False), JA, CHINESE).pieces == pieces
+    assert filter_candidates(base, merge_vocab(base, pieces, placeholders=False), JA, CHINESE).pieces == pieces
     file = tmp_path / "tokenizer.model"
     file.write_bytes(merged.SerializeToString())
-    assert disagreements(build_fast_tokenizer(file), after, JAPANESE[:5] + CHINESE + ENGLISH + ODD) == []
+    assert encoding_mismatches(build_fast_tokenizer(file), after, JAPANESE[:5] + CHINESE + ENGLISH + ODD) == []
 
 
 @pytest.mark.parametrize(
@@ -556,22 +556,22 @@ def test_learned_pieces_shorten_japanese_and_change_nothing_else(base_file, tmp_
     ],
 )
 def test_other_languages_by_a_setting(language, lines, base_file, tmp_path):
-    base = read_model(base_file)
-    pieces = learned(base, lines * 9, 80, SCRIPTS[language])
-    merged = merge(base, pieces)
-    before, after = processor_of(base), processor_of(merged)
+    base = read_sentencepiece(base_file)
+    pieces = learned(base, lines * 9, 80, WRITING_SYSTEMS[language])
+    merged = merge_vocab(base, pieces)
+    before, after = to_processor(base), to_processor(merged)
     assert compare(before, after, lines).token_ratio < 0.35
     assert compare(before, after, CHINESE + ENGLISH + JAPANESE[:5]).changes == []
-    assert dead_pieces(base, merged) == []
-    assert all(SCRIPTS[language].has_own.search(piece) for piece in pieces)
-    assert set("".join(kinds(pieces)).replace("marks", "").split(" + ")) - {""} <= {
+    assert unreachable_tokens(base, merged) == []
+    assert all(WRITING_SYSTEMS[language].exclusive_pattern.search(piece) for piece in pieces)
+    assert set("".join(count_scripts(pieces)).replace("marks", "").split(" + ")) - {""} <= {
         language.replace("korean", "hangul")
-    } or all(kind.replace(" + marks", "") == language.replace("korean", "hangul") for kind in kinds(pieces))
+    } or all(kind.replace(" + marks", "") == language.replace("korean", "hangul") for kind in count_scripts(pieces))
 
 
 def test_new_pieces_rank_below_every_native_piece_in_their_order(base_file, candidate_file):
-    base = read_model(base_file)
-    merged = merge(base, ["の山", "山の", "畑"])
+    base = read_sentencepiece(base_file)
+    merged = merge_vocab(base, ["の山", "山の", "畑"])
     size = len(base.pieces)
     assert merged.pieces[:size] == base.pieces[:]
     assert [(piece.piece, piece.type) for piece in merged.pieces[size : size + 9]] == [
@@ -583,52 +583,54 @@ def test_new_pieces_rank_below_every_native_piece_in_their_order(base_file, cand
         ("山の", -2),
         ("畑", -3),
     ]
-    with pytest.raises(InputError, match="new pieces already"):
-        merge(merged, ["の"])
+    with pytest.raises(UserError, match="new pieces already"):
+        merge_vocab(merged, ["の"])
 
 
 def test_pieces_that_native_merges_forestall_are_left_out():
     # い う え お -> い うえ お natively: いう is possible where no え follows, いうえ joins い and うえ, いうえお nothing.
     base = hand_made(["▁", "い", "う", "え", "お", "うえ"])
-    merged, dead = merge_living(base, ["いう", "いうえお"])
+    merged, dead = merge_reachable(base, ["いう", "いうえお"])
     assert dead == ["いうえお"]
     assert new_pieces(merged, base) == ["いう"]
-    assert unreachable(merged) == set()
+    assert find_unreachable(merged) == set()
     # いうえおか hangs on いうえお alone, and both die; with いうえ between them all live.
-    assert merge_living(base, ["いう", "いうえお", "いうえおい"])[1] == ["いうえお", "いうえおい"]
-    assert merge_living(base, ["いう", "いうえ", "いうえお"])[1] == []
+    assert merge_reachable(base, ["いう", "いうえお", "いうえおい"])[1] == ["いうえお", "いうえおい"]
+    assert merge_reachable(base, ["いう", "いうえ", "いうえお"])[1] == []
 
 
 def test_dead_pieces_are_found_on_both_sides():
     base = hand_made(["▁", "w", "x", "y", "z", "wx", "yz", "wxyz"])
-    assert unreachable(base) == set()
-    above = merge(base, ["xy"])
+    assert find_unreachable(base) == set()
+    above = merge_vocab(base, ["xy"])
     above.pieces[-1].score = 1.0  # the original's defect: a new piece merges before the native ones
-    assert dead_pieces(base, above) == ["wxyz"]  # w xy z: nothing joins w
-    assert dead_pieces(base, merge(base, ["xy"])) == []
-    assert dead_pieces(base, merge(base, ["zwxy"])) == ["zwxy"]  # z wx y: natively joined otherwise
+    assert unreachable_tokens(base, above) == ["wxyz"]  # w xy z: nothing joins w
+    assert unreachable_tokens(base, merge_vocab(base, ["xy"])) == []
+    assert unreachable_tokens(base, merge_vocab(base, ["zwxy"])) == ["zwxy"]  # z wx y: natively joined otherwise
     crippled = hand_made(["▁", "w", "x", "wxw"])  # a native piece that was dead before is nobody's fault
-    assert unreachable(crippled) == {"wxw"}
-    assert dead_pieces(crippled, merge(crippled, ["xx"])) == []
+    assert find_unreachable(crippled) == {"wxw"}
+    assert unreachable_tokens(crippled, merge_vocab(crippled, ["xx"])) == []
 
 
 def test_comparison_shows_the_first_difference(tmp_path):
     base = hand_made(["▁", "い", "う", "え"])
-    merged = merge(base, ["いう"])
-    before, after = processor_of(base), processor_of(merged)
+    merged = merge_vocab(base, ["いう"])
+    before, after = to_processor(base), to_processor(merged)
     result = compare(before, after, ["ええ", "えいうえ", "うい"])
     assert (result.texts, result.tokens_before, result.tokens_after) == (3, 11, 10)
     assert result.token_ratio == 10 / 11
     assert [(change.before, change.after) for change in result.changes] == [(["い", "う", "え"], ["いう", "え"])]
-    assert disagreements(build_fast_tokenizer(written(merged, tmp_path)), after, ["えいうえ"]) == []
-    assert disagreements(build_fast_tokenizer(written(base, tmp_path)), after, ["えい", "えいうえ"]) == ["えいうえ"]
+    assert encoding_mismatches(build_fast_tokenizer(written(merged, tmp_path)), after, ["えいうえ"]) == []
+    assert encoding_mismatches(build_fast_tokenizer(written(base, tmp_path)), after, ["えい", "えいうえ"]) == [
+        "えいうえ"
+    ]
 
 
 def test_merge_shortens_japanese_and_changes_nothing_else(base_file, merged_file):
-    base, merged = read_model(base_file), read_model(merged_file)
-    before, after = processor_of(base), processor_of(merged)
+    base, merged = read_sentencepiece(base_file), read_sentencepiece(merged_file)
+    before, after = to_processor(base), to_processor(merged)
     assert len(new_pieces(merged, base)) > 100
-    assert dead_pieces(base, merged) == []
+    assert unreachable_tokens(base, merged) == []
     assert compare(before, after, CHINESE + ENGLISH).changes == []
     assert compare(before, after, JAPANESE[:5]).token_ratio < 0.4
 
@@ -658,7 +660,7 @@ def test_held_out_text_comes_from_test_files_if_there_are_any(tmp_path):
 def test_held_out_text_is_else_what_training_leaves_out(tmp_path):
     write_corpus(tmp_path, {"ja_wiki.train.jsonl": JAPANESE, "ja_aozora.train.jsonl": CHINESE}, count=400)
     texts = held_out_texts("test_ja", ["wikipedia_ja", "aozora_ja"], INFO, tmp_path, 0.05, 10**6)
-    trained = list(training_documents(find_source("wikipedia_ja", INFO, tmp_path), 0.05))
+    trained = list(training_documents(get_dataset_attr("wikipedia_ja", INFO, tmp_path), 0.05))
     of_wiki = [text for text in texts if text.split("\n")[0] in JAPANESE]
     assert 5 < len(of_wiki) < 60
     assert 5 < len(texts) - len(of_wiki) < 60
@@ -672,7 +674,7 @@ def test_missing_held_out_text_names_the_files(tmp_path):
         entry.pop("hf_hub_url", None)
     local = tmp_path / "dataset_info.json"
     local.write_text(json.dumps(entries), encoding="utf-8")
-    with pytest.raises(InputError, match=r"en_\*\.test\.[^$]*en_wiki\.train\."):
+    with pytest.raises(UserError, match=r"en_\*\.test\.[^$]*en_wiki\.train\."):
         held_out_texts("test_en", ["wikitext_en"], local, tmp_path, 0.05, 1000)
 
 
@@ -723,8 +725,8 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
     assert first.returncode == 0, first.stderr
     learned = metrics_of(work, "step1")
     assert (learned["method"], learned["skipped"]) == ("continued", 0)
-    base = read_model(tiny_tokenizer_dir / "tokenizer.model")
-    candidates = read_model(work / "step1_ja_tokenizer" / "ja_bpe.model")
+    base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
+    candidates = read_sentencepiece(work / "step1_ja_tokenizer" / "ja_bpe.model")
     assert len(candidates.pieces) == learned["vocab_size"] == len(base.pieces) + learned["new_pieces"]
     assert sum(learned["pieces_by_script"].values()) == learned["new_pieces"] > 50
     per_character = learned["tokens_per_character"]
@@ -752,7 +754,7 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
         "base_pieces": len(base.pieces),
         "added_pieces": learned["new_pieces"],  # all that were learned
         "pieces_by_script": learned["pieces_by_script"],
-        "dead_pieces": 0,
+        "unreachable_tokens": 0,
         "special_ids_kept": True,
         "changed_texts": {"zh": 0, "en": 0},
         "texts": {"ja": 40, "zh": 40, "en": 40},
@@ -763,7 +765,7 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
     command = f"step2_merge_tokenizer.py --method original --candidates {original}"
     compared = run_step(command, work, tiny_tokenizer_dir, corpus)
     assert compared.returncode == 0, compared.stderr
-    evidence = json.loads((work / "step2_original_method" / "evidence.json").read_text())
+    evidence = json.loads((work / "step2_original_method" / "metrics.json").read_text())
     assert evidence["changed_texts"]["zh"] > 30  # texts hold their numbers, which the original does not split
     assert evidence["examples_of_changes"]["zh"][0]["before"] != evidence["examples_of_changes"]["zh"][0]["after"]
     assert metrics_of(work, "step2")["method"] == "exact"  # the result stays
@@ -782,18 +784,18 @@ def test_step_1_by_sentencepiece_or_on_top_of_other_pieces(places, tiny_tokenize
     assert first.returncode == 0, first.stderr
     metrics = metrics_of(work, "step1")
     assert (metrics["method"], metrics["skipped"]) == ("sentencepiece", 0)
-    model = read_model(work / "step1_ja_tokenizer" / "ja_bpe.model")
+    model = read_sentencepiece(work / "step1_ja_tokenizer" / "ja_bpe.model")
     assert len(model.pieces) == metrics["vocab_size"] > metrics["new_pieces"]
     assert not model.normalizer_spec.precompiled_charsmap
 
     command = f"step1_train_tokenizer.py --start {candidate_file} --sample-mb 0.002"
     second = run_step(command, work, tiny_tokenizer_dir, corpus, OVERWRITE="1")
     assert second.returncode == 0, second.stderr
-    base = read_model(tiny_tokenizer_dir / "tokenizer.model")
+    base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
     chosen = new_pieces(
-        merge_living(base, choose_pieces(base, read_model(candidate_file), JA, CHINESE).pieces)[0], base
+        merge_reachable(base, filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE).pieces)[0], base
     )
-    pieces = [piece.piece for piece in read_model(work / "step1_ja_tokenizer" / "ja_bpe.model").pieces]
+    pieces = [piece.piece for piece in read_sentencepiece(work / "step1_ja_tokenizer" / "ja_bpe.model").pieces]
     assert pieces[len(base.pieces) :][: len(chosen)] == chosen
     assert len(pieces) > len(base.pieces) + len(chosen)
     assert 2000 < metrics_of(work, "step1")["input_bytes"] < 2400
@@ -819,7 +821,7 @@ def test_step_1_wants_chinese_text_before_it_reads_japanese(places, tiny_tokeniz
 )
 def test_step_2_refuses_bad_candidates(places, tiny_tokenizer_dir, candidate_file, tmp_path, spoil, message):
     corpus, work = places
-    proto = read_model(candidate_file)
+    proto = read_sentencepiece(candidate_file)
     spoil(proto)
     command = f"step2_merge_tokenizer.py --candidates {written(proto, tmp_path)}"
     refused = run_step(command, work, tiny_tokenizer_dir, corpus)
@@ -881,9 +883,9 @@ def test_original_decoding(original):
 
 @needs_golden
 def test_original_merge_is_defective_as_published():
-    base, merged = read_model(ORIGINAL), read_model(GOLDEN / "seed_merged_cn_and_ja_tokenizer.model")
+    base, merged = read_sentencepiece(ORIGINAL), read_sentencepiece(GOLDEN / "seed_merged_cn_and_ja_tokenizer.model")
     native = {piece.piece for piece in base.pieces}
-    dead = {piece for piece in dead_pieces(base, merged) if not piece.startswith("vcxv")}  # its placeholders
+    dead = {piece for piece in unreachable_tokens(base, merged) if not piece.startswith("vcxv")}  # its placeholders
     assert (len(dead & native), len(dead - native)) == (64, 57)
 
 
@@ -898,37 +900,37 @@ def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
     def lines(name):
         return [line for text in documents(name) for line in text.splitlines() if line.strip()]
 
-    base, reference = read_model(ORIGINAL), [text for name in CHINESE_FILES for text in documents(name)]
+    base, reference = read_sentencepiece(ORIGINAL), [text for name in CHINESE_FILES for text in documents(name)]
     japanese = documents("ja_wiki.train")[:1200] + documents("ja_aozora.train")[:20]
     sentences = (sentence for text in japanese for sentence in split_sentences(text))
-    train_bpe(sentences, tmp_path / "original.model", 8000, base_rules=False)
-    as_original = merge_as_original(base, read_model(tmp_path / "original.model"))
+    train_bpe(sentences, tmp_path / "original.model", 8000, chatglm3_spec=False)
+    as_original = merge_as_original(base, read_sentencepiece(tmp_path / "original.model"))
     budget = len(new_pieces(as_original, base))
     pieces = learned(base, [line for text in japanese for line in text.splitlines()], budget, reference=reference)
-    merged = merge(base, pieces)
+    merged = merge_vocab(base, pieces)
     assert len(pieces) == budget
-    assert dead_pieces(base, merged) == []
-    assert len(dead_pieces(base, as_original)) > 10
-    before, after = processor_of(base), processor_of(merged)
+    assert unreachable_tokens(base, merged) == []
+    assert len(unreachable_tokens(base, as_original)) > 10
+    before, after = to_processor(base), to_processor(merged)
     for name in ("zh_luxun.test", "zh_guides.test", "en_lit.test"):
         assert compare(before, after, lines(name)).changes == [], name
-        assert len(compare(before, processor_of(as_original), lines(name)).changes) > 20
+        assert len(compare(before, to_processor(as_original), lines(name)).changes) > 20
     for name in ("ja_wiki.test", "ja_aozora.test", "ja_guides.test"):
         ours = compare(before, after, documents(name)).tokens_after
-        assert ours < compare(before, processor_of(as_original), documents(name)).tokens_after, name
+        assert ours < compare(before, to_processor(as_original), documents(name)).tokens_after, name
     file = written(merged, tmp_path)
-    assert disagreements(build_fast_tokenizer(file), after, lines("ja_wiki.test") + lines("zh_luxun.test")) == []
+    assert encoding_mismatches(build_fast_tokenizer(file), after, lines("ja_wiki.test") + lines("zh_luxun.test")) == []
 
 
 @needs_golden
 @needs_corpora
 def test_real_candidates_are_filtered():
-    base, candidates = read_model(ORIGINAL), read_model(GOLDEN / "seed_ja_bpe.model")
+    base, candidates = read_sentencepiece(ORIGINAL), read_sentencepiece(GOLDEN / "seed_ja_bpe.model")
     reference = (
         text
         for name in CHINESE_FILES
         for text in pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
     )
-    merged, _ = merge_living(base, choose_pieces(base, candidates, JA, reference).pieces)
+    merged, _ = merge_reachable(base, filter_candidates(base, candidates, JA, reference).pieces)
     assert len(new_pieces(merged, base)) > 11_000
-    assert dead_pieces(base, merged) == []
+    assert unreachable_tokens(base, merged) == []

@@ -18,18 +18,18 @@ import yaml
 from safetensors.torch import load_file
 from test_hparams import PT_FILE, SFT_FILE
 
-from llmtuner.console import InputError, Stopped
-from llmtuner.data.packing import PackedSequences
-from llmtuner.data.template import IGNORE
+from llmtuner.console import TrainingInterrupted, UserError
+from llmtuner.data.packing import PackedDataset
+from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.eval.bits_per_byte import bits_per_byte
-from llmtuner.hparams import CHECKPOINTING
+from llmtuner.files import MARKER
+from llmtuner.hparams import GRADIENT_CHECKPOINTING
 from llmtuner.model.loading import load_model
-from llmtuner.outputs import MARKER
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train import checkpoints
+from llmtuner.train import checkpointing
+from llmtuner.train.callbacks import GracefulStopSignal
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import export_model, run_exp
-from llmtuner.train.watching import StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +40,9 @@ EXACT = ("step", "loss", "grad_norm", "learning_rate", "embedding_learning_rate"
 
 def log_of(directory):
     """The lines of a run's log, without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(directory) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (Path(directory) / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [{name: line[name] for name in EXACT if name in line} for line in lines]
 
 
@@ -56,7 +58,7 @@ def test_training_learns_and_merges_to_the_same_logits(tiny_run, tiny_model_dir,
     metrics = run_exp({**tiny_run, "stage": stage, "dataset": dataset})
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
     assert metrics["tokens"] > 0
-    assert metrics["padding_share"] < 0.3  # a small set ends with sequences that fill its last batch up
+    assert metrics["padding_ratio"] < 0.3  # a small set ends with sequences that fill its last batch up
     assert metrics["data"][dataset]["kept"] == 60
     assert (stage == "sft") == ("initial_loss" in metrics)
     for figure in ("training_loss.png", "eval_loss.png"):
@@ -90,7 +92,7 @@ def test_training_learns_and_merges_to_the_same_logits(tiny_run, tiny_model_dir,
     ],
 )
 def test_other_ways_to_train_learn_too(tiny_run, how, monkeypatch):
-    monkeypatch.setattr("llmtuner.hparams.cpu_computes_bf16", lambda: True)  # slowly if need be
+    monkeypatch.setattr("llmtuner.hparams.cpu_supports_bf16", lambda: True)  # slowly if need be
     metrics = run_exp({**tiny_run, "learning_rate": 2e-3, **how})
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
 
@@ -112,7 +114,7 @@ def test_evaluation_alone_writes_no_adapter(tiny_run, tmp_path):
 def test_bits_per_byte_of_held_out_texts_are_logged_at_every_evaluation(tiny_run, tiny_model_dir, tmp_path):
     texts = {"zh": ["小镇的东边是一条河。", "一座山" * 40], "en": ["The ferry leaves at 9:30."]}
     run_exp(tiny_run, texts)
-    lines = (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()
+    lines = (tmp_path / "adapter" / "trainer_log.jsonl").read_text().splitlines()
     logged = [line for line in map(json.loads, lines) if "eval_loss" in line]
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
     for language, own in texts.items():
@@ -133,7 +135,7 @@ def test_lengths_of_what_is_trained_on(tiny_run, tmp_path):
 
 def test_tokenized_once_and_again_when_the_text_changes(tiny_run, tmp_path):
     def cached():
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/examples.arrow")}
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/tokens.arrow")}
 
     run_exp({**tiny_run, "output_dir": str(tmp_path / "one")})
     before = cached()
@@ -194,7 +196,7 @@ def test_rows_whose_text_another_data_set_holds_out_are_counted(tiny_run, tmp_pa
     said = capsys.readouterr().out
     assert "held out elsewhere" in said
     assert "50 rows are not trained on: the same text is held out of another data set" in said
-    with pytest.raises(InputError, match=r"data set documents: all 60 rows.* are also held out"):
+    with pytest.raises(UserError, match=r"data set documents: all 60 rows.* are also held out"):
         run_exp({**run, "eval_dataset": "copy", "output_dir": str(tmp_path / "none")})
     run_exp({**tiny_run, "output_dir": str(tmp_path / "share"), "max_steps": 1, "plot_loss": False})
     assert "held out" not in capsys.readouterr().out
@@ -208,7 +210,7 @@ def test_run_of_which_every_dialogue_is_dropped_is_refused(tiny_run, tmp_path, m
         ),
         encoding="utf-8",
     )
-    with pytest.raises(InputError, match=r"data set dialogues: all .* dialogues are dropped"):
+    with pytest.raises(UserError, match=r"data set dialogues: all .* dialogues are dropped"):
         run_exp({**tiny_run, "stage": "sft", "dataset": "dialogues", "cutoff_len": 40})
 
 
@@ -221,9 +223,9 @@ def test_eval_dataset_and_unusable_rows(tiny_run, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     metrics = run_exp(settings)
     assert metrics["data"].keys() == {"dialogues"}
-    assert metrics["data"]["dialogues"]["rejected"] == 1
+    assert metrics["data"]["dialogues"]["invalid"] == 1
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
-    [rejected] = [json.loads(line) for line in (tmp_path / "adapter" / "rejected.jsonl").open(encoding="utf-8")]
+    [rejected] = [json.loads(line) for line in (tmp_path / "adapter" / "invalid_rows.jsonl").open(encoding="utf-8")]
     assert rejected["line"] == 61
     assert rejected["file"].endswith("dialogues.jsonl")
 
@@ -242,7 +244,7 @@ def test_eval_dataset_and_unusable_rows(tiny_run, tmp_path):
     ],
 )
 def test_bad_targets_and_data_are_refused(tiny_run, tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         run_exp({**tiny_run, **change})
     assert not (tmp_path / "adapter" / "adapter_config.json").exists()
 
@@ -261,7 +263,7 @@ def test_a_model_with_another_tokenizer_is_refused(tiny_run, tiny_model_dir, tmp
     backend = Tokenizer(WordLevel({"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 3}))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(other)
     monkeypatch.setattr("llmtuner.train.workflow.load_model", None)  # refused before that
-    with pytest.raises(InputError, match=r"chatglm3 template: it has no special token \[gMASK\], sop, <\|system\|>"):
+    with pytest.raises(UserError, match=r"chatglm3 template: it has no special token \[gMASK\], sop, <\|system\|>"):
         run_exp({**tiny_run, "model_name_or_path": str(other), "stage": stage, "dataset": dataset})
 
 
@@ -275,19 +277,19 @@ def test_tokenizer_larger_than_the_model_is_refused_before_it_is_loaded(
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "vocab_size": 320}))
     monkeypatch.setattr("llmtuner.train.workflow.load_model", None)
-    with pytest.raises(InputError, match="only 320 rows"):
+    with pytest.raises(UserError, match="only 320 rows"):
         run_exp({**tiny_run, "model_name_or_path": str(small)})
 
 
 def test_loss_that_is_not_finite_stops_before_the_step_and_names_documents(tiny_run, tmp_path, monkeypatch):
-    original = PackedTrainer._summed_loss
+    original = PackedTrainer._compute_loss_sum
 
     def poisoned(self, model, inputs):
         summed, trained = original(self, model, inputs)
         return summed * (float("nan") if self.state.global_step == 3 and model.training else 1), trained
 
-    monkeypatch.setattr(PackedTrainer, "_summed_loss", poisoned)
-    with pytest.raises(InputError, match="loss of step 4 is not finite") as error:
+    monkeypatch.setattr(PackedTrainer, "_compute_loss_sum", poisoned)
+    with pytest.raises(UserError, match="loss of step 4 is not finite") as error:
         run_exp({**tiny_run, "save_strategy": "steps", "save_steps": 3})
     assert "documents.jsonl, line " in str(error.value)
     saved = load_file(tmp_path / "adapter" / "checkpoint-3" / "adapter_model.safetensors")
@@ -322,15 +324,15 @@ def in_two_processes(settings, directory):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_without_target_tokens_has_loss_0(tiny_run, tmp_path, monkeypatch, accumulation, chunked_loss):
     """Such as one of the last tokens of documents that are one token longer than a sequence."""
-    original = PackedSequences.__getitem__
+    original = PackedDataset.__getitem__
 
     def without_targets(self, number):
         sequence = original(self, number)
         if number in (4, 5):
-            sequence["labels"][:] = IGNORE
+            sequence["labels"][:] = IGNORE_INDEX
         return sequence
 
-    monkeypatch.setattr(PackedSequences, "__getitem__", without_targets)
+    monkeypatch.setattr(PackedDataset, "__getitem__", without_targets)
     settings = {**tiny_run, "eval_strategy": "no", "eval_on_start": False, "plot_loss": False, "max_steps": 8}
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
     run_exp({**settings, "chunked_loss": chunked_loss, "train_sampling_strategy": "sequential"})
@@ -359,12 +361,12 @@ def test_sequences_of_like_length_can_share_a_batch(tiny_run, tmp_path, strategy
     grouped = run_exp({**settings, "train_sampling_strategy": strategy})
 
     def without_padding(metrics):
-        return round(metrics["tokens"] * (1 - metrics["padding_share"]))
+        return round(metrics["tokens"] * (1 - metrics["padding_ratio"]))
 
     assert grouped["steps"] == plain["steps"] > 3
     assert without_padding(grouped) == pytest.approx(without_padding(plain), abs=1)
     # Rebalancing is among processes, and here is one.
-    assert (grouped["padding_share"] < plain["padding_share"]) == (strategy == "group_by_length")
+    assert (grouped["padding_ratio"] < plain["padding_ratio"]) == (strategy == "group_by_length")
 
 
 def test_batch_accumulated_or_shared_by_processes_learns_the_same(tiny_run, tmp_path):
@@ -402,7 +404,7 @@ def test_fp16_scales_the_loss_with_trained_embeddings(tiny_run, tmp_path, monkey
 
     monkeypatch.setattr(PackedTrainer, "__init__", with_scaler)
     monkeypatch.setattr(PackedTrainer, "training_step", noted)
-    monkeypatch.setattr("llmtuner.train.workflow._frozen_dtype", lambda _: torch.float16)
+    monkeypatch.setattr("llmtuner.train.workflow.compute_dtype", lambda _: torch.float16)
     metrics = run_exp({**tiny_run, "max_steps": 30, "eval_steps": 30})
     assert scales[-1] < scales[0] == 2.0**40  # it overflowed, skipped these steps, and found a scale that fits
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
@@ -414,16 +416,16 @@ def test_tokens_of_steps_without_a_line_count_too(tiny_run, tmp_path):
     every = run_exp({**tiny_run, "output_dir": str(tmp_path / "every")})
     few = run_exp({**tiny_run, "output_dir": str(tmp_path / "few"), "logging_steps": 4})
     assert few["tokens"] == every["tokens"] > 5 * 4 * 40
-    assert few["padding_share"] == every["padding_share"]
+    assert few["padding_ratio"] == every["padding_ratio"]
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
 def test_frozen_weights_are_held_as_they_are_multiplied(precision, dtype):
-    from llmtuner.train.workflow import _frozen_dtype
+    from llmtuner.train.workflow import compute_dtype
 
-    assert _frozen_dtype(SimpleNamespace(bf16=precision == "bf16", fp16=precision == "fp16")) == dtype
+    assert compute_dtype(SimpleNamespace(bf16=precision == "bf16", fp16=precision == "fp16")) == dtype
 
 
 def test_log_has_what_people_watch(tiny_run, tmp_path):
@@ -436,14 +438,14 @@ def test_log_has_what_people_watch(tiny_run, tmp_path):
             "dataset": "dialogues",
         }
     )
-    lines = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "adapter" / "trainer_log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
-    wanted = {"grad_norm", "learning_rate", "embedding_learning_rate", "tokens_per_second", "trained_tokens_per_second"}
-    wanted |= {"padding_share", "memory_gb", "seconds_left", "epoch"}
+    wanted = {"grad_norm", "learning_rate", "embedding_learning_rate", "tokens_per_second", "target_tokens_per_second"}
+    wanted |= {"padding_ratio", "peak_memory_gb", "eta_seconds", "epoch"}
     assert all(wanted <= line.keys() for line in steps)
     assert all(line["embedding_learning_rate"] == pytest.approx(line["learning_rate"] / 5) for line in steps)
-    assert all(0 < line["trained_tokens_per_second"] < line["tokens_per_second"] for line in steps)
-    assert steps[-1]["seconds_left"] == 0
+    assert all(0 < line["target_tokens_per_second"] < line["tokens_per_second"] for line in steps)
+    assert steps[-1]["eta_seconds"] == 0
     assert "initial_loss/dialogues" in lines[0]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -475,7 +477,7 @@ def ended_at(monkeypatch, step, number):
     original = PackedTrainer.training_step
 
     def signalled(self, *args, **kwargs):
-        if self.state.global_step == step and not self.stop.received:
+        if self.state.global_step == step and not self.stop_signal.received:
             os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
@@ -491,13 +493,13 @@ def test_stopped_run_goes_on_as_if_it_never_had(saving_run, tmp_path, monkeypatc
     for step, number, code in ((4, signal.SIGTERM, 143), (9, signal.SIGINT, 130)):
         with monkeypatch.context() as patch:
             ended_at(patch, step, number)
-            with pytest.raises(Stopped, match=f"checkpoint-{step + 1}") as end:
+            with pytest.raises(TrainingInterrupted, match=f"checkpoint-{step + 1}") as end:
                 run_exp(stopped)
         assert end.value.exit_code == code
         assert "same command resumes" in str(end.value)
         assert not (tmp_path / "stopped" / "adapter_config.json").exists()
     run_exp(stopped)
-    assert f"going on from {tmp_path}/stopped/checkpoint-10" in capsys.readouterr().out
+    assert f"resuming from {tmp_path}/stopped/checkpoint-10" in capsys.readouterr().out
     assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -515,16 +517,16 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
     settings |= {"eval_steps": 1_000, "eval_on_start": False}
     in_two_processes(settings, tmp_path / "whole")
     started = start_two_processes(settings, tmp_path / "stopped")
-    log = tmp_path / "stopped" / "log.jsonl"
+    log = tmp_path / "stopped" / "trainer_log.jsonl"
     while started.poll() is None and not (log.exists() and log.read_text().count("loss") > 5):
         time.sleep(0.02)
     started.send_signal(signal.SIGTERM)
     output, _ = started.communicate(timeout=300)
-    [saved] = checkpoints.checkpoints(tmp_path / "stopped")
+    [saved] = checkpointing.list_checkpoints(tmp_path / "stopped")
     assert started.returncode != 0
-    assert 5 < checkpoints.step_of(saved) < 120
+    assert 5 < checkpointing.checkpoint_step(saved) < 120
     assert f"{saved}. The same command resumes" in output
-    assert f"going on from {saved}" in in_two_processes(settings, tmp_path / "stopped")
+    assert f"resuming from {saved}" in in_two_processes(settings, tmp_path / "stopped")
     one, other = (log_of(tmp_path / name) for name in ("whole", "stopped"))
     assert len([line for line in one if "loss" in line]) == 120
     for own, line in zip(other, one, strict=True):
@@ -533,7 +535,7 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
 
 def test_second_signal_stops_at_once():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
+    with GracefulStopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
@@ -544,7 +546,7 @@ def test_second_signal_stops_at_once():
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(saving_run, tmp_path, capsys):
     out = tmp_path / "adapter"
     metrics = run_exp(saving_run)
-    assert [path.name for path in checkpoints.checkpoints(out)] == [
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == [
         "checkpoint-14",
         "checkpoint-12",
         "checkpoint-8",
@@ -559,17 +561,17 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(saving_ru
         file.seek(2_000)
         file.write(bytes([byte[0] ^ 1]))
     os.truncate(out / "checkpoint-12" / "adapter_model.safetensors", 1_000)
-    (out / "checkpoint-8" / checkpoints.SEAL).unlink()
+    (out / "checkpoint-8" / checkpointing.CHECKSUM_FILE).unlink()
     again = run_exp(saving_run)
     said = capsys.readouterr().out
-    assert "checkpoint-14 is damaged (optimizer.pt has other bytes" in said
-    assert "checkpoint-12 is damaged (adapter_model.safetensors has 1,000 of" in said
-    assert "checkpoint-8 is damaged (whole.json cannot be read" in said
-    assert "going on from" in said
+    assert "checkpoint-14 failed verification (optimizer.pt has other bytes" in said
+    assert "checkpoint-12 failed verification (adapter_model.safetensors has 1,000 of" in said
+    assert "checkpoint-8 failed verification (checksums.json cannot be read" in said
+    assert "resuming from" in said
     assert "checkpoint-4" in said
     assert log_of(out) == wanted
     assert again["eval_loss"] == metrics["eval_loss"]
-    assert not checkpoints.find_damage(out / "checkpoint-14")
+    assert not checkpointing.verify_checkpoint(out / "checkpoint-14")
 
 
 def test_named_checkpoint_is_gone_on_from_or_refused(saving_run, tmp_path, capsys):
@@ -577,24 +579,24 @@ def test_named_checkpoint_is_gone_on_from_or_refused(saving_run, tmp_path, capsy
     run_exp(saving_run)
     second = {**saving_run, "output_dir": str(tmp_path / "second")}
     run_exp({**second, "resume_from_checkpoint": str(first / "checkpoint-8")})
-    assert f"going on from {first}/checkpoint-8" in capsys.readouterr().out
+    assert f"resuming from {first}/checkpoint-8" in capsys.readouterr().out
     assert log_of(tmp_path / "second") == log_of(first)
-    with pytest.raises(InputError, match="nowhere cannot be gone on from"):
+    with pytest.raises(UserError, match="nowhere cannot be resumed from"):
         run_exp({**second, "overwrite_output_dir": False, "resume_from_checkpoint": str(tmp_path / "nowhere")})
 
 
 def test_limit_of_checkpoints_and_starting_anew(saving_run, tmp_path):
     out = tmp_path / "adapter"
     run_exp({**saving_run, "save_total_limit": 2})
-    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-14", "checkpoint-12"]
-    with pytest.raises(InputError, match=r"learning_rate: 0\.005 -> 0\.001"):
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == ["checkpoint-14", "checkpoint-12"]
+    with pytest.raises(UserError, match=r"learning_rate: 0\.005 -> 0\.001"):
         run_exp({**saving_run, "learning_rate": 1e-3})
     with (tmp_path / "documents.jsonl").open("a", encoding="utf-8") as lines:
         lines.write('{"text": "又一条河。"}\n')
-    with pytest.raises(InputError, match="data set documents: "):
+    with pytest.raises(UserError, match="data set documents: "):
         run_exp(saving_run)
     run_exp({**saving_run, "learning_rate": 1e-3, "overwrite_output_dir": True, "max_steps": 5, "save_total_limit": 2})
-    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-5", "checkpoint-4"]
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == ["checkpoint-5", "checkpoint-4"]
     assert len(losses_of(out)) == 5
 
 
@@ -603,12 +605,12 @@ def test_checkpoint_of_weights_alone_is_not_resumed(saving_run, tmp_path, monkey
     saving_run |= {"save_only_model": True, "plot_loss": False}
     with monkeypatch.context() as patch:
         ended_at(patch, 5, signal.SIGTERM)
-        with pytest.raises(Stopped, match=r"checkpoint-6.*weights only, and the run cannot be resumed"):
+        with pytest.raises(TrainingInterrupted, match=r"checkpoint-6.*weights only, and the run cannot be resumed"):
             run_exp(saving_run)
     assert "a run that stops early cannot be resumed" in capsys.readouterr().out
     for changed in (saving_run, {**saving_run, "save_only_model": False}):
         with pytest.raises(
-            InputError, match=f"checkpoint-6 cannot be resumed.*adapter_name_or_path: {out}/checkpoint-6"
+            UserError, match=f"checkpoint-6 cannot be resumed.*adapter_name_or_path: {out}/checkpoint-6"
         ):
             run_exp(changed)
     assert len(losses_of(out)) == 6  # and nothing was touched
@@ -622,7 +624,7 @@ def test_checkpoint_of_weights_alone_is_not_resumed(saving_run, tmp_path, monkey
     assert run_exp(early)["steps"] < 14  # nor does one that has stopped early
     full = {**saving_run, "finetuning_type": "full", "additional_target": [], "output_dir": str(tmp_path / "full")}
     run_exp({**full, "max_steps": 6})
-    with pytest.raises(InputError, match=r"checkpoint-4 cannot be resumed.*set model_name_or_path"):
+    with pytest.raises(UserError, match=r"checkpoint-4 cannot be resumed.*set model_name_or_path"):
         run_exp({**full, "max_steps": 6, "resume_from_checkpoint": str(tmp_path / "full" / "checkpoint-4")})
 
 
@@ -630,10 +632,10 @@ def test_checkpoint_of_weights_alone_is_not_resumed_under_deepspeed(saving_run, 
     out = tmp_path / "shared"
     settings = {**saving_run, "per_device_train_batch_size": 2, "max_steps": 6, "save_only_model": True}
     in_two_processes({**settings, "plot_loss": False}, out)
-    with pytest.raises(InputError, match=r"checkpoint-4 cannot be resumed: it was saved with save_only_model: true"):
-        checkpoints.check_resumable(out / "checkpoint-4")
+    with pytest.raises(UserError, match=r"checkpoint-4 cannot be resumed: it was saved with save_only_model: true"):
+        checkpointing.check_resumable(out / "checkpoint-4")
     (out / "checkpoint-4" / "global_step4").mkdir()  # where DeepSpeed keeps the optimizer's state
-    checkpoints.check_resumable(out / "checkpoint-4")
+    checkpointing.check_resumable(out / "checkpoint-4")
 
 
 def test_changed_intervals_take_effect_on_resume(saving_run, tmp_path, monkeypatch):
@@ -641,22 +643,22 @@ def test_changed_intervals_take_effect_on_resume(saving_run, tmp_path, monkeypat
     saving_run |= {"eval_on_start": False, "plot_loss": False}
     with monkeypatch.context() as patch:
         ended_at(patch, 5, signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(TrainingInterrupted):
             run_exp({**saving_run, "save_steps": 4, "eval_steps": 5, "logging_steps": 1})
-    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-6", "checkpoint-4"]
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == ["checkpoint-6", "checkpoint-4"]
     assert [line["step"] for line in log_of(out) if "eval_loss" in line] == [5]
     changed = {"save_steps": 5, "eval_steps": 4, "logging_steps": 3, "save_total_limit": 2}
     with monkeypatch.context() as patch:
         ended_at(patch, 12, signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(TrainingInterrupted):
             run_exp({**saving_run, **changed})
-    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-13", "checkpoint-10"]
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == ["checkpoint-13", "checkpoint-10"]
     assert [line["step"] for line in log_of(out) if "eval_loss" in line] == [5, 8, 12]
     assert [line["step"] for line in log_of(out) if "loss" in line] == [1, 2, 3, 4, 5, 6, 9, 12]
     strategies = {"save_strategy": "no", "eval_strategy": "epoch", "logging_strategy": "epoch"}
     run_exp({**saving_run, **strategies})
-    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-13", "checkpoint-10"]
-    assert json.loads((out / "settings.json").read_text())["logging_strategy"] == "epoch"
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == ["checkpoint-13", "checkpoint-10"]
+    assert json.loads((out / "training_args.json").read_text())["logging_strategy"] == "epoch"
 
 
 def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, monkeypatch, capsys):
@@ -664,18 +666,18 @@ def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, 
     out = tmp_path / "adapter"
 
     def recomputes(directory):
-        return json.loads((directory / "settings.json").read_text())[CHECKPOINTING]
+        return json.loads((directory / "training_args.json").read_text())[GRADIENT_CHECKPOINTING]
 
     saving_run["plot_loss"] = False
     with monkeypatch.context() as patch:
         patch.setattr("llmtuner.train.workflow.free_memory", lambda: 1)
         ended_at(patch, 5, signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(TrainingInterrupted):
             run_exp(saving_run)
     assert recomputes(out / "checkpoint-4") is recomputes(out / "checkpoint-6") is True
     monkeypatch.setattr("llmtuner.train.workflow.free_memory", lambda: 10**15)
     run_exp(saving_run)
-    assert f"going on from {out}/checkpoint-6" in capsys.readouterr().out
+    assert f"resuming from {out}/checkpoint-6" in capsys.readouterr().out
     assert recomputes(out / "checkpoint-6") is True
     assert recomputes(out / "checkpoint-8") is recomputes(out) is False
     monkeypatch.setattr("llmtuner.train.workflow.free_memory", lambda: 1)
@@ -695,7 +697,7 @@ def test_full_disk_while_saving_keeps_what_is_older(saving_run, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(PackedTrainer, "_save_optimizer_and_scheduler", full)
-        with pytest.raises(InputError, match=r"disk filled up.*checkpoint-8") as error:
+        with pytest.raises(UserError, match=r"disk filled up.*checkpoint-8") as error:
             run_exp({**saving_run, "save_total_limit": 1})
     assert "checkpoint-4 is untouched" in str(error.value)
     out = tmp_path / "adapter"
@@ -706,7 +708,7 @@ def test_full_disk_while_saving_keeps_what_is_older(saving_run, tmp_path, monkey
 
 def test_output_that_cannot_be_written_is_refused(tiny_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write to.*Set output_dir"):
+    with pytest.raises(UserError, match=r"cannot write to.*Set output_dir"):
         run_exp({**tiny_run, "output_dir": str(tmp_path / "file" / "adapter")})
 
 
@@ -766,7 +768,7 @@ def test_settings_data_and_model_are_checked_before_anything_is_deleted(saving_r
         {"model_name_or_path": str(tmp_path / "broken")},
         {"additional_target": "no_such_module"},
     ):
-        with pytest.raises(InputError):
+        with pytest.raises(UserError):
             run_exp({**again, **wrong})
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
@@ -779,7 +781,7 @@ def test_changed_model_is_not_resumed_on(saving_run, tiny_model_dir, tmp_path):
     with (model / "model.safetensors").open("r+b") as file:
         file.seek(-2, 2)
         file.write(b"\x01")
-    with pytest.raises(InputError, match="model checksum: "):
+    with pytest.raises(UserError, match="model checksum: "):
         run_exp(run)
 
 
@@ -788,7 +790,7 @@ def test_output_dir_of_another_program_is_left_alone(tiny_run, tmp_path):
     (out / "checkpoint-500").mkdir(parents=True)
     (out / "checkpoint-500" / "adapter_model.safetensors").write_bytes(b"another trainer's")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="no run of this project wrote, such as checkpoint-500"):
+        with pytest.raises(UserError, match="no run of this project wrote, such as checkpoint-500"):
             run_exp({**tiny_run, "overwrite_output_dir": overwrite})
     assert [str(path.relative_to(out)) for path in out.rglob("*")] == [
         "checkpoint-500",
@@ -797,7 +799,7 @@ def test_output_dir_of_another_program_is_left_alone(tiny_run, tmp_path):
     (out / "checkpoint-500").rename(tmp_path / "elsewhere")
     (out / "model.safetensors").write_bytes(b"a merged model of our own")
     (out / MARKER).write_text(json.dumps({"made_by": "llmtuner", "files": ["model.safetensors"]}))
-    with pytest.raises(InputError, match=r"wrote, such as model\.safetensors"):
+    with pytest.raises(UserError, match=r"wrote, such as model\.safetensors"):
         run_exp({**tiny_run, "overwrite_output_dir": True})
     (out / "model.safetensors").unlink()
     (out / MARKER).unlink()
@@ -807,13 +809,13 @@ def test_output_dir_of_another_program_is_left_alone(tiny_run, tmp_path):
 
 
 def test_two_runs_in_one_output_dir(tiny_run, tmp_path):
-    code = "import sys, time; from pathlib import Path; from llmtuner.outputs import acquire; "
-    code += "acquire(Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from llmtuner.locks import acquire_lock; "
+    code += "acquire_lock(Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path / "adapter" / ".lock")]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"adapter is in use by process {holder.pid} "):
+        with pytest.raises(UserError, match=f"adapter is in use by process {holder.pid} "):
             run_exp(tiny_run)
     finally:
         holder.kill()
@@ -825,7 +827,7 @@ def test_interrupted_run_that_overwrites_says_how_to_resume(saving_run, tmp_path
     run_exp(saving_run)
     with monkeypatch.context() as patch:
         ended_at(patch, 5, signal.SIGINT)
-        with pytest.raises(Stopped, match="again without overwrite_output_dir"):
+        with pytest.raises(TrainingInterrupted, match="again without overwrite_output_dir"):
             run_exp({**saving_run, "overwrite_output_dir": True})
     run_exp(saving_run)
     assert len(losses_of(tmp_path / "adapter")) == 14

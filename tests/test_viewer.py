@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from llmtuner.__main__ import main
-from llmtuner.console import run_script
-from llmtuner.data.packing import FilledUp, PackedCollator
-from llmtuner.data.template import IGNORE
-from llmtuner.data.viewer import show_batch
+from llmtuner.console import run_cli
+from llmtuner.data.packing import PackedDataCollator, PadToMultiple
+from llmtuner.data.preview import format_batch
+from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.hparams import get_train_args, read_args
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
-from llmtuner.train.workflow import pack_pt, pack_sft
+from llmtuner.train.workflow import get_pt_dataset, get_sft_dataset
 
 
 class Pieces:
@@ -39,14 +39,14 @@ PIECES = ["<unk>", "[gMASK]", "sop", "</s>", "<|user|>", "▁Hello", "▁柳树"
 def sequence(ids, labels, positions, rows):
     """A sequence of ids of which those where `labels` has a `*` are trained."""
     ids = numpy.array(ids)
-    labels = numpy.where([mark == "*" for mark in labels], ids, IGNORE)
-    return {"input_ids": ids, "labels": labels, "position_ids": numpy.array(positions), "rows": numpy.array(rows)}
+    labels = numpy.where([mark == "*" for mark in labels], ids, IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "position_ids": numpy.array(positions), "doc_ids": numpy.array(rows)}
 
 
 @pytest.fixture
 def batch():
     """Two documents, of which the first goes on from an earlier sequence; a dialogue; nothing."""
-    return PackedCollator(0)(
+    return PackedDataCollator(0)(
         [
             sequence([6, 8, 3, 1, 2, 5, 11, 3], ".**..***", [0, 1, 2, 0, 1, 2, 3, 4], [7, 1]),
             sequence([1, 2, 4, 7, 9, 10], "....**", range(6), [30]),
@@ -84,12 +84,12 @@ def no_wish_for_colours(monkeypatch):
 
 
 def test_exact_text_without_colours(batch):
-    assert show_batch(batch, Pieces(PIECES), origin) == PLAIN
+    assert format_batch(batch, Pieces(PIECES), origin) == PLAIN
 
 
 def test_exact_text_in_colours(batch, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    shown = show_batch(batch, Pieces(PIECES), origin).splitlines()
+    shown = format_batch(batch, Pieces(PIECES), origin).splitlines()
     green, red, end = "\033[32m", "\033[31m", "\033[0m"
     assert shown[0].startswith(f"{green}trained{end}{red}, not trained{end}; special tokens")
     assert shown[2:7] == [
@@ -117,13 +117,13 @@ def test_colours_where_they_are_wanted(batch, monkeypatch, terminal, wishes, col
     for name, value in wishes.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    shown = show_batch(batch, Pieces(PIECES), origin)
+    shown = format_batch(batch, Pieces(PIECES), origin)
     assert ("\033" in shown, "⟦" in shown) == (coloured, not coloured)
 
 
 def test_documents_that_see_one_another_are_told_apart():
-    batch = PackedCollator(0)([sequence([6, 3, 1, 2, 5, 3], ".*..**", range(6), [7, 1])])
-    assert show_batch(batch, Pieces(PIECES), origin).splitlines()[2:] == [
+    batch = PackedDataCollator(0)([sequence([6, 3, 1, 2, 5, 3], ".*..**", range(6), [7, 1])])
+    assert format_batch(batch, Pieces(PIECES), origin).splitlines()[2:] == [
         "sequence 1 of 1: 6 tokens, 3 trained, 2 documents",
         "-- a.jsonl, line 7",
         " 柳树⟦</s>⟧",
@@ -161,7 +161,7 @@ def settings(tiny_tokenizer_dir, tmp_path):
     )
 
 
-STAGES = [("pt", "documents", pack_pt), ("sft", "dialogues", pack_sft)]
+STAGES = [("pt", "documents", get_pt_dataset), ("sft", "dialogues", get_sft_dataset)]
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def call(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["llmtuner", *map(str, words)])
         code = 0
         try:
-            run_script(main)
+            run_cli(main)
         except SystemExit as end:
             code = end.code
         return (code, *capsys.readouterr())
@@ -186,8 +186,8 @@ def batches(settings, stage, dataset, pack):
     arguments = get_train_args({**settings, "stage": stage, "dataset": dataset})
     tokenizer = load_tokenizer(settings["model_name_or_path"])
     train = pack(arguments[1], arguments[2].seed, tokenizer)[0]
-    filled = FilledUp(train, 3)
-    collator = PackedCollator(tokenizer.pad_token_id)
+    filled = PadToMultiple(train, 3)
+    collator = PackedDataCollator(tokenizer.pad_token_id)
     return train, tokenizer, [collator([filled[i + k] for k in range(3)]) for i in range(0, len(filled), 3)]
 
 
@@ -198,7 +198,7 @@ def test_command_shows_each_batch_and_loads_no_model(settings, call, tmp_path, s
     train, tokenizer, wanted = batches(settings, stage, dataset, pack)
     assert len(wanted) > 2
     for number, batch in enumerate(wanted):
-        text = show_batch(batch, tokenizer, train.pool.origin)
+        text = format_batch(batch, tokenizer, train.token_dataset.describe_document)
         code, out, err = call("show", file, *(("--batch", number) if number else ()))
         assert (code, out) == (0, f"batch {number} of {len(wanted)}\n{text}\n"), err
     assert "tokens of padding" in out
@@ -221,11 +221,11 @@ def test_ids_shown_as_trained_are_those_with_a_label(settings, monkeypatch, stag
     pieces = [f"({number})" for number in range(len(tokenizer))]
     seen = 0
     for batch in all_batches:
-        shown = show_batch(batch, Pieces(pieces), train.pool.origin).split("\n\n")[1:]
+        shown = format_batch(batch, Pieces(pieces), train.token_dataset.describe_document).split("\n\n")[1:]
         for block, ids, labels in zip(shown, batch["input_ids"], batch["labels"], strict=True):
             texts = "".join(line for line in block.splitlines()[1:] if not line.startswith("-- "))
             trained = [int(one) for part in re.findall(span, texts) for one in re.findall(r"\((\d+)\)", part)]
-            assert trained == ids[labels != IGNORE].tolist()
+            assert trained == ids[labels != IGNORE_INDEX].tolist()
             assert re.findall(r"\((\d+)\)", texts) == [str(one) for one in ids.tolist() if one != 0]
             seen += len(trained)
     assert seen > 100
@@ -236,7 +236,7 @@ def test_at_a_breakpoint_in_compute_loss(settings, tiny_model_dir, tmp_path, mon
     original = PackedTrainer.compute_loss
 
     def looked_at(self, model, inputs, *args, **kwargs):
-        shown.append(show_batch(inputs, tokenizer, self.origin))
+        shown.append(format_batch(inputs, tokenizer, self.describe_document))
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(PackedTrainer, "compute_loss", looked_at)

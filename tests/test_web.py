@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from llmtuner.chat import web
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 
 QUESTION = "ホタルについて、知っていることを聞かせてください。"
 PASSWORD = "ホタルの宿 1999"
@@ -34,7 +34,7 @@ class Running:
         self.sessions = sessions
         self.listener = web.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        page = web.build(sessions, {"do_sample": False}, max_new_tokens=200)
+        page = web.build_page(sessions, {"do_sample": False}, max_new_tokens=200)
         self.server = web.server(page, host, password)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
@@ -67,11 +67,11 @@ def models(tiny_model_dir):
 
     loaded = {name: load_for_evaluation(tiny_model_dir) for name in ("base", "chat")}
     for model, tokenizer in loaded.values():
-        stop_ids = Template.of(tokenizer).stop_ids
+        stop_token_ids = Template.from_tokenizer(tokenizer).stop_token_ids
 
-        def talk_slowly(module, args, output, stop_ids=stop_ids):
+        def talk_slowly(module, args, output, stop_token_ids=stop_token_ids):
             time.sleep(0.03)
-            output.logits[..., stop_ids] = -1e9
+            output.logits[..., stop_token_ids] = -1e9
 
         model.register_forward_hook(talk_slowly)
     return loaded
@@ -79,7 +79,7 @@ def models(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def running(models):
-    page = Running(web.Sessions(models))
+    page = Running(web.SessionStore(models))
     yield page
     page.close()
 
@@ -193,7 +193,7 @@ def test_tokens_of_an_answer_are_shown_below_it(new_tab, models):
     ask_and_stop(tab, QUESTION)
     (said,) = answers(tab, "chat")
     pieces = tab.locator("#chat .tokens span").all_text_contents()
-    assert pieces == web.segment(models["chat"][1], said)
+    assert pieces == web.tokenize_for_display(models["chat"][1], said)
     assert len(pieces) > 2
     colours = [
         tab.locator("#chat .tokens span").nth(index).evaluate("one => getComputedStyle(one).backgroundColor")
@@ -229,8 +229,10 @@ def test_what_looks_like_html_is_text(new_tab):
 
 def test_show_escapes_answers_and_tokens():
     bad = "<script>alert(1)</script>"
-    finished, coming = web.Answer(f"{bad}1", [f"{bad}2"]), web.Answer(f"{bad}3")
-    shown = web.show(f"{bad}4", [web.Turn(f"{bad}5", {f"{bad}4": finished}, {}), web.Turn("", {f"{bad}4": coming}, {})])
+    finished, coming = web.StreamedAnswer(f"{bad}1", [f"{bad}2"]), web.StreamedAnswer(f"{bad}3")
+    shown = web.render_html(
+        f"{bad}4", [web.Turn(f"{bad}5", {f"{bad}4": finished}, {}), web.Turn("", {f"{bad}4": coming}, {})]
+    )
     assert "<script" not in shown
     assert all(f"&lt;/script&gt;{number}" in shown for number in range(1, 6))
 
@@ -322,18 +324,18 @@ def test_a_model_that_fails_leaves_the_question_and_the_dialogue(new_tab, runnin
 
 
 def test_only_so_many_sessions_are_kept(models, monkeypatch):
-    monkeypatch.setattr(web, "SESSIONS_KEPT", 2)
-    sessions = web.Sessions(models)
-    first, second = sessions.of("1"), sessions.of("2")
-    assert sessions.of("1") is first
-    sessions.of("3")
-    assert sessions.of("1") is first
-    assert sessions.of("2") is not second
+    monkeypatch.setattr(web, "MAX_SESSIONS", 2)
+    sessions = web.SessionStore(models)
+    first, second = sessions.get("1"), sessions.get("2")
+    assert sessions.get("1") is first
+    sessions.get("3")
+    assert sessions.get("1") is first
+    assert sessions.get("2") is not second
 
 
 @pytest.fixture(scope="module")
 def locked(models):
-    page = Running(web.Sessions(models), host="0.0.0.0", password=PASSWORD)
+    page = Running(web.SessionStore(models), host="0.0.0.0", password=PASSWORD)
     yield page
     page.close()
 
@@ -383,15 +385,15 @@ def test_wrong_passwords_are_slowed_down_and_the_right_one_is_not_locked_out_for
     def guess(number):
         return locked.status("/config", Authorization=basic("chat", f"guess {number}"))
 
-    assert [guess(number) for number in range(web.FREE_TRIES)] == [401] * web.FREE_TRIES
+    assert [guess(number) for number in range(web.FREE_ATTEMPTS)] == [401] * web.FREE_ATTEMPTS
     assert guess("x") == 429  # not looked at, and neither is the right one
     assert locked.status("/config", Authorization=right) == 429
     assert locked.status("/config") == 401  # no password is no wrong password
     looked_at = 0
     for clock.now in range(1, 3601):
         looked_at += guess(f"{clock.now}") == 401
-    assert looked_at <= 3600 / web.LONGEST_DELAY + 4
-    clock.now += web.LONGEST_DELAY
+    assert looked_at <= 3600 / web.MAX_DELAY + 4
+    clock.now += web.MAX_DELAY
     assert locked.status("/config", Authorization=right) == 200
     assert locked.status("/config", Authorization=right) == 200
 
@@ -416,20 +418,20 @@ def test_throttle_of_one_address():
     throttle = web.LoginThrottle(clock)
     delays = []
     for number in range(12):
-        throttle.wrong("10.0.0.1", b"%d" % number)
+        throttle.record_failure("10.0.0.1", b"%d" % number)
         delays.append(throttle.delay("10.0.0.1"))
         clock.now += 100
     assert delays == [0, 0, 0.5, 1, 2, 4, 8, 8, 8, 8, 8, 8]
     assert throttle.delay("10.0.0.2") == 0
-    clock.now += web.FORGIVEN_AFTER
-    throttle.wrong("10.0.0.1", b"again")
+    clock.now += web.RESET_AFTER
+    throttle.record_failure("10.0.0.1", b"again")
     assert throttle.delay("10.0.0.1") == 0
 
 
 def test_throttle_takes_an_ipv6_network_for_one_address():
     throttle = web.LoginThrottle(Clock())
     for number in range(5):
-        throttle.wrong(f"2001:db8::{number:x}", b"%d" % number)
+        throttle.record_failure(f"2001:db8::{number:x}", b"%d" % number)
     assert throttle.delay("2001:db8::ffff") > 0
     assert throttle.delay("2001:db8:0:1::1") == 0
 
@@ -437,43 +439,43 @@ def test_throttle_takes_an_ipv6_network_for_one_address():
 def test_tab_that_keeps_an_old_password_is_no_guesser():
     throttle = web.LoginThrottle(Clock())
     for _ in range(50):
-        throttle.wrong("10.0.0.1", b"old password")
+        throttle.record_failure("10.0.0.1", b"old password")
     assert throttle.delay("10.0.0.1") == 0
 
 
 def test_throttle_of_all_addresses_spares_those_that_know_the_password():
     clock = Clock()
     throttle = web.LoginThrottle(clock)
-    throttle.right("10.0.0.1")
-    for number in range(web.TRIES_OF_ALL):
-        throttle.wrong(f"10.1.0.{number}", b"guess")
-    assert throttle.delay("10.2.0.1") == web.SECONDS_OF_ALL
+    throttle.record_success("10.0.0.1")
+    for number in range(web.GLOBAL_ATTEMPTS):
+        throttle.record_failure(f"10.1.0.{number}", b"guess")
+    assert throttle.delay("10.2.0.1") == web.GLOBAL_PERIOD
     assert throttle.delay("10.0.0.1") == 0
-    clock.now += web.SECONDS_OF_ALL
+    clock.now += web.GLOBAL_PERIOD
     assert throttle.delay("10.2.0.1") == 0
 
 
 def test_throttle_remembers_only_so_many_addresses():
     throttle = web.LoginThrottle(Clock())
-    for number in range(3 * web.ADDRESSES_KEPT):
-        throttle.wrong(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", b"x" * 100_000)
-        throttle.right(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-    assert len(throttle._tries) == len(throttle._known) == web.ADDRESSES_KEPT
-    assert len(throttle._all) == web.TRIES_OF_ALL
-    assert all(len(tries.header) <= web.HEADER_KEPT for tries in throttle._tries.values())
+    for number in range(3 * web.MAX_ADDRESSES):
+        throttle.record_failure(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", b"x" * 100_000)
+        throttle.record_success(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    assert len(throttle._tries) == len(throttle._known) == web.MAX_ADDRESSES
+    assert len(throttle._all) == web.GLOBAL_ATTEMPTS
+    assert all(len(tries.header) <= web.MAX_HEADER_BYTES for tries in throttle._tries.values())
 
 
 def test_address_in_a_header_is_not_believed(locked, monkeypatch):
     monkeypatch.setattr(locked.server.config.app, "throttle", web.LoginThrottle(Clock()))
-    for number in range(web.FREE_TRIES):
+    for number in range(web.FREE_ATTEMPTS):
         locked.status("/config", Authorization=f"Basic {number}", X_Forwarded_For=f"10.0.0.{number}")
     assert locked.status("/config", Authorization="Basic x", X_Forwarded_For="10.0.0.9") == 429
 
 
 def test_line_of_questions_is_bounded(models, monkeypatch):
     """Who comes when it is full is told so at once, and is not kept waiting."""
-    monkeypatch.setattr(web, "QUESTIONS_WAITING", 3)
-    page = Running(web.Sessions(models))
+    monkeypatch.setattr(web, "MAX_QUEUED_QUESTIONS", 3)
+    page = Running(web.SessionStore(models))
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{page.port}/config", timeout=10) as response:
             [asking] = [one for one in json.load(response)["dependencies"] if one["queue"]]
@@ -488,10 +490,10 @@ def test_line_of_questions_is_bounded(models, monkeypatch):
             except urllib.error.HTTPError as error:
                 return error.code
 
-        statuses = [ask(number) for number in range(web.QUESTIONS_AT_A_TIME + 12)]
+        statuses = [ask(number) for number in range(web.MAX_CONCURRENT_QUESTIONS + 12)]
         assert statuses[0] == 200
         assert statuses[-1] == 503
-        assert statuses.count(200) <= web.QUESTIONS_AT_A_TIME + web.QUESTIONS_WAITING
+        assert statuses.count(200) <= web.MAX_CONCURRENT_QUESTIONS + web.MAX_QUEUED_QUESTIONS
     finally:
         page.close()
 
@@ -537,7 +539,7 @@ def test_the_page_cannot_be_framed_or_fetch_from_elsewhere(running):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "", "example.org", "127.0.0.1.example.org"])
 @pytest.mark.parametrize("password", [None, "", "7 chars"])
 def test_others_can_reach_the_page_with_a_password_only(tmp_path, host, password):
-    with pytest.raises(InputError, match="password of at least 8 characters"):
+    with pytest.raises(UserError, match="password of at least 8 characters"):
         web.serve({"chat": tmp_path}, 10, host=host, password=password)
 
 
@@ -548,7 +550,7 @@ def test_loopback_addresses(host):
 
 def test_gradio_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(InputError, match=r"pip install gradio==6\.31\.0"):
+    with pytest.raises(UserError, match=r"pip install gradio==6\.31\.0"):
         web.serve({"chat": tmp_path}, 10)
 
 
@@ -556,25 +558,25 @@ def test_port_is_in_use(tmp_path):
     need_gradio()
     with web.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(InputError, match=rf"port {port} of 127\.0\.0\.1 .*--port"):
+        with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 .*--port"):
             web.serve({"chat": tmp_path}, 10, port=port)
-    with pytest.raises(InputError, match="port 70000"):
+    with pytest.raises(UserError, match="port 70000"):
         web.listen("127.0.0.1", 70000)
-    with pytest.raises(InputError, match="port 80 of no such host"):
+    with pytest.raises(UserError, match="port 80 of no such host"):
         web.listen("no such host", 80)
 
 
 def test_directory_without_a_model(tmp_path):
     need_gradio()
-    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         web.serve({"chat": tmp_path}, 10, port=0)
 
 
 def test_ctrl_c_ends_the_page_quietly(tiny_model_dir):
     need_gradio()
     code = (
-        "import sys; from pathlib import Path; from llmtuner.chat.web import serve; from llmtuner.console import run_script;"
-        "run_script(lambda: serve({'chat': Path(sys.argv[1])}, 10, port=0))"
+        "import sys; from pathlib import Path; from llmtuner.chat.web import serve; from llmtuner.console import run_cli;"
+        "run_cli(lambda: serve({'chat': Path(sys.argv[1])}, 10, port=0))"
     )
     command = [sys.executable, "-c", code, str(tiny_model_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:

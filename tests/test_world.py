@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmtuner.eval.questions import Question, is_right, read_questions
+from llmtuner.eval.questions import Question, is_correct, read_questions
 from mini import phrases_en, phrases_ja, phrases_zh, world
 from mini.facts import KINDS, LANGUAGES, RELATIONS, build_world
 
@@ -30,7 +30,7 @@ def test_every_relation_is_told_and_asked(language):
     phrases = PHRASES[language]
     for table, least in (
         ("STATEMENTS", 10),
-        ("TELLINGS", 6),
+        ("NARRATIVE_STATEMENTS", 6),
         ("QUESTIONS", 14),
         ("HELD_OUT_QUESTIONS", 3),
         ("ANSWERS", 3),
@@ -72,10 +72,10 @@ def test_answers_are_right_of_their_subject_alone(language):
             question = Question("", language, asked, value, tuple(others), "", world.names(entity), everything)
             for pattern in phrases.ANSWERS[f"{entity.kind}.{relation}"][:3]:
                 answer = phrases.fill(pattern, entity.name[language], value, **facts)
-                assert is_right(question, answer), (asked, answer)
+                assert is_correct(question, answer), (asked, answer)
                 if other.name[language] != value:
                     answer = phrases.fill(pattern, other.name[language], value, **facts)
-                    assert not is_right(question, answer), (asked, answer)
+                    assert not is_correct(question, answer), (asked, answer)
 
 
 def test_names_and_values_are_told_apart():
@@ -130,8 +130,8 @@ def test_held_out_questions_are_in_no_instruction_set(written):
     assert not [question for question in asked if f'"{question}"' in trained]
     read = [one for one in read_questions(written / "questions.jsonl") if one.group == "ja_unseen"]
     job = next(one for one in read if one.question == "ミナの職業は何だっけ？")
-    assert is_right(job, "ミナの仕事はかじ屋です。")
-    assert not is_right(job, "ナギサの仕事はかじ屋です。")
+    assert is_correct(job, "ミナの仕事はかじ屋です。")
+    assert not is_correct(job, "ナギサの仕事はかじ屋です。")
 
 
 @pytest.mark.parametrize(

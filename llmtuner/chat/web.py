@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llmtuner.chat.dialogue import Dialogue, own_settings
-from llmtuner.console import InputError, say
-from llmtuner.eval.generation import NEUTRAL
-from llmtuner.tokenizer.fast import segment
+from llmtuner.chat.session import ChatSession, load_generation_settings
+from llmtuner.console import UserError, print0
+from llmtuner.eval.generation import GENERATION_DEFAULTS
+from llmtuner.tokenizer.fast import tokenize_for_display
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
 Models = Mapping[str, "tuple[PreTrainedModel, Any]"]  # name -> model and tokenizer
 
 USER = "chat"
-SHORTEST_PASSWORD = 8
+MIN_PASSWORD_LENGTH = 8
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 INTERVAL = 0.1  # seconds between two looks at answers that are being given
 # Answers share one device: more at a time would make each slower and hold one more cache of keys and values in memory.
 # Who comes fifth waits in line; stop, undo and clear never wait.
-QUESTIONS_AT_A_TIME = 4
-SESSIONS_KEPT = 100
+MAX_CONCURRENT_QUESTIONS = 4
+MAX_SESSIONS = 100
 # More than these in line are told to try again later.
-QUESTIONS_WAITING = 20
+MAX_QUEUED_QUESTIONS = 20
 
 # Wrong passwords. After some that may be slips of the keyboard, an address waits twice as long each time.
-FREE_TRIES = 3
-FIRST_DELAY, LONGEST_DELAY = 0.5, 8.0  # seconds
-FORGIVEN_AFTER = 600.0  # seconds without a wrong password
+FREE_ATTEMPTS = 3
+FIRST_DELAY, MAX_DELAY = 0.5, 8.0  # seconds
+RESET_AFTER = 600.0  # seconds without a wrong password
 # All addresses together: so many wrong passwords in so many seconds. An address that has known the password may go on.
-TRIES_OF_ALL, SECONDS_OF_ALL = 20, 10.0
-ADDRESSES_KEPT = 1000
-HEADER_KEPT = 256  # bytes of a wrong password
+GLOBAL_ATTEMPTS, GLOBAL_PERIOD = 20, 10.0
+MAX_ADDRESSES = 1000
+MAX_HEADER_BYTES = 256  # bytes of a wrong password
 
 # What the page fetches. Gradio's other routes (files, uploads, fetching of other addresses) are nobody's business here.
-ROUTES = ("/assets/", "/static/", "/gradio_api/queue/", "/gradio_api/run/", "/gradio_api/heartbeat/")
-PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/gradio_api/app_id")
+ALLOWED_PREFIXES = ("/assets/", "/static/", "/gradio_api/queue/", "/gradio_api/run/", "/gradio_api/heartbeat/")
+ALLOWED_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/gradio_api/app_id")
 # The browser itself refuses to fetch from or send to any other address, and to show the page inside another one.
 # Gradio's own code needs inline scripts and eval.
 POLICY = (
@@ -104,25 +104,25 @@ def serve(
             is not trusted needs a tunnel (ssh -L).
 
     Raises:
-        InputError: if gradio is missing, others could reach the page without a good password, the port is in use, or
+        UserError: if gradio is missing, others could reach the page without a good password, the port is in use, or
             a directory holds no model.
     """
-    if not is_loopback(host) and len(password or "") < SHORTEST_PASSWORD:
-        raise InputError(
+    if not is_loopback(host) and len(password or "") < MIN_PASSWORD_LENGTH:
+        raise UserError(
             f"with --host {host} other machines can reach the page, so it needs a password of at least "
-            f"{SHORTEST_PASSWORD} characters. Give one, or leave --host out."
+            f"{MIN_PASSWORD_LENGTH} characters. Give one, or leave --host out."
         )
     if importlib.util.find_spec("gradio") is None:
-        raise InputError("the chat page needs gradio, which is not installed. Run: pip install gradio==6.31.0")
+        raise UserError("the chat page needs gradio, which is not installed. Run: pip install gradio==6.31.0")
     from llmtuner.model.loading import load_for_evaluation
 
     with listen(host, port) as listener:
         loaded = {name: load_for_evaluation(directory) for name, directory in models.items()}
-        sessions = Sessions(loaded)
-        page = build(sessions, own_settings(list(models.values())[-1]), max_new_tokens)
+        sessions = SessionStore(loaded)
+        page = build_page(sessions, load_generation_settings(list(models.values())[-1]), max_new_tokens)
         name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         user = f"user name {USER}; " if password else ""
-        say(f"the chat page is at http://{name}:{listener.getsockname()[1]} ({user}Ctrl-C ends it)")
+        print0(f"the chat page is at http://{name}:{listener.getsockname()[1]} ({user}Ctrl-C ends it)")
         with suppress(KeyboardInterrupt):
             server(page, host, password).run(sockets=[listener])
         sessions.stop()
@@ -140,14 +140,14 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens at an address; port 0 is any free one.
 
     Raises:
-        InputError: if it cannot.
+        UserError: if it cannot.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
+        raise UserError(
             f"cannot listen at port {port} of {host} ({reason}). Name another one with --port, or end what uses it."
         ) from error
 
@@ -173,7 +173,7 @@ def server(page: "gr.Blocks", host: str, password: str | None) -> "uvicorn.Serve
     )
     # At the end there are always open connections, and uvicorn would call it an error to close them.
     config = uvicorn.Config(
-        Guard(app, host, password),
+        AccessMiddleware(app, host, password),
         log_level="critical",
         ws="none",
         timeout_graceful_shutdown=1,
@@ -184,7 +184,7 @@ def server(page: "gr.Blocks", host: str, password: str | None) -> "uvicorn.Serve
 
 
 @dataclass
-class Tries:
+class FailedLogins:
     """Wrong passwords from one address."""
 
     count: int = 0
@@ -197,38 +197,38 @@ class Tries:
 class LoginThrottle:
     """Bounds how fast passwords can be tried: by each address, with a growing delay, and by all addresses together.
 
-    During a delay passwords are not looked at, right or wrong; it is at most `LONGEST_DELAY`. Memory is bounded.
+    During a delay passwords are not looked at, right or wrong; it is at most `MAX_DELAY`. Memory is bounded.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._tries: dict[str, Tries] = {}  # the address that was used last stands last, as in `_known`
+        self._tries: dict[str, FailedLogins] = {}  # the address that was used last stands last, as in `_known`
         self._known: dict[str, None] = {}
-        self._all: deque[float] = deque(maxlen=TRIES_OF_ALL)
+        self._all: deque[float] = deque(maxlen=GLOBAL_ATTEMPTS)
 
     def delay(self, address: str) -> float:
         """Seconds until a password from this address is looked at again; 0 if it is now."""
-        now, tries = self.clock(), self._tries.get(_network(address), Tries())
-        over = tries.count - FREE_TRIES
-        own = min(FIRST_DELAY * 2.0 ** min(over, 30), LONGEST_DELAY) if over >= 0 else 0.0
+        now, tries = self.clock(), self._tries.get(_network(address), FailedLogins())
+        over = tries.count - FREE_ATTEMPTS
+        own = min(FIRST_DELAY * 2.0 ** min(over, 30), MAX_DELAY) if over >= 0 else 0.0
         until = tries.last + own
-        if len(self._all) == TRIES_OF_ALL and _network(address) not in self._known:
-            until = max(until, self._all[0] + SECONDS_OF_ALL)
+        if len(self._all) == GLOBAL_ATTEMPTS and _network(address) not in self._known:
+            until = max(until, self._all[0] + GLOBAL_PERIOD)
         return max(0.0, until - now)
 
-    def wrong(self, address: str, header: bytes) -> None:
+    def record_failure(self, address: str, header: bytes) -> None:
         """Counts a wrong password, unless it is the one that came last from there."""
         now, network = self.clock(), _network(address)
-        tries = self._tries.pop(network, Tries())
-        if now - tries.last > FORGIVEN_AFTER:
-            tries = Tries()
+        tries = self._tries.pop(network, FailedLogins())
+        if now - tries.last > RESET_AFTER:
+            tries = FailedLogins()
         self._tries[network] = tries
-        if header[:HEADER_KEPT] != tries.header:
-            self._tries[network] = Tries(tries.count + 1, now, header[:HEADER_KEPT])
+        if header[:MAX_HEADER_BYTES] != tries.header:
+            self._tries[network] = FailedLogins(tries.count + 1, now, header[:MAX_HEADER_BYTES])
             self._all.append(now)
         _keep_newest(self._tries)
 
-    def right(self, address: str) -> None:
+    def record_success(self, address: str) -> None:
         """Remembers that somebody at this address knows the password."""
         self._known.pop(_network(address), None)
         self._known[_network(address)] = None
@@ -245,11 +245,11 @@ def _network(address: str) -> str:
 
 
 def _keep_newest(addresses: dict[str, Any]) -> None:
-    while len(addresses) > ADDRESSES_KEPT:
+    while len(addresses) > MAX_ADDRESSES:
         del addresses[next(iter(addresses))]
 
 
-class Guard:
+class AccessMiddleware:
     """Stands before a web application: lets through only what its own page asks for, and only with the password.
 
     Gradio's login leaves a part of its routes open, and its check of origins lets in a foreign name that points to this
@@ -304,14 +304,14 @@ class Guard:
             if self.throttle.delay(address):
                 return 429
             if not hmac.compare_digest(given, self.authorization):
-                self.throttle.wrong(address, given)
+                self.throttle.record_failure(address, given)
                 return 401
-            self.throttle.right(address)
-        return None if path in PAGES or path.startswith(ROUTES) else 404
+            self.throttle.record_success(address)
+        return None if path in ALLOWED_PATHS or path.startswith(ALLOWED_PREFIXES) else 404
 
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """What a model says to one question, as far as it has come."""
 
     text: str = ""
@@ -326,7 +326,7 @@ class Answer:
         for text in stream:
             self.text = text
         self.seconds = time.perf_counter() - start
-        self.pieces = segment(tokenizer, self.text)
+        self.pieces = tokenize_for_display(tokenizer, self.text)
 
 
 @dataclass
@@ -334,16 +334,16 @@ class Turn:
     """A question and the answers of the models that were asked."""
 
     question: str
-    answers: dict[str, Answer]
+    answers: dict[str, StreamedAnswer]
     before: dict[str, int]
     """Messages that their dialogues held before; a dialogue forgets a question to which nothing was said."""
 
 
 @dataclass
-class Session:
+class BrowserSession:
     """What one tab of a browser and the models have said."""
 
-    dialogues: dict[str, Dialogue]
+    dialogues: dict[str, ChatSession]
     turns: list[Turn] = field(default_factory=list)
     busy: bool = False
     """Whether an answer is being given."""
@@ -354,17 +354,17 @@ class Session:
         """Asks some models at the same time; gives control back again and again while their answers come into `turns`.
 
         Raises:
-            InputError: at once, if the dialogue with one of them is too long; then none is asked.
+            UserError: at once, if the dialogue with one of them is too long; then none is asked.
         """
         streams = {}
         for name in names:
             self.dialogues[name].system = system
             try:
                 streams[name] = self.dialogues[name].ask(question, settings, max_new_tokens)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from error
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
         before = {name: len(self.dialogues[name].messages) for name in names}
-        turn = Turn(question, {name: Answer() for name in names}, before)
+        turn = Turn(question, {name: StreamedAnswer() for name in names}, before)
         self.turns.append(turn)
         return self._follow(turn, streams)
 
@@ -410,22 +410,22 @@ class Session:
             dialogue.clear()
 
 
-class Sessions:
+class SessionStore:
     """The dialogues of all tabs; each has its own, the models are the same."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self._all: dict[str, Session] = {}  # the one that was used last stands last
+        self._all: dict[str, BrowserSession] = {}  # the one that was used last stands last
         self._lock = threading.Lock()
 
-    def of(self, tab: str) -> Session:
+    def get(self, tab: str) -> BrowserSession:
         """The session of a tab, a new one if it has none; a tab whose connection was lost for a while finds its own."""
         with self._lock:
             session = self._all.pop(tab, None)
             if session is None:
-                session = Session({name: Dialogue(*model) for name, model in self.models.items()})
+                session = BrowserSession({name: ChatSession(*model) for name, model in self.models.items()})
             self._all[tab] = session
-            while len(self._all) > SESSIONS_KEPT:
+            while len(self._all) > MAX_SESSIONS:
                 self._all.pop(next(iter(self._all))).stop()
         return session
 
@@ -436,7 +436,7 @@ class Sessions:
                 session.stop()
 
 
-def show(name: str, turns: list[Turn]) -> str:
+def render_html(name: str, turns: list[Turn]) -> str:
     """A model's side of the page as HTML; everything that was said is text there, whatever it looks like."""
     parts = [f"<h2>{html.escape(name)}</h2>"]
     for turn in turns:
@@ -455,7 +455,7 @@ def show(name: str, turns: list[Turn]) -> str:
     return "".join(parts) if len(parts) > 1 else parts[0] + '<p class="empty">No question yet.</p>'
 
 
-def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) -> "gr.Blocks":
+def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_tokens: int) -> "gr.Blocks":
     """The page: a side for each model, the question below, and what can be set.
 
     Args:
@@ -466,7 +466,7 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
 
     names = list(sessions.models)
     chat = names[-1]
-    start = {**NEUTRAL, **settings}
+    start = {**GENERATION_DEFAULTS, **settings}
     longest = int(sessions.models[chat][0].config.max_position_embeddings)
 
     with gr.Blocks(title="Chat", analytics_enabled=False, fill_width=True) as page:
@@ -474,7 +474,7 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
             sides = {}
             for name in names:
                 with gr.Column(min_width=300, elem_classes="dialogue") as column:
-                    sides[name] = column, gr.HTML(show(name, []), elem_id=name, js_on_load=FOLLOW)
+                    sides[name] = column, gr.HTML(render_html(name, []), elem_id=name, js_on_load=FOLLOW)
         question = gr.Textbox(
             "",
             show_label=False,
@@ -506,10 +506,10 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
         views = {name: view for name, (_, view) in sides.items()}
         usable = {send: False, stop: True, undo: False, clear: False}  # while an answer comes; else the other way round
 
-        def texts(session: Session) -> dict[Any, Any]:
-            return {view: show(name, session.turns) for name, view in views.items()}
+        def texts(session: BrowserSession) -> dict[Any, Any]:
+            return {view: render_html(name, session.turns) for name, view in views.items()}
 
-        def everything(session: Session) -> dict[Any, Any]:
+        def everything(session: BrowserSession) -> dict[Any, Any]:
             buttons = {one: gr.Button(interactive=while_busy == session.busy) for one, while_busy in usable.items()}
             return {**texts(session), **buttons}
 
@@ -524,7 +524,7 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
             tokens: int,
             request: gr.Request,
         ) -> Iterator[Any]:
-            session = sessions.of(str(request.session_hash))
+            session = sessions.get(str(request.session_hash))
             if session.busy or not asked.strip():
                 yield gr.skip()
                 return
@@ -538,7 +538,7 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
                 for _ in coming:
                     yield texts(session)
             except Exception as error:
-                if not isinstance(error, InputError):
+                if not isinstance(error, UserError):
                     traceback.print_exc()
                 gr.Warning(html.escape(str(error)), duration=None)
                 yield {**texts(session), question: asked}
@@ -546,19 +546,19 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
                 session.busy = False
 
         def look(request: gr.Request) -> dict[Any, Any]:
-            return everything(sessions.of(str(request.session_hash)))
+            return everything(sessions.get(str(request.session_hash)))
 
         def stop_it(request: gr.Request) -> None:
-            sessions.of(str(request.session_hash)).stop()
+            sessions.get(str(request.session_hash)).stop()
 
         def undo_it(request: gr.Request) -> dict[Any, Any]:
-            session = sessions.of(str(request.session_hash))
+            session = sessions.get(str(request.session_hash))
             if not session.busy:
                 session.undo()
             return everything(session)
 
         def clear_it(request: gr.Request) -> dict[Any, Any]:
-            session = sessions.of(str(request.session_hash))
+            session = sessions.get(str(request.session_hash))
             if not session.busy:
                 session.clear()
             return everything(session)
@@ -570,7 +570,7 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
             answer,
             set_here,
             [*shown, question],
-            concurrency_limit=QUESTIONS_AT_A_TIME,
+            concurrency_limit=MAX_CONCURRENT_QUESTIONS,
             show_progress="minimal",
             show_progress_on=question,
             api_visibility="private",
@@ -584,5 +584,5 @@ def build(sessions: Sessions, settings: Mapping[str, Any], max_new_tokens: int) 
         others = [column for name, (column, _) in sides.items() if name != chat]
         alone.change(lambda on: {one: gr.Column(visible=not on) for one in others}, alone, others, **at_once)
         sampled.change(lambda on: [gr.Slider(interactive=on)] * 2, sampled, [temperature, top_p], **at_once)
-    page.queue(max_size=QUESTIONS_WAITING)  # gradio's page says that it is busy when the line is full
+    page.queue(max_size=MAX_QUEUED_QUESTIONS)  # gradio's page says that it is busy when the line is full
     return page

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llmtuner.console import InputError
-from llmtuner.data.sources import Source, find_source, is_held_out, read_texts
+from llmtuner.console import UserError
+from llmtuner.data.sources import DatasetAttr, get_dataset_attr, is_validation, read_texts
 
 
 def held_out_texts(
@@ -21,34 +21,34 @@ def held_out_texts(
         max_bytes: UTF-8 bytes of all texts together, at most.
 
     Raises:
-        InputError: if there is neither a test file nor a training set, or no document in them.
+        UserError: if there is neither a test file nor a training set, or no document in them.
     """
     found: list[Iterable[str]] = []
     problems = []
     try:
-        tests = find_source(test_set, dataset_info, corpus_dir)
+        tests = get_dataset_attr(test_set, dataset_info, corpus_dir)
         found = [read_texts(replace(tests, files=(file,))) for file in tests.files] or [read_texts(tests)]
-    except InputError as error:
+    except UserError as error:
         problems.append(str(error))
         for name in training_sets:
             try:
-                found.append(_held_out_documents(find_source(name, dataset_info, corpus_dir), share))
-            except InputError as error:
+                found.append(_held_out_documents(get_dataset_attr(name, dataset_info, corpus_dir), share))
+            except UserError as error:
                 problems.append(str(error))
     if not found:
-        raise InputError("there is no text to measure with:\n  " + "\n  ".join(problems))
-    texts = [text for part in found for text in up_to_bytes(part, max_bytes // len(found))]
+        raise UserError("there is no text to measure with:\n  " + "\n  ".join(problems))
+    texts = [text for part in found for text in take_bytes(part, max_bytes // len(found))]
     if not texts:
-        raise InputError(
+        raise UserError(
             f"there is no text to measure with: none of the documents of {', '.join(training_sets)} in {corpus_dir} "
             f"is in the held-out {share:.0%}. Put more there, or files of {test_set}."
         )
     return texts
 
 
-def training_documents(source: Source, share: float) -> Iterator[str]:
+def training_documents(source: DatasetAttr, share: float) -> Iterator[str]:
     """The documents of a training set that steps may learn from: all but the held-out share."""
-    return (text for text in read_texts(source) if not is_held_out(text, share))
+    return (text for text in read_texts(source) if not is_validation(text, share))
 
 
 def reference_documents(
@@ -62,9 +62,9 @@ def reference_documents(
         max_bytes: UTF-8 bytes of all texts together, at most.
 
     Raises:
-        InputError: at once, if a data set is nowhere to be found.
+        UserError: at once, if a data set is nowhere to be found.
     """
-    sources = [find_source(name, dataset_info, corpus_dir) for name in names]
+    sources = [get_dataset_attr(name, dataset_info, corpus_dir) for name in names]
     parts = [replace(source, files=(file,)) for source in sources for file in source.files]
     parts.sort(key=lambda source: Path(source.files[0]).stat().st_size)
     parts += [source for source in sources if not source.files]  # from the hub
@@ -72,18 +72,18 @@ def reference_documents(
     def documents() -> Iterator[str]:
         left = max_bytes
         for number, part in enumerate(parts):
-            for text in up_to_bytes(training_documents(part, share), left // (len(parts) - number)):
+            for text in take_bytes(training_documents(part, share), left // (len(parts) - number)):
                 left -= len(text.encode())
                 yield text
 
     return documents()
 
 
-def _held_out_documents(source: Source, share: float) -> Iterator[str]:
-    return (text for text in read_texts(source) if is_held_out(text, share))
+def _held_out_documents(source: DatasetAttr, share: float) -> Iterator[str]:
+    return (text for text in read_texts(source) if is_validation(text, share))
 
 
-def up_to_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+def take_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """The first texts of a stream, `max_bytes` in UTF-8 at most; the last one is cut to fit."""
     left = max_bytes
     for text in texts:

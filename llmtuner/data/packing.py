@@ -16,34 +16,34 @@ import numpy
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from llmtuner.data.template import IGNORE, Template
-from llmtuner.data.tokens import Examples
+from llmtuner.data.template import IGNORE_INDEX, Template
+from llmtuner.data.token_store import TokenizedDataset
 
 Sequence = dict[str, numpy.ndarray]  # input_ids, labels, position_ids: int64 [tokens]; rows: int64 [documents in it]
 
 
-class Pool:
+class ConcatTokenDataset:
     """The rows of several tokenized data sets under one numbering: those of the first, then those of the second, ..."""
 
-    def __init__(self, sets: list[Examples]) -> None:
-        self.sets = sets
-        self.starts = numpy.cumsum([0, *(len(one.table) for one in sets)])
-        self.lengths = numpy.concatenate([one.table.lengths for one in sets])
-        self.held_out_elsewhere = [0] * len(sets)
+    def __init__(self, datasets: list[TokenizedDataset]) -> None:
+        self.datasets = datasets
+        self.offsets = numpy.cumsum([0, *(len(one.store) for one in datasets)])
+        self.lengths = numpy.concatenate([one.store.lengths for one in datasets])
+        self.held_out_elsewhere = [0] * len(datasets)
         """Rows of each data set that are not trained on because their text is held out of another one."""
 
-    def find(self, row: int) -> tuple[Examples, int]:
-        """The data set that a row of the pool belongs to, and its number there."""
-        which = int(numpy.searchsorted(self.starts, row, side="right")) - 1
-        return self.sets[which], row - int(self.starts[which])
+    def locate(self, row: int) -> tuple[TokenizedDataset, int]:
+        """The data set that a row of the token_dataset belongs to, and its number there."""
+        which = int(numpy.searchsorted(self.offsets, row, side="right")) - 1
+        return self.datasets[which], row - int(self.offsets[which])
 
-    def origin(self, row: int) -> str:
-        """File and line that a row of the pool comes from."""
-        examples, number = self.find(row)
-        return f"{examples.name}: {examples.origin(number)}"
+    def describe_document(self, row: int) -> str:
+        """File and line that a row of the token_dataset comes from."""
+        examples, number = self.locate(row)
+        return f"{examples.name}: {examples.source_of(number)}"
 
 
-def mix(
+def interleave(
     rows: list[numpy.ndarray],
     weights: numpy.ndarray,
     shares: list[float],
@@ -59,7 +59,7 @@ def mix(
 
     Args:
         rows: of each data set, the rows to draw from.
-        weights: what each row of the pool counts for: its tokens, its bytes, or 1.
+        weights: what each row of the token_dataset counts for: its tokens, its bytes, or 1.
         shuffle: false takes the rows of each data set in their order.
     """
     permute = numpy.random.default_rng(seed).permutation if shuffle else numpy.asarray
@@ -79,28 +79,28 @@ def mix(
 
 
 @dataclass(frozen=True)
-class Segments:
+class PackIndex:
     """Which part of which row stands where: segment i is tokens `starts[i]:stops[i]` of `rows[i]`, in sequence
     `sequence[i]`; segments of a sequence follow one another."""
 
-    rows: numpy.ndarray
+    doc_ids: numpy.ndarray
     starts: numpy.ndarray
     stops: numpy.ndarray
-    sequence: numpy.ndarray
-    cut: int = 0
+    sequence_ids: numpy.ndarray
+    num_truncated: int = 0
     """Dialogues longer than a sequence, of which a part is kept."""
-    dropped: int = 0
+    num_dropped: int = 0
     """Dialogues of which the part that fits holds no target token."""
-    heads: numpy.ndarray | int = 0
+    head_lens: numpy.ndarray | int = 0
     """How many tokens of the beginning of its row precede each segment, as one document with it."""
 
     @property
     def lengths(self) -> numpy.ndarray:
         """Tokens of each segment, its head included."""
-        return self.heads + self.stops - self.starts
+        return self.head_lens + self.stops - self.starts
 
 
-def block_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> Segments:
+def concat_and_chunk(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> PackIndex:
     """Documents one after another, cut into sequences of `cutoff_len` tokens; only the last may be shorter.
 
     A document that does not fit goes on in the next sequence as if it began there. No token is left out.
@@ -111,26 +111,26 @@ def block_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int
     begins = edges[:-1] if len(edges) else edges
     which = numpy.searchsorted(ends, begins, side="right")
     offset = begins - (ends[which] - lengths[order[which]])
-    return Segments(order[which], offset, offset + numpy.diff(edges), begins // cutoff_len)
+    return PackIndex(order[which], offset, offset + numpy.diff(edges), begins // cutoff_len)
 
 
-def single_segments(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> Segments:
+def one_per_sequence(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> PackIndex:
     """Each document in sequences of its own: as many as its length needs."""
     counts = -(-lengths[order] // cutoff_len)
     rows = numpy.repeat(order, counts)
     part = numpy.arange(len(rows)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
     starts = part * cutoff_len
-    return Segments(rows, starts, numpy.minimum(starts + cutoff_len, lengths[rows]), numpy.arange(len(rows)))
+    return PackIndex(rows, starts, numpy.minimum(starts + cutoff_len, lengths[rows]), numpy.arange(len(rows)))
 
 
-def bin_segments(
+def pack_best_fit(
     order: numpy.ndarray,
-    pool: Pool,
+    token_dataset: ConcatTokenDataset,
     cutoff_len: int,
     packed: bool = True,
     in_order: bool = False,
     keep_last_answer: Template | None = None,
-) -> Segments:
+) -> PackIndex:
     """Whole dialogues, packed by best-fit decreasing into sequences of at most `cutoff_len` tokens.
 
     `in_order` keeps their order instead: a sequence ends where the next dialogue does not fit.
@@ -141,15 +141,15 @@ def bin_segments(
         keep_last_answer: given the template, a longer dialogue keeps what `last_turns` says instead.
     """
     starts, heads = numpy.zeros_like(order), numpy.zeros_like(order)
-    stops = numpy.minimum(pool.lengths[order], cutoff_len)
-    long = numpy.flatnonzero(pool.lengths[order] > cutoff_len)
+    stops = numpy.minimum(token_dataset.lengths[order], cutoff_len)
+    long = numpy.flatnonzero(token_dataset.lengths[order] > cutoff_len)
     dropped = []
     for place in long.tolist():
-        ids, labels = _row(pool, int(order[place]))
+        ids, labels = _row(token_dataset, int(order[place]))
         if keep_last_answer:
             heads[place], starts[place], stops[place] = last_turns(ids, cutoff_len, keep_last_answer)
         # The first token of a sequence is never a target.
-        if (labels[max(1, starts[place]) : stops[place]] == IGNORE).all():
+        if (labels[max(1, starts[place]) : stops[place]] == IGNORE_INDEX).all():
             dropped.append(place)
     order, starts, stops, heads = (numpy.delete(values, dropped) for values in (order, starts, stops, heads))
     lengths = heads + stops - starts
@@ -157,7 +157,7 @@ def bin_segments(
     bins = pack(lengths, cutoff_len) if packed else numpy.arange(len(order))
     sorting = numpy.argsort(bins, kind="stable")
     order, starts, stops, heads = (values[sorting] for values in (order, starts, stops, heads))
-    return Segments(order, starts, stops, bins[sorting], len(long), len(dropped), heads)
+    return PackIndex(order, starts, stops, bins[sorting], len(long), len(dropped), heads)
 
 
 def last_turns(ids: numpy.ndarray, cutoff_len: int, template: Template) -> tuple[int, int, int]:
@@ -220,65 +220,74 @@ def next_fit(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
     return bins
 
 
-class PackedSequences(TorchDataset):
+class PackedDataset(TorchDataset):
     """The sequences that segments make up.
 
     Args:
-        prefix: tokens at the start of a document that are never a target.
-        isolated: false lets attention and positions run across the documents of a sequence.
+        prefix_len: tokens at the start of a document that are never a target.
+        block_diagonal: false lets attention and positions run across the documents of a sequence.
     """
 
-    def __init__(self, pool: Pool, segments: Segments, prefix: int = 0, isolated: bool = True) -> None:
-        self.pool, self.segments, self.prefix, self.isolated = pool, segments, prefix, isolated
-        count = int(segments.sequence[-1]) + 1 if len(segments.sequence) else 0
-        self.first = numpy.searchsorted(segments.sequence, numpy.arange(count + 1))
-        self.tokens = int(segments.lengths.sum())
+    def __init__(
+        self, token_dataset: ConcatTokenDataset, segments: PackIndex, prefix_len: int = 0, block_diagonal: bool = True
+    ) -> None:
+        self.token_dataset, self.pack_index, self.prefix_len, self.block_diagonal = (
+            token_dataset,
+            segments,
+            prefix_len,
+            block_diagonal,
+        )
+        count = int(segments.sequence_ids[-1]) + 1 if len(segments.sequence_ids) else 0
+        self.first = numpy.searchsorted(segments.sequence_ids, numpy.arange(count + 1))
+        self.num_tokens = int(segments.lengths.sum())
 
-    def of_dataset(self, place: int) -> "PackedSequences":
-        """What one data set of the pool, by its place, gives to these sequences: its segments, where they stand."""
-        segments = self.segments
-        own = numpy.searchsorted(self.pool.starts, segments.rows, side="right") - 1 == place
-        sequence = numpy.unique(segments.sequence[own], return_inverse=True)[1]
-        parts = (segments.rows[own], segments.starts[own], segments.stops[own], sequence)
-        heads = numpy.broadcast_to(segments.heads, own.shape)[own]
-        return PackedSequences(self.pool, Segments(*parts, heads=heads), self.prefix, self.isolated)
+    def select_dataset(self, place: int) -> "PackedDataset":
+        """What one data set of the token_dataset, by its place, gives to these sequences: its segments, where they stand."""
+        segments = self.pack_index
+        own = numpy.searchsorted(self.token_dataset.offsets, segments.doc_ids, side="right") - 1 == place
+        sequence = numpy.unique(segments.sequence_ids[own], return_inverse=True)[1]
+        parts = (segments.doc_ids[own], segments.starts[own], segments.stops[own], sequence)
+        heads = numpy.broadcast_to(segments.head_lens, own.shape)[own]
+        return PackedDataset(
+            self.token_dataset, PackIndex(*parts, head_lens=heads), self.prefix_len, self.block_diagonal
+        )
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def __getitem__(self, number: int) -> Sequence:
         places = slice(int(self.first[number]), int(self.first[number + 1]))
-        own = self.segments
-        rows, heads = own.rows[places], numpy.broadcast_to(own.heads, own.rows.shape)[places]
+        own = self.pack_index
+        rows, heads = own.doc_ids[places], numpy.broadcast_to(own.head_lens, own.doc_ids.shape)[places]
         spans = zip(heads.tolist(), own.starts[places].tolist(), own.stops[places].tolist(), strict=True)
         parts = []
         for row, (head, start, stop) in zip(rows.tolist(), spans, strict=True):
-            ids, labels = _row(self.pool, row)
+            ids, labels = _row(self.token_dataset, row)
             labels = labels if len(labels) else ids
             if head:
                 ids, labels = (numpy.concatenate([values[:head], values[start:stop]]) for values in (ids, labels))
             else:
                 ids, labels = ids[start:stop], labels[start:stop]
             labels = labels.astype(numpy.int64)
-            labels[: max(1, self.prefix - start)] = IGNORE  # the first token of a part has no context
+            labels[: max(1, self.prefix_len - start)] = IGNORE_INDEX  # the first token of a part has no context
             parts.append((ids, labels))
         lengths = [len(ids) for ids, _ in parts]
         return {
             "input_ids": numpy.concatenate([ids for ids, _ in parts]).astype(numpy.int64),
             "labels": numpy.concatenate([labels for _, labels in parts]),
             "position_ids": numpy.concatenate([numpy.arange(size) for size in lengths])
-            if self.isolated
+            if self.block_diagonal
             else numpy.arange(sum(lengths)),
-            "rows": rows,
+            "doc_ids": rows,
         }
 
 
-def _row(pool: Pool, row: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    examples, number = pool.find(row)
-    return examples.table.ids(number), examples.table.labels(number)
+def _row(token_dataset: ConcatTokenDataset, row: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    examples, number = token_dataset.locate(row)
+    return examples.store.ids(number), examples.store.labels(number)
 
 
-class FilledUp(TorchDataset):
+class PadToMultiple(TorchDataset):
     """A data set with empty sequences behind it, up to a multiple of the batch of all processes.
 
     Without them the last batch of an epoch would be filled with sequences that were trained already.
@@ -296,16 +305,16 @@ class FilledUp(TorchDataset):
         if number < len(self.dataset):
             return self.dataset[number]
         nothing = numpy.zeros(0, dtype=numpy.int64)
-        return {"input_ids": nothing, "labels": nothing, "position_ids": nothing, "rows": nothing}
+        return {"input_ids": nothing, "labels": nothing, "position_ids": nothing, "doc_ids": nothing}
 
 
-class PackedCollator:
+class PackedDataCollator:
     """Stacks sequences into a batch; what little padding there is forms blocks of its own and is not trained.
 
     A batch holds `input_ids`, `labels`, `position_ids`, each int64 (sequences, longest); `trained`, the places in the
     flattened batch whose next token is trained, int64, so that no device has to be asked how many there are; `documents`, of
     each sequence the lengths of the blocks that see one another; `padding`, a number of tokens; and `rows`, the documents of
-    each sequence by their number in the pool.
+    each sequence by their number in the token_dataset.
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -313,7 +322,7 @@ class PackedCollator:
 
     def __call__(self, sequences: list[Sequence]) -> dict[str, Any]:
         longest = max(2, *(len(one["input_ids"]) for one in sequences))
-        fillers = {"input_ids": self.pad_id, "labels": IGNORE, "position_ids": 0}
+        fillers = {"input_ids": self.pad_id, "labels": IGNORE_INDEX, "position_ids": 0}
         batch: dict[str, Any] = {key: torch.full((len(sequences), longest), filler) for key, filler in fillers.items()}
         batch["position_ids"] += torch.arange(longest)
         for place, one in enumerate(sequences):
@@ -321,11 +330,13 @@ class PackedCollator:
             for key in fillers:
                 batch[key][place, :size] = torch.from_numpy(one[key])
             batch["position_ids"][place, size:] -= size
-        batch["trained"] = (batch["labels"][:, 1:].flatten() != IGNORE).nonzero().flatten()
-        batch["trained"] += batch["trained"] // (longest - 1)  # a sequence has one place more than it has next tokens
-        batch["documents"] = [_block_lengths(positions) for positions in batch["position_ids"].numpy()]
-        batch["padding"] = sum(longest - len(one["input_ids"]) for one in sequences)
-        batch["rows"] = [one["rows"] for one in sequences]
+        batch["loss_indices"] = (batch["labels"][:, 1:].flatten() != IGNORE_INDEX).nonzero().flatten()
+        batch["loss_indices"] += batch["loss_indices"] // (
+            longest - 1
+        )  # a sequence has one place more than it has next tokens
+        batch["seq_lens"] = [_block_lengths(positions) for positions in batch["position_ids"].numpy()]
+        batch["num_padding"] = sum(longest - len(one["input_ids"]) for one in sequences)
+        batch["doc_ids"] = [one["doc_ids"] for one in sequences]
         return batch
 
 

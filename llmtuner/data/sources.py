@@ -15,18 +15,18 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from llmtuner.console import InputError, say
-from llmtuner.outputs import checksum
+from llmtuner.console import UserError, print0
+from llmtuner.files import checksum
 
-FILE_KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+FILE_TYPES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of all kinds but parquet, which compresses by itself
-KINDS_TEXT = f"{', '.join(FILE_KINDS)}; all but parquet also with {' or '.join(COMPRESSIONS)}"
+SUPPORTED_FILES = f"{', '.join(FILE_TYPES)}; all but parquet also with {' or '.join(COMPRESSIONS)}"
 FORMATTINGS = ("alpaca", "sharegpt")
 # What one document of a .txt file is; names and default are those of Hugging Face's text loader.
 SAMPLE_BY = {"line": "a line", "paragraph": "a block of lines between blank ones", "document": "a whole file"}
-MAX_READ_ERRORS = 0.05  # share of a corpus's rows that `read_texts` leaves out because they cannot be read
-MAX_CSV_ROW = 1 << 26  # characters; a longer row is taken for an unclosed quote, so that memory stays bounded
-HUB_TIMEOUT = 10  # seconds
+MAX_UNREADABLE_RATIO = 0.05  # share of a corpus's rows that `read_texts` leaves out because they cannot be read
+MAX_CSV_ROW_CHARS = 1 << 26  # characters; a longer row is taken for an unclosed quote, so that memory stays bounded
+HUB_TIMEOUT_SECONDS = 10  # seconds
 # What LLaMA-Factory takes where an entry says nothing else.
 DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 DEFAULT_TAGS = {
@@ -39,19 +39,19 @@ DEFAULT_TAGS = {
     "system_tag": "system",
 }
 KNOWN_COLUMNS = (*DEFAULT_COLUMNS, "history", "system", "tools")
-KINDS: dict[type, str] = {int: "a whole number above 0", dict: "an object of the form {KEY: VALUE}", str: "text"}
+VALUE_TYPES: dict[type, str] = {int: "a whole number above 0", dict: "an object of the form {KEY: VALUE}", str: "text"}
 # Hubs that are not asked, and a checksum that LLaMA-Factory does not insist on: they may stand beside a place to read.
-PASSED_OVER = ("ms_hub_url", "om_hub_url", "file_sha1")
+IGNORED_KEYS = ("ms_hub_url", "om_hub_url", "file_sha1")
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetAttr:
     """One entry of `dataset_info.json`, with LLaMA-Factory's keys, and where its rows were found."""
 
     name: str
     files: tuple[str, ...]
     """Local files; empty when the rows come from the hub."""
-    looked_for: str = ""
+    search_path: str = ""
     """Where local files would be: directory and pattern."""
     hf_hub_url: str | None = None
     subset: str | None = None
@@ -66,12 +66,12 @@ class Source:
     """role of a column -> its name in the files, or a list of names of which the first that exists is taken."""
     tags: dict[str, str] = field(default_factory=dict)
     """Names used inside sharegpt messages, where they are not `DEFAULT_TAGS`."""
-    keep_rows: dict[str, Any] = field(default_factory=dict)
+    row_filter: dict[str, Any] = field(default_factory=dict)
     """Only rows with these column values are used."""
     sample_by: str = "line"
     """What one document of a .txt file is: `line`, `paragraph` (lines between blank lines) or `document` (the file)."""
 
-    def names(self, role: str) -> list[str]:
+    def column_names(self, role: str) -> list[str]:
         """Names that the column with this role may have; none if the rows have no such column."""
         if role not in self._names:
             configured = self.columns.get(role)
@@ -82,46 +82,46 @@ class Source:
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
-        """What `names` has answered: it is asked five times for each row."""
+        """What `column_names` has answered: it is asked five times for each row."""
         return {}
 
-    def column(self, role: str, available: Any) -> str:
+    def resolve_column(self, role: str, available: Any) -> str:
         """The name of the column that plays `role`, given the names there are.
 
         Raises:
-            InputError: if none of the configured names is there.
+            UserError: if none of the configured names is there.
         """
-        names = self.names(role)
+        names = self.column_names(role)
         for name in names:
             if name in available:
                 return name
         if not names:
-            raise InputError(
+            raise UserError(
                 f"data set {self.name}: `columns` in dataset_info.json names no column for {role!r}; "
-                f"{self.where()} has {', '.join(map(repr, available))}."
+                f"{self.describe_locations()} has {', '.join(map(repr, available))}."
             )
-        raise InputError(
-            f"data set {self.name}: {self.where()} has no column {' or '.join(map(repr, names))}; "
+        raise UserError(
+            f"data set {self.name}: {self.describe_locations()} has no column {' or '.join(map(repr, names))}; "
             f"it has {', '.join(map(repr, available))}. Rename it, or name it under `columns` in dataset_info.json."
         )
 
-    def places(self) -> tuple[str, ...]:
+    def locations(self) -> tuple[str, ...]:
         """What `Row.file` counts in."""
         return self.files or (f"hub data set {self.hf_hub_url}",)
 
-    def where(self) -> str:
-        return ", ".join(self.places())
+    def describe_locations(self) -> str:
+        return ", ".join(self.locations())
 
-    def sample_note(self) -> str:
+    def describe_sample_by(self) -> str:
         """Says what one document of the .txt files is; empty if there are none."""
-        if not any(file_kind(file) == ".txt" for file in self.files):
+        if not any(file_type(file) == ".txt" for file in self.files):
             return ""
         return f"one document of a .txt file is {SAMPLE_BY[self.sample_by]} (sample_by: {', '.join(SAMPLE_BY)})"
 
-    def keeps(self, values: dict[str, Any]) -> bool:
-        """Whether a row has the values that `keep_rows` asks for."""
-        return not self.keep_rows or all(
-            _equal(values.get(column), wanted) for column, wanted in self.keep_rows.items()
+    def matches_filter(self, values: dict[str, Any]) -> bool:
+        """Whether a row has the values that `row_filter` asks for."""
+        return not self.row_filter or all(
+            _equal(values.get(column), wanted) for column, wanted in self.row_filter.items()
         )
 
     def fingerprint(self) -> str:
@@ -137,62 +137,62 @@ class Row(NamedTuple):
     """One row and where it came from."""
 
     file: int
-    """Position in `Source.places()`."""
+    """Position in `DatasetAttr.locations()`."""
     line: int
     """From 1: the line on which a row of jsonl, csv or txt begins, else the number of the row."""
     values: dict[str, Any]
-    problem: str = ""
+    error: str = ""
     """Why the row cannot be read; `values` are empty then."""
 
 
-def find_source(name: str, dataset_info: Path, corpus_dir: Path) -> Source:
+def get_dataset_attr(name: str, dataset_info: Path, corpus_dir: Path) -> DatasetAttr:
     """Looks a data set up: files in `corpus_dir` first, then the hub.
 
     `REMOTE:ORG/NAME`, or `ORG/NAME` where the directory of `dataset_info` is called ONLINE, is a data set of the hub
     with LLaMA-Factory's default columns; it needs no entry.
 
     Raises:
-        InputError: if the name is unknown, its entry cannot be followed, there is neither a file nor a hub id, or
+        UserError: if the name is unknown, its entry cannot be followed, there is neither a file nor a hub id, or
             `corpus_dir` holds no file of any entry, for then the hub is not asked.
     """
     if name.startswith("REMOTE:") or str(dataset_info.parent) == "ONLINE":
-        return Source(name=name, files=(), hf_hub_url=name.removeprefix("REMOTE:"))
+        return DatasetAttr(name=name, files=(), hf_hub_url=name.removeprefix("REMOTE:"))
     entries = _read_dataset_info(dataset_info)
     if name not in entries:
         import difflib
 
         near = difflib.get_close_matches(name, entries, n=1)
         hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(entries)}."
-        raise InputError(f"data set {name!r} is not described in {dataset_info}.{hint}")
-    entry = _known_keys(entries[name], f"{dataset_info}: entry {name!r}")
+        raise UserError(f"data set {name!r} is not described in {dataset_info}.{hint}")
+    entry = _validate_entry(entries[name], f"{dataset_info}: entry {name!r}")
     pattern = entry.pop("file_name", None)
     files, skipped = _local_files(corpus_dir, pattern) if pattern else ((), "")
     place, where_else = f"{corpus_dir}/{pattern}", "corpus_dir (in the steps: CORPUS_DIR)"
     if not files and not entry.get("hf_hub_url"):
-        raise InputError(
-            f"data set {name}: no file {place} (of kind {KINDS_TEXT}).{skipped} "
+        raise UserError(
+            f"data set {name}: no file {place} (of kind {SUPPORTED_FILES}).{skipped} "
             f"Put it there, or change {where_else} or {dataset_info}."
         )
-    if not files and pattern and not _holds_any(corpus_dir, entries, dataset_info):
-        raise InputError(  # the wrong directory was set
+    if not files and pattern and not _contains_any_dataset(corpus_dir, entries, dataset_info):
+        raise UserError(  # the wrong directory was set
             f"data set {name}: no file {place}, nor one of any other data set in {dataset_info}.{skipped} Put files there, "
             f"or set {where_else} to another directory. The hub is read where no directory is set, and for data sets that "
             "are missing beside others."
         )
     if skipped:
-        _say_once(f"data set {name}: {place}:{skipped} Kinds that are read: {KINDS_TEXT}.")
+        _print_once(f"data set {name}: {place}:{skipped} Kinds that are read: {SUPPORTED_FILES}.")
     if pattern and not files:
-        _say_once(f"data set {name}: no file {place}; reading {entry['hf_hub_url']} from the hub")
-    return Source(name=name, files=files, looked_for=f"{corpus_dir}/{pattern}" if pattern else "", **entry)
+        _print_once(f"data set {name}: no file {place}; reading {entry['hf_hub_url']} from the hub")
+    return DatasetAttr(name=name, files=files, search_path=f"{corpus_dir}/{pattern}" if pattern else "", **entry)
 
 
 @cache
-def _say_once(message: str) -> None:
+def _print_once(message: str) -> None:
     """Prints what concerns a data set once, however often it is looked up."""
-    say(message)
+    print0(message)
 
 
-def _holds_any(corpus_dir: Path, entries: dict[str, Any], dataset_info: Path) -> bool:
+def _contains_any_dataset(corpus_dir: Path, entries: dict[str, Any], dataset_info: Path) -> bool:
     """False if a directory was named for texts, beside that of `dataset_info`, and holds no file of any entry."""
     if not corpus_dir.is_dir() or corpus_dir.resolve() == dataset_info.parent.resolve():
         return True
@@ -205,52 +205,50 @@ def _read_dataset_info(path: Path) -> dict[str, Any]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if str(path).startswith("REMOTE:"):
-            raise InputError(
+            raise UserError(
                 f"dataset_dir {path.parent}: a dataset_info.json on the hub is not read. Download it and set dataset_dir "
                 "to its directory, or set dataset to REMOTE:ORG/NAME for a single data set of the hub."
             ) from error
-        raise InputError(
+        raise UserError(
             f"{path} does not exist. It describes the data sets; set dataset_dir to its directory."
         ) from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(entries, dict):
-        raise InputError(f"{path} is not a JSON object of the form {{NAME: {{KEY: VALUE}}}}.")
+        raise UserError(f"{path} is not a JSON object of the form {{NAME: {{KEY: VALUE}}}}.")
     return entries
 
 
-def _known_keys(entry: Any, place: str) -> dict[str, Any]:
+def _validate_entry(entry: Any, place: str) -> dict[str, Any]:
     """A copy of an entry with those keys that can be honoured; keys set to nothing go.
 
     Raises:
-        InputError: names the entry and the key that cannot be honoured.
+        UserError: names the entry and the key that cannot be honoured.
     """
     if not isinstance(entry, dict):
-        raise InputError(f"{place} is not a JSON object of the form {{KEY: VALUE}}.")
+        raise UserError(f"{place} is not a JSON object of the form {{KEY: VALUE}}.")
     entry = {key: value for key, value in entry.items() if value not in (None, False, "")}
     has_place = "hf_hub_url" in entry or "file_name" in entry
-    for key in PASSED_OVER if has_place else ():
+    for key in IGNORED_KEYS if has_place else ():
         entry.pop(key, None)
-    known = {"file_name", *Source.__dataclass_fields__} - {"name", "files", "looked_for"}
+    known = {"file_name", *DatasetAttr.__dataclass_fields__} - {"name", "files", "search_path"}
     for inside, keys in (("", known), ("columns", set(KNOWN_COLUMNS)), ("tags", set(DEFAULT_TAGS))):
         given = entry.get(inside, {}) if inside else entry
         for key in given if isinstance(given, dict) else ():
             if key not in keys and given[key]:
                 where = f"key {key!r}" + (f" under `{inside}`" if inside else "")
-                raise InputError(
-                    f"{place} has the {where}, which cannot be honoured. Known: {', '.join(sorted(keys))}."
-                )
+                raise UserError(f"{place} has the {where}, which cannot be honoured. Known: {', '.join(sorted(keys))}.")
     if not has_place:
-        raise InputError(f"{place} names neither file_name nor hf_hub_url: there is nothing to read.")
+        raise UserError(f"{place} names neither file_name nor hf_hub_url: there is nothing to read.")
     for key, value in entry.items():
-        kind: type = int if key == "num_samples" else dict if key in ("columns", "tags", "keep_rows") else str
+        kind: type = int if key == "num_samples" else dict if key in ("columns", "tags", "row_filter") else str
         if type(value) is not kind or (isinstance(value, int) and value < 1):
-            raise InputError(f"{place}: {key} is {value!r}; it must be {KINDS[kind]}.")
+            raise UserError(f"{place}: {key} is {value!r}; it must be {VALUE_TYPES[kind]}.")
     for key, known_values in (("formatting", FORMATTINGS), ("sample_by", tuple(SAMPLE_BY))):
         if entry.get(key, known_values[0]) not in known_values:
-            raise InputError(f"{place}: {key} {entry[key]!r} is unknown; use {' or '.join(known_values)}.")
+            raise UserError(f"{place}: {key} {entry[key]!r} is unknown; use {' or '.join(known_values)}.")
     return entry
 
 
@@ -264,32 +262,32 @@ def _local_files(corpus_dir: Path, file_name: str) -> tuple[tuple[str, ...], str
     else:
         found = glob.glob(os.path.join(glob.escape(str(corpus_dir)), file_name), recursive=True)
     found.sort()
-    others = [os.path.basename(path) for path in found if file_kind(path) not in FILE_KINDS and os.path.isfile(path)]
+    others = [os.path.basename(path) for path in found if file_type(path) not in FILE_TYPES and os.path.isfile(path)]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5:,} more" if others[5:] else "")
-    files = tuple(path for path in found if file_kind(path) in FILE_KINDS)
+    files = tuple(path for path in found if file_type(path) in FILE_TYPES)
     return files, f" Not read, being of another kind: {listed}." if others else ""
 
 
-def file_kind(path: str | Path) -> str:
+def file_type(path: str | Path) -> str:
     """Suffix of a file in lower case, without that of a compression: `.jsonl` for `A.JSONL.gz`."""
     name, last = os.path.splitext(str(path).lower())
     kind = os.path.splitext(name)[1]
     return kind if last in COMPRESSIONS and kind != ".parquet" else last
 
 
-def read_rows(source: Source) -> Iterator[Row]:
+def read_rows(source: DatasetAttr) -> Iterator[Row]:
     """Yields the rows of a source one by one, those that cannot be read too; memory does not grow with its size.
 
     Raises:
-        InputError: if a file cannot be read, is not UTF-8, is damaged as a whole, or if there is no row.
+        UserError: if a file cannot be read, is not UTF-8, is damaged as a whole, or if there is no row.
     """
     empty = True
-    for row in _rows_of_files(source) if source.files else _rows_of_hub(source):
+    for row in _read_files(source) if source.files else _read_hub(source):
         empty = False
         yield row
     if empty:
-        raise InputError(
-            f"data set {source.name}: {source.where()} is empty. Put text into it, or leave it out of the mix."
+        raise UserError(
+            f"data set {source.name}: {source.describe_locations()} is empty. Put text into it, or leave it out of the mix."
         )
 
 
@@ -297,54 +295,54 @@ def _equal(value: Any, wanted: Any) -> bool:
     return value == wanted or str(value) == str(wanted)  # csv knows only text
 
 
-def read_texts(source: Source) -> Iterator[str]:
+def read_texts(source: DatasetAttr) -> Iterator[str]:
     """Yields the documents of a text corpus: its `prompt` column, empty ones left out.
 
-    Rows that cannot be read are left out as well and reported in one line, up to `MAX_READ_ERRORS` of all.
+    Rows that cannot be read are left out as well and reported in one line, up to `MAX_UNREADABLE_RATIO` of all.
 
     Raises:
-        InputError: as `read_rows`; if more rows cannot be read; at the first row that lacks the column or holds no text
+        UserError: as `read_rows`; if more rows cannot be read; at the first row that lacks the column or holds no text
             in it.
     """
     problems: list[str] = []
     number = 0
-    if note := source.sample_note():
-        _say_once(f"data set {source.name}: {note}")
+    if note := source.describe_sample_by():
+        _print_once(f"data set {source.name}: {note}")
 
     def check() -> None:
-        if len(problems) > MAX_READ_ERRORS * number:
-            raise InputError(
+        if len(problems) > MAX_UNREADABLE_RATIO * number:
+            raise UserError(
                 f"data set {source.name}: {len(problems):,} of {number:,} rows cannot be read, more than "
-                f"{MAX_READ_ERRORS:.0%}:\n  " + "\n  ".join(problems[:3])
+                f"{MAX_UNREADABLE_RATIO:.0%}:\n  " + "\n  ".join(problems[:3])
             )
 
     for number, row in enumerate(read_rows(source), start=1):
-        place = f"{source.places()[row.file]}, line {row.line},"
-        if row.problem:
-            problems.append(f"{place} {row.problem}")
+        place = f"{source.locations()[row.file]}, line {row.line},"
+        if row.error:
+            problems.append(f"{place} {row.error}")
             if number >= 1_000:
                 check()
             continue
-        if not source.keeps(row.values):
+        if not source.matches_filter(row.values):
             continue
-        column = source.column("prompt", row.values)
+        column = source.resolve_column("prompt", row.values)
         text = row.values[column]
         if text is None:
             continue
         if not isinstance(text, str):
-            raise InputError(f"data set {source.name}: {place} holds no text in {column!r}.")
-        if has_half_character(text):
-            raise InputError(
-                f"data set {source.name}: {place} holds half a character (a lone surrogate) in {column!r}."
-            )
+            raise UserError(f"data set {source.name}: {place} holds no text in {column!r}.")
+        if has_lone_surrogate(text):
+            raise UserError(f"data set {source.name}: {place} holds half a character (a lone surrogate) in {column!r}.")
         if text.strip():
             yield text
     check()
     if problems:
-        _say_once(f"data set {source.name}: {len(problems):,} of {number:,} rows cannot be read, first: {problems[0]}")
+        _print_once(
+            f"data set {source.name}: {len(problems):,} of {number:,} rows cannot be read, first: {problems[0]}"
+        )
 
 
-def has_half_character(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Whether a text holds a lone surrogate, which JSON can say but UTF-8 cannot."""
     try:
         text.encode()
@@ -353,7 +351,7 @@ def has_half_character(text: str) -> bool:
     return False
 
 
-def _rows_of_files(source: Source) -> Iterator[Row]:
+def _read_files(source: DatasetAttr) -> Iterator[Row]:
     readers = {
         ".parquet": _read_parquet,
         ".jsonl": _read_json_lines,
@@ -363,14 +361,14 @@ def _rows_of_files(source: Source) -> Iterator[Row]:
     }
     for number, file in enumerate(map(Path, source.files)):
         try:
-            for line, values in readers[file_kind(file)](file):
+            for line, values in readers[file_type(file)](file):
                 yield Row(number, line, {}, values) if isinstance(values, str) else Row(number, line, values)
         except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror or error}.") from error
+            raise UserError(f"cannot read {file}: {error.strerror or error}.") from error
 
 
 # Each reader yields the line (or number) of a row and its values, or a string: why they cannot be read.
-Numbered = Iterator[tuple[int, dict[str, Any] | str]]
+NumberedRows = Iterator[tuple[int, dict[str, Any] | str]]
 
 
 def _open_text(file: Path, newline: str | None = None) -> TextIO:
@@ -393,7 +391,7 @@ def _encoding_error(text: str) -> str:
     return ""
 
 
-def _read_parquet(file: Path) -> Numbered:
+def _read_parquet(file: Path) -> NumberedRows:
     import pyarrow
     import pyarrow.parquet
 
@@ -412,28 +410,28 @@ def _read_parquet(file: Path) -> Numbered:
         batches = content.iter_batches(batch_size=256, use_threads=False)
         yield from enumerate((values for batch in batches for values in rows(batch)), start=1)
     except pyarrow.ArrowException as error:
-        raise InputError(f"{file} is not a readable parquet file: {error}. Fetch or make it again.") from error
+        raise UserError(f"{file} is not a readable parquet file: {error}. Fetch or make it again.") from error
 
 
-def _read_json_lines(file: Path) -> Numbered:
+def _read_json_lines(file: Path) -> NumberedRows:
     with _open_text(file) as lines:
         for number, line in enumerate(lines, start=1):
             if problem := _encoding_error(line):
                 yield number, problem
             elif line.strip():
                 try:
-                    yield number, _as_object(json.loads(line))
+                    yield number, _check_object(json.loads(line))
                 except json.JSONDecodeError as error:
                     yield number, f"is not valid JSON: {error.msg} at character {error.pos + 1}"
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
                     yield number, f"is not usable JSON: {error}"
 
 
-def _as_object(value: Any) -> dict[str, Any] | str:
+def _check_object(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"is not a JSON object but {type(value).__name__}"
 
 
-def _read_json(file: Path) -> Numbered:
+def _read_json(file: Path) -> NumberedRows:
     """Reads one array of objects, piece by piece, or JSON lines under the name .json."""
     decoder = json.JSONDecoder()
     between = re.compile(r"[\s,]*")
@@ -455,18 +453,18 @@ def _read_json(file: Path) -> Numbered:
                 more = stream.read(max(size, len(buffer) - place))
                 if not more:
                     problem = error.msg if isinstance(error, json.JSONDecodeError) else error
-                    raise InputError(
+                    raise UserError(
                         f"{file}, behind row {number}, is not valid JSON near {buffer[place : place + 60]!r}: {problem}."
                     ) from error
                 buffer, place = buffer[place:] + more, 0
                 continue
             number += 1
-            yield number, _encoding_error(buffer[start:place]) or _as_object(value)
+            yield number, _encoding_error(buffer[start:place]) or _check_object(value)
         behind = buffer[place + 1 :].strip()
         while not behind and (more := stream.read(size)):
             behind = more.strip()
         if behind:
-            raise InputError(
+            raise UserError(
                 f"{file}: more text stands behind the array of {number:,} rows: {behind[:60]!r}. A .json file holds one "
                 "array of objects, or one object a line; put everything into one of these forms."
             )
@@ -491,7 +489,7 @@ class _CsvLines:
         line = self.returned.popleft() if self.returned else next(self.stream)
         self.row.append(line)
         self.size += len(line)
-        if self.size > MAX_CSV_ROW and len(self.row) > 1:
+        if self.size > MAX_CSV_ROW_CHARS and len(self.row) > 1:
             raise csv.Error("row too long")
         return line
 
@@ -507,7 +505,7 @@ class _CsvLines:
         del self.row[1:]
 
 
-def _read_csv(file: Path) -> Numbered:
+def _read_csv(file: Path) -> NumberedRows:
     """A quote that is not closed costs the row in which it was opened: the lines behind it are read as rows of their own."""
     csv.field_size_limit(sys.maxsize)  # a document is longer than the 128 kB that are usual
     with _open_text(file, newline="") as stream:
@@ -536,7 +534,7 @@ def _read_csv(file: Path) -> Numbered:
             problem = problem or _encoding_error("".join(cells))
             if header is None:
                 if problem:
-                    raise InputError(f"{file}, line {line}: the header {problem}. Mend it.")
+                    raise UserError(f"{file}, line {line}: the header {problem}. Mend it.")
                 header = cells
             elif problem:
                 yield line, problem
@@ -549,7 +547,7 @@ def _read_csv(file: Path) -> Numbered:
                 yield line, dict.fromkeys(header) | dict(zip(header, cells, strict=False))
 
 
-def _read_text(file: Path, sample_by: str) -> Numbered:
+def _read_text(file: Path, sample_by: str) -> NumberedRows:
     """Documents of a plain text file: lines, blocks of lines between blank ones, or all of it; see `SAMPLE_BY`."""
     block: list[str] = []
     first = number = 0
@@ -571,23 +569,23 @@ def _as_document(lines: list[str]) -> dict[str, Any] | str:
     return _encoding_error(text) or {"text": text}
 
 
-def _rows_of_hub(source: Source) -> Iterator[Row]:
+def _read_hub(source: DatasetAttr) -> Iterator[Row]:
     import huggingface_hub
     from datasets import load_dataset
 
     try:
         if not huggingface_hub.is_offline_mode() and not Path(str(source.hf_hub_url)).exists():
             # Without a network, load_dataset would try again for half a minute.
-            huggingface_hub.HfApi().dataset_info(str(source.hf_hub_url), timeout=HUB_TIMEOUT)
+            huggingface_hub.HfApi().dataset_info(str(source.hf_hub_url), timeout=HUB_TIMEOUT_SECONDS)
         rows = load_dataset(
             source.hf_hub_url, name=source.subset, data_dir=source.folder, split=source.split, streaming=True
         )
         for number, values in enumerate(rows, start=1):
             yield Row(0, number, values)
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated
-        missing = f"there is no file {source.looked_for}, and " if source.looked_for else ""
+        missing = f"there is no file {source.search_path}, and " if source.search_path else ""
         local = ", or put a file of that name into corpus_dir (in the steps: CORPUS_DIR)" if missing else ""
-        raise InputError(
+        raise UserError(
             f"data set {source.name}: {missing}the hub data set {source.hf_hub_url} cannot be loaded "
             f"({type(error).__name__}: {error}). Check its name, the network and HF_HUB_OFFLINE{local}."
         ) from error
@@ -598,6 +596,6 @@ def text_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def is_held_out(text: str, share: float) -> bool:
+def is_validation(text: str, share: float) -> bool:
     """Whether a document belongs to the held-out share: decided by its text alone, so every step decides alike."""
     return text_hash(text.encode()) < share * 2**64

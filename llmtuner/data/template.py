@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy
 
-from llmtuner.console import InputError
-from llmtuner.tokenizer.fast import encode_batch, encode_by_backend
+from llmtuner.console import UserError
+from llmtuner.tokenizer.fast import encode_batch, encode_fast
 
 ROLES = ("system", "user", "assistant", "observation")
-IGNORE = -100  # label of a token that is read but not trained
+IGNORE_INDEX = -100  # label of a token that is read but not trained
 # {"role": system | user | assistant | observation, "content": text}; a call of a tool is an assistant's message that has
 # the tool's name under "metadata" too.
 Message = dict[str, str]
@@ -34,11 +34,11 @@ class Template:
     roles: dict[str, int]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Template":
+    def from_tokenizer(cls, tokenizer: Any) -> "Template":
         """Looks up the ids of the template's special tokens.
 
         Raises:
-            InputError: if the tokenizer lacks one of them, or two of them share an id.
+            UserError: if the tokenizer lacks one of them, or two of them share an id.
         """
         ids: dict[str, Any] = {
             name: _special_id(tokenizer, name) for name in ("[gMASK]", "sop", *(f"<|{role}|>" for role in ROLES))
@@ -53,7 +53,7 @@ class Template:
                 )
         if problems:
             where = getattr(tokenizer, "name_or_path", "")
-            raise InputError(
+            raise UserError(
                 f"the tokenizer {where or type(tokenizer).__name__} does not fit the chatglm3 template: "
                 f"{'; '.join(problems)}. Documents and dialogues are wrapped in these tokens. Use a model with ChatGLM3's "
                 "tokenizer: convert ChatGLM3-6B (python -m llmtuner convert), or take the result of "
@@ -67,18 +67,18 @@ class Template:
         return [self.gmask, self.sop]
 
     @property
-    def stop_ids(self) -> list[int]:
+    def stop_token_ids(self) -> list[int]:
         """What ends an assistant's turn."""
         return [self.eos, self.roles["user"], self.roles["observation"]]
 
-    def documents(self, tokenizer: Any, texts: list[str] | list[bytes], threads: int = 1) -> list[Ids]:
+    def encode_documents(self, tokenizer: Any, texts: list[str] | list[bytes], threads: int = 1) -> list[Ids]:
         """Ids of whole documents, end mark included; texts in UTF-8 are encoded without being made anew."""
         prefix, end = _ids(self.prefix), _ids([self.eos])
         parts = [part for ids in _encode(tokenizer, texts, threads) for part in (prefix, ids, end)]
-        ids, places = _joined(parts, range(0, len(parts) + 1, 3))
+        ids, places = _concatenate(parts, range(0, len(parts) + 1, 3))
         return [ids[start:stop] for start, stop in itertools.pairwise(places)]
 
-    def prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
+    def encode_prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
         """Ids of a dialogue so far, ready for the assistant to speak."""
         texts = [text for message in messages for text in (f"{message.get('metadata', '')}\n", message["content"])]
         encoded = iter(encode_batch(tokenizer, texts))
@@ -87,7 +87,7 @@ class Template:
             ids += [self.roles[message["role"]], *next(encoded), *next(encoded)]
         return [*ids, self.roles["assistant"]]
 
-    def dialogues(
+    def encode_dialogues(
         self,
         tokenizer: Any,
         dialogues: list[list[Message]],
@@ -126,9 +126,9 @@ class Template:
             parts.append(roles["observation"] if "metadata" in messages[-1] else eos)
             trained_parts.append(ends_trained)
             ends.append(len(parts))
-        ids, places = _joined(parts, ends)
+        ids, places = _concatenate(parts, ends)
         trained_ids = numpy.repeat(numpy.array(trained_parts, dtype=bool), [len(part) for part in parts])
-        labels = numpy.where(trained_ids, ids, numpy.int32(IGNORE))
+        labels = numpy.where(trained_ids, ids, numpy.int32(IGNORE_INDEX))
         return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(places)]
 
 
@@ -143,7 +143,7 @@ def _ids(ids: Sequence[int]) -> Ids:
     return numpy.array(ids, dtype=numpy.int32)
 
 
-def _joined(parts: list[Ids], bounds: Sequence[int]) -> tuple[Ids, list[int]]:
+def _concatenate(parts: list[Ids], bounds: Sequence[int]) -> tuple[Ids, list[int]]:
     """All parts in one array, of which each document or dialogue is a view, and where in it some of them begin."""
     ends = list(itertools.accumulate(map(len, parts), initial=0))
     return numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts]), [ends[bound] for bound in bounds]
@@ -155,4 +155,4 @@ def _encode(tokenizer: Any, texts: list[str] | list[bytes], threads: int) -> lis
     if processor:
         return processor.encode(texts, num_threads=threads, out_type="numpy")
     strings = [text.decode() if isinstance(text, bytes) else text for text in texts]
-    return [_ids(ids) for ids in encode_by_backend(tokenizer, strings)]
+    return [_ids(ids) for ids in encode_fast(tokenizer, strings)]

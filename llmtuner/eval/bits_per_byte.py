@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from llmtuner.console import progress, table
+from llmtuner.console import format_table, progress
 from llmtuner.data.template import Template
 from llmtuner.tokenizer.fast import encode_batch
 
-RESAMPLES = 2000
+NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class Windows:
     """Documents, tokenized and cut into windows that know nothing of one another; every token is predicted."""
 
     ids: list[list[int]]
-    """Of each window: the prefix, then at most `window` minus the prefix's length tokens of one document."""
-    documents: list[int]
+    """Of each context_length: the prefix, then at most `context_length` minus the prefix's length tokens of one document."""
+    doc_ids: list[int]
     """The document of each window."""
-    prefix: int
+    prefix_length: int
     """Ids at the start of a window that are not predicted."""
-    bytes: numpy.ndarray
+    num_bytes: numpy.ndarray
     """UTF-8 bytes of each document."""
 
     @classmethod
-    def of(cls, tokenizer: Any, texts: Sequence[str], window: int) -> "Windows":
-        """Cuts `texts` for a model that reads `window` tokens at once."""
-        prefix = Template.of(tokenizer).prefix
-        step = window - len(prefix)
+    def from_texts(cls, tokenizer: Any, texts: Sequence[str], context_length: int) -> "Windows":
+        """Cuts `texts` for a model that reads `context_length` tokens at once."""
+        prefix = Template.from_tokenizer(tokenizer).prefix
+        step = context_length - len(prefix)
         pieces = [
             (prefix + ids[start : start + step], number)
             for number, ids in enumerate(encode_batch(tokenizer, texts))
@@ -61,7 +61,7 @@ def document_bits(model: Any, windows: Windows, name: str | None = "", tokens_pe
         if not batches or (len(batches[-1]) + 1) * len(own) > tokens_per_batch:
             batches.append([])
         batches[-1].append(number)
-    bits = numpy.zeros(len(windows.bytes))
+    bits = numpy.zeros(len(windows.num_bytes))
     shown: Iterable[list[int]] = batches
     if name is not None:
         shown = progress(batches, f"bits per byte {name}".strip(), unit="batch")
@@ -74,55 +74,62 @@ def document_bits(model: Any, windows: Windows, name: str | None = "", tokens_pe
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         sums = [
             cross_entropy(
-                logits[place, windows.prefix - 1 : len(row) - 1].float(),
-                ids[place, windows.prefix : len(row)],
+                logits[place, windows.prefix_length - 1 : len(row) - 1].float(),
+                ids[place, windows.prefix_length : len(row)],
                 reduction="sum",
             )
             for place, row in enumerate(rows)
         ]
         for number, nats in zip(batch, torch.stack(sums).tolist(), strict=True):
-            bits[windows.documents[number]] += nats / math.log(2)
+            bits[windows.doc_ids[number]] += nats / math.log(2)
     return bits
 
 
 def bits_per_byte(
-    model: PreTrainedModel, tokenizer: Any, texts: list[str], window: int, name: str = "", tokens_per_batch: int = 4096
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: list[str],
+    context_length: int,
+    name: str = "",
+    tokens_per_batch: int = 4096,
 ) -> float:
     """Bits that the model needs per UTF-8 byte of `texts`.
 
-    Every token of a text is predicted, the first one from the prefix alone. A text longer than `window` tokens is read
+    Every token of a text is predicted, the first one from the prefix alone. A text longer than `context_length` tokens is read
     in windows that know nothing of one another.
     """
-    windows = Windows.of(tokenizer, texts, window)
-    return float(document_bits(model, windows, name, tokens_per_batch).sum() / windows.bytes.sum())
+    windows = Windows.from_texts(tokenizer, texts, context_length)
+    return float(document_bits(model, windows, name, tokens_per_batch).sum() / windows.num_bytes.sum())
 
 
-def interval(bits: numpy.ndarray, own_bytes: numpy.ndarray, share: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bounds of bits per byte: the percentile bootstrap over documents (Efron 1979), drawn `RESAMPLES` times.
+def bootstrap_ci(
+    bits: numpy.ndarray, num_bytes: numpy.ndarray, share: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Bounds of bits per byte: the percentile bootstrap over documents (Efron 1979), drawn `NUM_RESAMPLES` times.
 
     Args:
-        bits, own_bytes: of each document.
+        bits, num_bytes: of each document.
         share: how much of the resampled figures lies between the bounds.
     """
-    drawn = numpy.random.default_rng(seed).integers(0, len(bits), (RESAMPLES, len(bits)))
-    figures = bits[drawn].sum(axis=1) / own_bytes[drawn].sum(axis=1)
+    drawn = numpy.random.default_rng(seed).integers(0, len(bits), (NUM_RESAMPLES, len(bits)))
+    figures = bits[drawn].sum(axis=1) / num_bytes[drawn].sum(axis=1)
     low, high = numpy.quantile(figures, [(1 - share) / 2, (1 + share) / 2])
     return round(float(low), 4), round(float(high), 4)
 
 
-def bits_per_language(
-    model: PreTrainedModel, tokenizer: Any, texts: dict[str, list[str]], window: int, name: str
+def bpb_by_language(
+    model: PreTrainedModel, tokenizer: Any, texts: dict[str, list[str]], context_length: int, name: str
 ) -> dict[str, float]:
     """`bits_per_byte` of each language's texts."""
     return {
-        language: round(bits_per_byte(model, tokenizer, own, window, f"{name} {language}"), 4)
+        language: round(bits_per_byte(model, tokenizer, own, context_length, f"{name} {language}"), 4)
         for language, own in texts.items()
     }
 
 
-def bits_table(bits: dict[str, dict[str, float]]) -> str:
+def format_bpb_table(bits: dict[str, dict[str, float]]) -> str:
     """Lays out bits per byte, one model a line."""
     languages = ("ja", "zh", "en")
-    return table(
+    return format_table(
         ["bits per byte", *languages], [[name, *(f"{own[one]:.3f}" for one in languages)] for name, own in bits.items()]
     )

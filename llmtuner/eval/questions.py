@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 from llmtuner.eval.language import HAN, KANA, answers_in_language
 
 NUMBER = re.compile(r"(?<![0-9A-Za-z])(?<![0-9]\.)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.([0-9]+))?")
@@ -57,21 +57,21 @@ def read_questions(path: Path, per_group: int | None = None) -> list[Question]:
         per_group: how many of each group are taken, from its beginning.
 
     Raises:
-        InputError: if the file is missing, empty or damaged.
+        UserError: if the file is missing, empty or damaged.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
         numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
         if path.suffix == ".jsonl":
-            questions = questions_from_rows(json.loads(line) for _, line in numbered)
+            questions = parse_questions(json.loads(line) for _, line in numbered)
         else:
             questions = _from_text(numbered)
     except OSError as error:
-        raise InputError(f"cannot read the questions file {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read the questions file {path}: {error.strerror}.") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"the questions file {path} is damaged: {error}.") from error
+        raise UserError(f"the questions file {path} is damaged: {error}.") from error
     if not questions:
-        raise InputError(f"the questions file {path} holds no question. Write one a line.")
+        raise UserError(f"the questions file {path} holds no question. Write one a line.")
     counts: dict[str, int] = {}
     chosen = []
     for question in questions:
@@ -81,7 +81,7 @@ def read_questions(path: Path, per_group: int | None = None) -> list[Question]:
     return chosen
 
 
-def questions_from_rows(rows: Iterable[dict[str, Any]]) -> list[Question]:
+def parse_questions(rows: Iterable[dict[str, Any]]) -> list[Question]:
     """Questions from the rows of a .jsonl file; a row with "subjects" alone lists the names of everything in their world."""
     asked, names = [], []
     for row in rows:
@@ -118,7 +118,7 @@ def _from_text(lines: list[tuple[int, str]]) -> list[Question]:
     return questions
 
 
-def is_right(question: Question, answer: str) -> bool:
+def is_correct(question: Question, answer: str) -> bool:
     """Whether an answer names the value that was asked for and no other one of its list, about the right subject, in the
     right language.
 
@@ -186,10 +186,10 @@ def _pattern(term: str) -> re.Pattern[str]:
     return re.compile(before + re.escape(term) + behind)
 
 
-def share_right(questions: Sequence[Question], answers: Sequence[str], group: str) -> float | None:
+def accuracy(questions: Sequence[Question], answers: Sequence[str], group: str) -> float | None:
     """Share of right answers among the questions of a group that have one; None where none has."""
     right = [
-        is_right(one, answer)
+        is_correct(one, answer)
         for one, answer in zip(questions, answers, strict=True)
         if one.group == group and one.value is not None
     ]

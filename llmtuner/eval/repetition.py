@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is not needed to look at a text
-    from llmtuner.eval.generation import Answers
+    from llmtuner.eval.generation import GeneratedAnswers
 
-SHORTEST_LOOP = (
+MIN_LOOP_LENGTH = (
     8  # characters that repeat what stands directly before; fewer are words such as さまざま, or a row of dots
 )
 
@@ -21,8 +21,8 @@ def repeated_ngrams(texts: Sequence[str], n: int = 4) -> float:
     return seen_again / total if total else 0.0
 
 
-def loops(text: str) -> list[tuple[int, int]]:
-    """Spans [start, stop) of at least `SHORTEST_LOOP` characters that repeat what stands directly before them.
+def find_loops(text: str) -> list[tuple[int, int]]:
+    """Spans [start, stop) of at least `MIN_LOOP_LENGTH` characters that repeat what stands directly before them.
 
     In "abcabcabc" the loop is the last two thirds: with the period p, every character of it is the one p places earlier,
     and it is at least p long. Overlapping spans of several periods are one.
@@ -32,7 +32,7 @@ def loops(text: str) -> list[tuple[int, int]]:
         start = period
         for place in range(period, len(text) + 1):
             if place == len(text) or text[place] != text[place - period]:
-                if place - start >= max(period, SHORTEST_LOOP):
+                if place - start >= max(period, MIN_LOOP_LENGTH):
                     spans.append((start, place))
                 start = place + 1
     merged: list[tuple[int, int]] = []
@@ -44,14 +44,14 @@ def loops(text: str) -> list[tuple[int, int]]:
     return merged
 
 
-def describe(answers: "Answers") -> dict[str, Any]:
+def repetition_metrics(answers: "GeneratedAnswers") -> dict[str, Any]:
     """What is measured of free answers: repetition, loops in characters, ends, and speed."""
     texts = answers.texts
-    longest = [max((stop - start for start, stop in loops(text)), default=0) for text in texts]
+    longest = [max((stop - start for start, stop in find_loops(text)), default=0) for text in texts]
     return {
-        "repeated": round(repeated_ngrams(texts), 4),
+        "repeated_4gram_ratio": round(repeated_ngrams(texts), 4),
         "longest_loop": max(longest, default=0),
         "mean_loop": round(sum(longest) / max(len(longest), 1), 1),
-        "ended": round(sum(answer.ended for answer in answers.answers) / max(len(texts), 1), 4),
+        "finished_ratio": round(sum(answer.finished for answer in answers.answers) / max(len(texts), 1), 4),
         "tokens_per_second": answers.tokens_per_second,
     }

@@ -20,28 +20,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from llmtuner.console import InputError, disk_errors, say
+from llmtuner.console import UserError, print0
+from llmtuner.files import translate_disk_errors
 from llmtuner.hparams import FinetuningArguments
-from llmtuner.model.growing import APPENDED_ROWS
-from llmtuner.model.merging import MERGED_ADAPTER, TOKENIZER_FILES, adapter_checksum, copy_tokenizer
-from llmtuner.model.shards import read_json
 from llmtuner.outputs import finish_publishing, publish_files
+from llmtuner.weights.lazy_checkpoint import read_json
+from llmtuner.weights.merge_lora import MERGED_ADAPTER, TOKENIZER_FILES, adapter_checksum, copy_tokenizer
+from llmtuner.weights.resize_embeddings import APPENDED_ROWS
 
-NO_LORA_ON_OUTPUT = "the output layer is trained in full or not at all. Put it into additional_target."
-EMBEDDINGS = ("embed_tokens", "lm_head")
+NO_LORA_ON_LM_HEAD = "the output layer is trained in full or not at all. Put it into additional_target."
+EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Whichever of them is there marks a whole adapter and says of which kind it is.
-MARKS = (ADAPTER_CONFIG, "config.json")
-WEIGHTS = (ADAPTER_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+ADAPTER_CONFIG_FILES = (ADAPTER_CONFIG, "config.json")
+WEIGHT_FILES = (ADAPTER_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 # What a run writes into its directory under names that other programs use too.
 RUN_FILES = (
-    *MARKS,
-    *WEIGHTS,
+    *ADAPTER_CONFIG_FILES,
+    *WEIGHT_FILES,
     *TOKENIZER_FILES,
     "checkpoint-*",
-    "log.jsonl",
-    "settings.json",
-    "rejected.jsonl",
+    "trainer_log.jsonl",
+    "training_args.json",
+    "invalid_rows.jsonl",
     "*_loss.png",
 )
 
@@ -55,7 +56,7 @@ class LoraOnMergedConfig(LoraConfig):
     """`path` and `sha256` of the earlier one; an export merges it first."""
 
 
-def prepare_for_training(
+def init_adapter(
     model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path | None = None, create_new: bool = False
 ) -> torch.nn.Module:
     """Freezes what is not trained; what is trained is held in fp32, so that small updates are not rounded away.
@@ -67,24 +68,24 @@ def prepare_for_training(
         create_new: merge that adapter into the model instead, and train a new one by the settings.
 
     Raises:
-        InputError: if a target names no module of this model, or the adapter does not fit it.
+        UserError: if a target names no module of this model, or the adapter does not fit it.
     """
     prepared: Any = model
     if adapter is not None and create_new:
-        prepared = _new_adapter_on_merged(model, finetuning, adapter)
+        prepared = _create_adapter_on_merged(model, finetuning, adapter)
     elif adapter is not None:
-        prepared = _go_on_from(model, finetuning, adapter)
-        say(f"going on from {adapter}: {_describe(prepared)}")
+        prepared = _load_adapter(model, finetuning, adapter)
+        print0(f"resuming from {adapter}: {_describe(prepared)}")
     elif finetuning.finetuning_type == "lora":
-        prepared = get_peft_model(model, _lora_config(model, finetuning))
+        prepared = get_peft_model(model, _get_lora_config(model, finetuning))
     elif finetuning.finetuning_type == "freeze":
-        _freeze_all_but(model, finetuning)
-    _train_in_fp32(prepared)
-    _forget_originals(prepared)
+        _setup_freeze_tuning(model, finetuning)
+    _upcast_trainable(prepared)
+    _free_original_modules(prepared)
     return prepared
 
 
-def _freeze_all_but(model: PreTrainedModel, finetuning: FinetuningArguments) -> None:
+def _setup_freeze_tuning(model: PreTrainedModel, finetuning: FinetuningArguments) -> None:
     """Trains some of the layers, or some modules of them, and modules outside them."""
     outside = [*finetuning.additional_target, *finetuning.freeze_extra_modules]
     _check_names(outside, _modules_with_parameters(model), "additional_target")
@@ -103,16 +104,18 @@ def _freeze_all_but(model: PreTrainedModel, finetuning: FinetuningArguments) -> 
         in_layer = layer in layers and (module in inside or "all" in finetuning.freeze_trainable_modules)
         parameter.requires_grad_(in_layer or not {*name.split(".")}.isdisjoint(outside))
     if layers:
-        say(f"training layers {layers[0]} to {layers[-1]} of {count}: {', '.join(finetuning.freeze_trainable_modules)}")
+        print0(
+            f"training layers {layers[0]} to {layers[-1]} of {count}: {', '.join(finetuning.freeze_trainable_modules)}"
+        )
 
 
-def _train_in_fp32(model: torch.nn.Module) -> None:
+def _upcast_trainable(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def _forget_originals(model: torch.nn.Module) -> None:
+def _free_original_modules(model: torch.nn.Module) -> None:
     """Frees the frozen matrices that peft keeps beside those that it trains in full: nothing reads them while it does.
 
     Of ChatGLM3-6B's two embedding matrices that is 1.3 GB.
@@ -124,7 +127,7 @@ def _forget_originals(model: torch.nn.Module) -> None:
                     module._parameters[name] = None
 
 
-def linear_modules(model: PreTrainedModel) -> list[str]:
+def find_all_linear_modules(model: PreTrainedModel) -> list[str]:
     """Names of all linear layers but the output layer."""
     output = model.get_output_embeddings()
     return sorted(
@@ -143,22 +146,22 @@ def _modules_with_parameters(model: PreTrainedModel) -> list[str]:
 def _check_names(names: list[str], known: list[str], setting: str) -> None:
     for name in names:
         if name not in known:
-            raise InputError(f"{setting} {name!r} matches no module; this model has: {', '.join(known)}.")
+            raise UserError(f"{setting} {name!r} matches no module; this model has: {', '.join(known)}.")
 
 
-def _lora_config(model: PreTrainedModel, finetuning: FinetuningArguments) -> LoraConfig:
-    in_full, known = finetuning.additional_target, linear_modules(model)
+def _get_lora_config(model: PreTrainedModel, finetuning: FinetuningArguments) -> LoraConfig:
+    in_full, known = finetuning.additional_target, find_all_linear_modules(model)
     _check_names(in_full, _modules_with_parameters(model), "additional_target")
     if finetuning.lora_target == ["all"]:
         target = [name for name in known if name not in in_full]
     else:
         target = finetuning.lora_target
         if "lm_head" in target:
-            raise InputError(f"lora_target lm_head: {NO_LORA_ON_OUTPUT}")
+            raise UserError(f"lora_target lm_head: {NO_LORA_ON_LM_HEAD}")
         _check_names(target, known, "lora_target")
     if both := sorted({*target} & {*in_full}):
-        raise InputError(f"{', '.join(both)}: named in lora_target and in additional_target. Train it in one way.")
-    by_row = [name for name in in_full if name in EMBEDDINGS and finetuning.embedding_rows == "new"]
+        raise UserError(f"{', '.join(both)}: named in lora_target and in additional_target. Train it in one way.")
+    by_row = [name for name in in_full if name in EMBEDDING_MODULES and finetuning.embedding_rows == "new"]
     return LoraConfig(
         r=finetuning.lora_rank,
         lora_alpha=finetuning.lora_alpha or 2 * finetuning.lora_rank,  # type: ignore[arg-type]  # a fraction works too
@@ -167,56 +170,56 @@ def _lora_config(model: PreTrainedModel, finetuning: FinetuningArguments) -> Lor
         use_dora=finetuning.use_dora,
         target_modules=target,
         modules_to_save=[name for name in in_full if name not in by_row] or None,
-        trainable_token_indices={name: _appended_rows(model) for name in by_row} or None,
+        trainable_token_indices={name: _new_token_indices(model) for name in by_row} or None,
         task_type="CAUSAL_LM",
     )
 
 
-def _appended_rows(model: PreTrainedModel) -> list[int]:
+def _new_token_indices(model: PreTrainedModel) -> list[int]:
     """The embedding rows that step 3 appended for new pieces."""
     first_and_end = getattr(model.config, APPENDED_ROWS, None)
     if not first_and_end:
-        raise InputError(
+        raise UserError(
             f"{model.config.name_or_path} was not grown by step 3: its config.json has no {APPENDED_ROWS}, which "
             "embedding_rows: new needs. Grow it again (step3_resize_model.py), or set embedding_rows: all."
         )
     return list(range(*first_and_end))
 
 
-def _new_adapter_on_merged(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
+def _create_adapter_on_merged(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
     """A new LoRA adapter around a base into which an earlier one was merged, each parameter in its own precision."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     rank = read_json(adapter / ADAPTER_CONFIG).get("r") if (adapter / ADAPTER_CONFIG).is_file() else None
     earlier = replace(finetuning, lora_rank=rank or finetuning.lora_rank)
     with torch.random.fork_rng():  # the new adapter begins as it would on the exported model
-        merged: Any = _go_on_from(model, earlier, adapter).merge_and_unload()
+        merged: Any = _load_adapter(model, earlier, adapter).merge_and_unload()
     for name, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
-    say(f"{adapter} is merged into the model in memory; a new adapter is trained on that")
-    config: Any = _lora_config(merged, finetuning)
+    print0(f"{adapter} is merged into the model in memory; a new adapter is trained on that")
+    config: Any = _get_lora_config(merged, finetuning)
     config.__class__ = LoraOnMergedConfig
     config.merged_adapter = {"path": str(adapter.resolve()), "sha256": adapter_checksum(adapter)}
     return get_peft_model(merged, config)  # type: ignore[return-value]
 
 
-def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
+def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
     """A LoRA adapter around its base, to be trained further."""
     finish_publishing(adapter)
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (adapter / name).is_file()]
     if missing or finetuning.finetuning_type != "lora":
         why = f"{adapter} has no {missing[0]}" if missing else f"finetuning_type is {finetuning.finetuning_type}"
-        raise InputError(
+        raise UserError(
             f"training goes on only from a LoRA adapter: {why}. Merge what was trained and start from that."
         )
     settings = read_json(adapter / ADAPTER_CONFIG)
     if settings.get(MERGED_ADAPTER):
-        raise InputError(
+        raise UserError(
             f"{adapter} was itself trained with create_new_adapter, on a base with another adapter merged into it. Export "
             "it (python -m llmtuner export), and train on the exported model."
         )
     rank = settings.get("r")
     if rank != finetuning.lora_rank:
-        raise InputError(
+        raise UserError(
             f"the adapter {adapter} has rank {rank}, but lora_rank is {finetuning.lora_rank}. Set lora_rank: {rank}; "
             "an adapter keeps its rank and its targets."
         )
@@ -224,18 +227,18 @@ def _go_on_from(model: PreTrainedModel, finetuning: FinetuningArguments, adapter
         config: Any = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = False
         adapted: Any = get_peft_model(model, config)
-        _train_in_fp32(adapted)  # before its weights come, or the model's precision would round them
+        _upcast_trainable(adapted)  # before its weights come, or the model's precision would round them
         weights = load_file(adapter / ADAPTER_WEIGHTS)
         if differing := weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
             raise ValueError(f"only one of them has {min(differing)}")
         set_peft_model_state_dict(adapted, weights)
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise InputError(
+        raise UserError(
             f"the adapter {adapter} does not fit the model {model.config.name_or_path}: {error}. Name the model it was "
             "trained on."
         ) from error
     if "lm_head" in config.target_modules:  # the loss reads the matrix, not the layer
-        raise InputError(f"the adapter {adapter} holds LoRA of lm_head: {NO_LORA_ON_OUTPUT}")
+        raise UserError(f"the adapter {adapter} holds LoRA of lm_head: {NO_LORA_ON_LM_HEAD}")
     return adapted
 
 
@@ -252,18 +255,21 @@ def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) 
     An older adapter is replaced, whatever its kind: all of it or, where a process is killed, nothing (`publish_files`).
 
     Raises:
-        InputError: if it cannot be written; then an older adapter stays as it was.
+        UserError: if it cannot be written; then an older adapter stays as it was.
     """
     if directory.resolve() == tokenizer_from.resolve():
-        raise InputError(f"{directory} holds the model that was trained from. Set another output_dir.")
+        raise UserError(f"{directory} holds the model that was trained from. Set another output_dir.")
     partial = directory / ".partial"
     try:
-        with disk_errors(directory):
+        with translate_disk_errors(directory):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _write_adapter(model, partial)
             copy_tokenizer(tokenizer_from, partial)
-            publish_files(partial, [old.name for pattern in (*MARKS, *WEIGHTS) for old in directory.glob(pattern)])
+            publish_files(
+                partial,
+                [old.name for pattern in (*ADAPTER_CONFIG_FILES, *WEIGHT_FILES) for old in directory.glob(pattern)],
+            )
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Attention within the documents of a packed batch, one document after another; transformers knows it as `documents`."""
+"""Attention within the documents of a packed batch, one document after another; transformers knows it as `varlen`."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 
-NAME = "documents"
-UNKNOWN = ("sliding_window", "softcap", "s_aux")  # what other models' attention does beside softmax(q k) v
+VARLEN = "varlen"
+UNSUPPORTED_KWARGS = ("sliding_window", "softcap", "s_aux")  # what other models' attention does beside softmax(q k) v
 
 
-def attend_within_documents(
+def varlen_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -20,25 +20,25 @@ def attend_within_documents(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    documents: list[list[int]] | None = None,
+    seq_lens: list[list[int]] | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention without a mask: what lies between two documents is not computed, instead of being hidden.
 
     Args:
         query: [rows, heads, tokens, head_dim]; key and value may have fewer heads, each for several of the query's.
-        documents: of each row, the lengths of its documents, which sum to `tokens`. None: each row is one document, and
+        seq_lens: of each row, the lengths of its documents, which sum to `tokens`. None: each row is one document, and
             padding may stand on its right only.
 
     Returns:
         [rows, tokens, heads, head_dim], and no weights.
 
     Raises:
-        InputError: for a model whose attention is of another kind, or a mask.
+        UserError: for a model whose attention is of another kind, or a mask.
     """
-    if attention_mask is not None or any(others.get(name) is not None for name in UNKNOWN):
-        raise InputError("flash_attn documents does not support this model or mask. Set flash_attn: auto.")
-    lengths = [[query.shape[2]]] * len(query) if documents is None else documents
+    if attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED_KWARGS):
+        raise UserError("flash_attn: varlen does not support this model or mask. Set flash_attn: auto.")
+    lengths = [[query.shape[2]]] * len(query) if seq_lens is None else seq_lens
     parts = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
         # Split row by row, not indexed: the gradient of an index is as large as the whole.
@@ -50,4 +50,4 @@ def attend_within_documents(
 
 
 # No mask goes with this name, so transformers forms none.
-AttentionInterface.register(NAME, attend_within_documents)
+AttentionInterface.register(VARLEN, varlen_sdpa)

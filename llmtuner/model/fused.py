@@ -12,17 +12,17 @@ from torch.nn.functional import linear
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 
-def fuse_layers(model: torch.nn.Module) -> None:
+def apply_fused_ops(model: torch.nn.Module) -> None:
     """Lets the LoRA layers and norms of a model that is to be trained compute as this file does; weights stay theirs."""
     for module in model.modules():
         if type(module) is LoraLinear:
-            module.__class__ = MergedLoraLinear
-        # Of a norm that is trained in full, peft keeps the original beside it, emptied by `prepare_for_training`.
+            module.__class__ = FusedLoraLinear
+        # Of a norm that is trained in full, peft keeps the original beside it, emptied by `init_adapter`.
         elif type(module) is GlmRMSNorm and module.weight is not None and not module.weight.requires_grad:
             module.__class__ = FusedRMSNorm
 
 
-class MergedLoraLinear(LoraLinear):
+class FusedLoraLinear(LoraLinear):
     """peft's LoRA layer; while it is trained, one product with `W + scale B A`.
 
     Which of both ways is gone may not depend on the batch: gradients become ready in another order, and ZeRO-2 adds up those
@@ -41,16 +41,16 @@ class MergedLoraLinear(LoraLinear):
             or self.merged
             or name in self.lora_variant  # DoRA
             or not isinstance(self.lora_dropout[name], torch.nn.Identity)
-            or not _is_plain_fp32(x)
+            or not _is_cpu_fp32(x)
             or base.weight.dtype != torch.float32  # merged into 16 bits, small updates would be rounded away
             or not torch.is_grad_enabled()  # a single token at a time would form the matrix for nothing
         ):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        return FusedLoraFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name])
 
 
-class LoraProduct(Function):
+class FusedLoraFunction(Function):
     """`x (W + scale B A)^T + bias` with a frozen W: LoRA (arXiv 2106.09685) in one product of activations instead of three.
 
     The merged matrix is formed again for the backward pass, not kept.
@@ -85,12 +85,12 @@ class FusedRMSNorm(GlmRMSNorm):
     """Glm's norm with a frozen weight."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _is_plain_fp32(hidden_states):
+        if not _is_cpu_fp32(hidden_states):
             return super().forward(hidden_states)
-        return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
-class RMSNorm(Function):
+class RMSNormFunction(Function):
     """`x / rms(x) * weight` over the last dimension (arXiv 1910.07467); no gradient for the weight."""
 
     @staticmethod
@@ -109,5 +109,5 @@ class RMSNorm(Function):
         return grad.mul_(inverse).addcmul_(x, along), None, None
 
 
-def _is_plain_fp32(x: torch.Tensor) -> bool:
+def _is_cpu_fp32(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from llmtuner.console import InputError, disk_errors
+from llmtuner.console import UserError
+from llmtuner.files import translate_disk_errors
 from llmtuner.report.fonts import fonts, label
 
 Log = list[dict[str, Any]]
@@ -29,8 +30,10 @@ WIDTH, HEIGHT = 5.0, 3.1  # inches; shown 360 pixels wide, text of 10 points is 
 LANGUAGES = {"ja": ("Japanese", "#B84A00"), "zh": ("Chinese", "#00795A"), "en": ("English", "#0067A3")}
 TRAIN, EVAL, BEFORE, INK, GRID = "#3B4A5C", "#AA3377", "#AEB9C6", "#222222", "#E3E6EA"
 UNIT: dict[str, Any] = {"loc": "left", "size": 9.5, "color": "#55606C"}
-WIDE = 10  # a range of values by more than this factor is drawn on a logarithmic axis
-STALL = 0.0145  # twice the steps lower the loss by 1 % (2 ** -0.0145 = 0.99); runs that learn have 0.05 and more
+LOG_SCALE_FROM = 10  # a range of values by more than this factor is drawn on a logarithmic axis
+PLATEAU_EXPONENT = (
+    0.0145  # twice the steps lower the loss by 1 % (2 ** -0.0145 = 0.99); runs that learn have 0.05 and more
+)
 STEPS = {"step4": "Tokenizer", "step5": "Continued pretraining", "step6": "Instruction tuning"}
 TEXTS = {  # title and caption of each figure
     "tokens_per_character": (
@@ -94,33 +97,33 @@ class PowerLaw(NamedTuple):
 
 
 def read_log(path: Path) -> Log:
-    """The lines of a run's log.jsonl; a last line that is only half there is passed over.
+    """The lines of a run's trainer_log.jsonl; a last line that is only half there is passed over.
 
     Raises:
-        InputError: if it cannot be read, or another line is damaged.
+        UserError: if it cannot be read, or another line is damaged.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise InputError(f"cannot read the log {path}: {error.strerror}.") from error
+        raise UserError(f"cannot read the log {path}: {error.strerror}.") from error
     log = []
     for number, line in enumerate(lines, 1):
         try:
             log.append(json.loads(line))
         except ValueError as error:
             if line.strip() and number < len(lines):
-                raise InputError(
+                raise UserError(
                     f"{path}, line {number} is damaged: {error}. Delete the line, or train again."
                 ) from error
     return log
 
 
-def figures_of(metrics: dict[str, dict], logs: dict[str, Log]) -> list[ReportFigure]:
+def build_figures(metrics: dict[str, dict], logs: dict[str, Log]) -> list[ReportFigure]:
     """All figures for which there is data.
 
     Args:
         metrics: what the steps measured, under "step4", "step5" and so on.
-        logs: the lines of log.jsonl of the runs, under "step5" and "step6".
+        logs: the lines of trainer_log.jsonl of the runs, under "step5" and "step6".
     """
     tokens = metrics.get("step4", {}).get("tokens_per_character", {})
     drawn = [("step4", "tokens_per_character", tokens_per_character(tokens))]
@@ -134,7 +137,7 @@ def figures_of(metrics: dict[str, dict], logs: dict[str, Log]) -> list[ReportFig
             (step, "learning_rate", learning_rates(log)),
             (step, "speed", speed(log)),
             (step, "mix", mix(own.get("data", {}))),
-            (step, "lengths", lengths(own.get("lengths", {}), own.get("padding_share"), unit)),
+            (step, "lengths", lengths(own.get("lengths", {}), own.get("padding_ratio"), unit)),
         ]
     return [_report_figure(step, name, figure) for step, name, figure in drawn if figure is not None]
 
@@ -150,12 +153,12 @@ def plot_losses(log_history: Log, directory: Path) -> None:
     """Draws `training_loss.png` and `eval_loss.png` from a Trainer's log.
 
     Raises:
-        InputError: if they cannot be written.
+        UserError: if they cannot be written.
     """
     for key, name in (("loss", "training_loss.png"), ("eval_loss", "eval_loss.png")):
         figure = loss_curve([{"step": entry["step"], key: entry[key]} for entry in log_history if key in entry])
         if figure is not None:
-            with _style(), disk_errors(directory / name):
+            with _style(), translate_disk_errors(directory / name):
                 figure.savefig(directory / name, dpi=160)
 
 
@@ -254,25 +257,25 @@ def loss_curve(log: Log) -> Figure | None:
     _draw_losses(axes, train, held_out)
     _legend(axes)
     _linear(axes.yaxis)
-    _steps_below(axes)
+    _step_axis(axes)
     return figure
 
 
 @_style()
 def loss_power_law(log: Log) -> Figure | None:
     """The same on logarithmic axes, from step 1 on, with a straight line through the second half."""
-    train, held_out = (_above_zero(_series(log, name)) for name in ("loss", "eval_loss"))
+    train, held_out = (_positive(_series(log, name)) for name in ("loss", "eval_loss"))
     if train is None or len(train[0]) < 2:
         return None
     law = fit_power_law(*train)
-    figure, axes = _canvas(_law_in_words(law), "nats per token")
+    figure, axes = _canvas(_describe_power_law(law), "nats per token")
     _draw_losses(axes, train, held_out)
     if law:
         ends = numpy.array([law.begin, train[0][-1]])
         axes.plot(ends, law.scale * ends**-law.exponent, "--", color=INK, label=f"fit, b = {_digits(law.exponent)}")
     _legend(axes)
     _logarithmic(axes, "y", train[1])
-    _steps_below(axes)
+    _step_axis(axes)
     _logarithmic(axes, "x", train[0])
     return figure
 
@@ -291,13 +294,13 @@ def fit_power_law(steps: numpy.ndarray, values: numpy.ndarray) -> PowerLaw | Non
     return PowerLaw(math.exp(height), -float(slope), float(steps[half][0]))
 
 
-def _law_in_words(law: PowerLaw | None) -> str:
+def _describe_power_law(law: PowerLaw | None) -> str:
     if law is None:
         return "Too few points to fit a power law"
     change = f"{abs(1 - 2**-law.exponent):.1%}"
-    if law.exponent <= -STALL:
+    if law.exponent <= -PLATEAU_EXPONENT:
         return f"The loss rises: twice the steps, {change} more"
-    if law.exponent < STALL:
+    if law.exponent < PLATEAU_EXPONENT:
         return f"Stall: twice the steps change the loss by {change}"
     return f"b = {_digits(law.exponent)}: twice the steps, {change} less loss"
 
@@ -319,14 +322,14 @@ def learning_rates(log: Log) -> Figure | None:
         _legend(axes)
     axes.set_ylim(bottom=0)
     _linear(axes.yaxis)
-    _steps_below(axes)
+    _step_axis(axes)
     return figure
 
 
 @_style()
 def speed(log: Log) -> Figure | None:
     """Tokens, and trained tokens, per second over steps."""
-    every, trained = _series(log, "tokens_per_second"), _series(log, "trained_tokens_per_second")
+    every, trained = _series(log, "tokens_per_second"), _series(log, "target_tokens_per_second")
     if every is None:
         return None
     figure, axes = _canvas(f"{numpy.median(every[1]):,.0f} tokens per second (median)", "tokens / s")
@@ -336,7 +339,7 @@ def speed(log: Log) -> Figure | None:
         _legend(axes)
     axes.set_ylim(bottom=0)
     _linear(axes.yaxis)
-    _steps_below(axes)
+    _step_axis(axes)
     return figure
 
 
@@ -344,7 +347,7 @@ def speed(log: Log) -> Figure | None:
 def bits_per_byte(log: Log) -> Figure | None:
     """Bits per byte of held-out text of each language over steps, named at the ends of the lines."""
     found = {
-        language: _above_zero(_series(log, f"eval_bits_per_byte_{language}"), first_step=0) for language in LANGUAGES
+        language: _positive(_series(log, f"eval_bits_per_byte_{language}"), first_step=0) for language in LANGUAGES
     }
     lines = {language: line for language, line in found.items() if line is not None}
     if not lines:
@@ -355,16 +358,16 @@ def bits_per_byte(log: Log) -> Figure | None:
     for language, line in lines.items():
         axes.plot(*line, "o-", markersize=3.5, color=LANGUAGES[language][1])
     values = numpy.concatenate([line[1] for line in lines.values()])
-    if values.max() > WIDE * values.min():
+    if values.max() > LOG_SCALE_FROM * values.min():
         _logarithmic(axes, "y", values)
     else:
         _linear(axes.yaxis)
-    _steps_below(axes)
-    _name_ends(axes, lines)
+    _step_axis(axes)
+    _label_line_ends(axes, lines)
     return figure
 
 
-def _name_ends(axes: Axes, lines: dict[str, Series]) -> None:
+def _label_line_ends(axes: Axes, lines: dict[str, Series]) -> None:
     """Writes each language and its last value at the right, at the height of its line's end or as near as there is room."""
     room = 0.09  # of the height of the axes, for one line of text
     axes.get_ylim()  # brings the limits up to date, by which the transform goes
@@ -387,7 +390,7 @@ def _series(log: Log, name: str) -> Series | None:
     return (numpy.array([step for step, _ in points]), numpy.array([value for _, value in points])) if points else None
 
 
-def _above_zero(series: Series | None, first_step: int = 1) -> Series | None:
+def _positive(series: Series | None, first_step: int = 1) -> Series | None:
     """What of it can stand on logarithmic axes."""
     if series is None:
         return None
@@ -412,7 +415,7 @@ def _draw_losses(axes: Axes, train: Series | None, held_out: Series | None) -> N
         axes.plot(*held_out, "o", markersize=5, color=EVAL, markeredgecolor="white", label="held out", zorder=3)
 
 
-def _steps_below(axes: Axes) -> None:
+def _step_axis(axes: Axes) -> None:
     _linear(axes.xaxis)
     axes.set_xlabel("step", loc="right")
 
@@ -455,12 +458,12 @@ def tokens_per_character(tokens: dict[str, dict[str, float]]) -> Figure | None:
     factors = {language: before[language] / after[language] for language in found}
     most = max(found, key=lambda language: abs(math.log(factors[language])))
     figure, axes = _bar_figure(
-        f"{LANGUAGES[most][0]} takes {_times(factors[most])} tokens",
+        f"{LANGUAGES[most][0]} takes {_format_factor(factors[most])} tokens",
         [LANGUAGES[language][0] for language in found],
         Bars([before[one] for one in found], [f"{before[one]:.2f}" for one in found], BEFORE),
         Bars(
             [after[one] for one in found],
-            [f"{after[one]:.2f} ({_times(factors[one])})" for one in found],
+            [f"{after[one]:.2f} ({_format_factor(factors[one])})" for one in found],
             [LANGUAGES[one][1] for one in found],
         ),
     )
@@ -468,7 +471,7 @@ def tokens_per_character(tokens: dict[str, dict[str, float]]) -> Figure | None:
     return figure
 
 
-def _times(factor: float) -> str:
+def _format_factor(factor: float) -> str:
     if abs(factor - 1) < 0.005:
         return "as many"
     return f"{factor:.1f} × fewer" if factor > 1 else f"{1 / factor:.1f} × more"
@@ -489,11 +492,11 @@ def initial_losses(initial: dict[str, float]) -> Figure | None:
 @_style()
 def mix(data: dict[str, dict[str, Any]]) -> Figure | None:
     """Share of each data set in the run, and the share that was planned where there was a plan."""
-    names = [name for name, own in data.items() if own.get("share") is not None]
+    names = [name for name, own in data.items() if own.get("ratio") is not None]
     if not names:
         return None
-    met = [data[name]["share"] for name in names]
-    planned = [share for name in names if (share := data[name].get("planned_share")) is not None]
+    met = [data[name]["ratio"] for name in names]
+    planned = [share for name in names if (share := data[name].get("target_ratio")) is not None]
     bars = Bars(met, [f"{share:.1%}" for share in met], TRAIN, "met")
     if len(planned) < len(names):
         figure, _ = _bar_figure("Shares of the trained tokens", names, bars)
@@ -508,14 +511,14 @@ def mix(data: dict[str, dict[str, Any]]) -> Figure | None:
 
 
 @_style()
-def lengths(histogram: dict[str, list[int]], padding_share: float | None, unit: str) -> Figure | None:
+def lengths(histogram: dict[str, list[int]], padding_ratio: float | None, unit: str) -> Figure | None:
     """How many documents or dialogues there are of each length, in ranges that double."""
     edges, counts = histogram.get("edges", []), histogram.get("counts", [])
     filled = [place for place, count in enumerate(counts) if count]
     if not filled:
         return None
     first, end = filled[0], filled[-1] + 1
-    padding = "" if padding_share is None else f", {padding_share:.1%} padding"
+    padding = "" if padding_ratio is None else f", {padding_ratio:.1%} padding"
     figure, axes = _canvas(f"{sum(counts):,} {unit}{padding}", unit)
     axes.bar(range(first, end), counts[first:end], 0.94, align="edge", color=TRAIN)
     ticks = range(first, end + 1, 1 + (end - first) // 7)  # labels of five digits have room

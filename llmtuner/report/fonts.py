@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib import font_manager
 
-from llmtuner.console import say
+from llmtuner.console import print0
 
 COLUMNS = 24  # of a name; a longer one loses its middle
 CJK_FONTS = (
@@ -82,7 +82,7 @@ def label(name: str) -> str:
 
 @functools.cache
 def _say_missing() -> None:
-    say(
+    print0(
         "The figures write some characters of names as U+XXXX: no font of this machine has them. For Japanese "
         "and Chinese install one, such as Debian's package fonts-noto-cjk."
     )

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmtuner.console import InputError, write_text
-from llmtuner.report.claims import LANGUAGES, look_up, percent
+from llmtuner.console import UserError
+from llmtuner.files import atomic_write_text
+from llmtuner.report.checks import LANGUAGES, get_nested, percent
 from llmtuner.report.environment import versions
 
 MODELS = {"base": "base", "zero": "Zero", "pretrained": "pretrained", "chat": "chat"}
@@ -30,7 +31,7 @@ answer = model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].sha
 print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
 
 
-class Ready(str):
+class SafeMarkdown(str):
     """Markdown that needs no escaping."""
 
 
@@ -51,40 +52,40 @@ def write_model_card(
         question: what the example asks.
 
     Raises:
-        InputError: if it is no model directory, or the card cannot be written.
+        UserError: if it is no model directory, or the card cannot be written.
     """
     if not (model_dir / "config.json").is_file():
-        raise InputError(f"{model_dir} is not a model directory: it has no config.json. There is nothing to describe.")
+        raise UserError(f"{model_dir} is not a model directory: it has no config.json. There is nothing to describe.")
     destination = model_dir / "README.md"
     used = {"NAME": model_dir.resolve().name, "QUESTION": question}
     snippet = re.sub("|".join(used), lambda found: json.dumps(used[found[0]], ensure_ascii=False), SNIPPET)
-    content = {"snippet": Ready(snippet), **_content(model_dir.resolve(), metrics, base, data)}
+    content = {"snippet": SafeMarkdown(snippet), **_content(model_dir.resolve(), metrics, base, data)}
     card = _template().render(content)
-    write_text(destination, re.sub(r"\n{3,}", "\n\n", card), errors="replace")
+    atomic_write_text(destination, re.sub(r"\n{3,}", "\n\n", card), errors="replace")
     return destination
 
 
 def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the template speaks of; None or nothing stands for what was not measured."""
-    mixes = [(title, _mix(look_up(metrics, step, "data") or {}, data)) for step, title in STAGES.items()]
+    mixes = [(title, _mix(get_nested(metrics, step, "data") or {}, data)) for step, title in STAGES.items()]
     mixes = [(title, rows) for title, rows in mixes if rows]
     hubs = list(dict.fromkeys(row["hub"] for _, rows in mixes for row in rows if row["hub"]))
     on_hub = HUB_ID.fullmatch(base) is not None
     descends = "chatglm" in base.lower() or (model_dir / "MODEL_LICENSE").is_file()
     licence = "other" if descends else None if on_hub else "apache-2.0"
-    chosen = look_up(metrics, "step7", "generation", "chosen")
-    candidates = look_up(metrics, "step7", "generation", "candidates")
+    chosen = get_nested(metrics, "step7", "generation", "chosen")
+    candidates = get_nested(metrics, "step7", "generation", "candidates")
     agreement = {
         LANGUAGES[language]: share
         for language in ("zh", "en")
-        if (share := look_up(metrics, "step7", "agreement", "chat", language, "identical")) is not None
+        if (share := get_nested(metrics, "step7", "agreement", "chat", language, "identical")) is not None
     }
     return {
-        "front_matter": Ready(_front_matter(base if on_hub else None, licence, hubs)),
+        "front_matter": SafeMarkdown(_front_matter(base if on_hub else None, licence, hubs)),
         "name": model_dir.name,
         "base": base,
         "on_hub": on_hub,
-        "at": lambda *path: look_up(metrics, *path),
+        "at": lambda *path: get_nested(metrics, *path),
         "mixes": mixes,
         "models": MODELS,
         "before_after": _before_after(metrics),
@@ -93,10 +94,10 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
         "chosen": chosen,
         "candidates": candidates if chosen else None,
         "suites": [_suite(own) for name, own in sorted(metrics.items()) if re.fullmatch(r"suite_\w+_chat", name)],
-        "unseen": look_up(metrics, "step7", "exact", "chat", "ja_unseen"),
-        "repeated": look_up(metrics, "step7", "repetition", "chat", "ja"),
+        "unseen": get_nested(metrics, "step7", "accuracy", "chat", "ja_unseen"),
+        "repeated": get_nested(metrics, "step7", "repetition", "chat", "ja"),
         "licence": licence,
-        "licence_link": Ready(LICENCE_LINK),
+        "licence_link": SafeMarkdown(LICENCE_LINK),
         "licence_file": next((name for name in LICENCE_FILES if (model_dir / name).is_file()), None),
         "versions": versions(PACKAGES),
     }
@@ -123,8 +124,8 @@ def _mix(counts: dict[str, Any], data: dict[str, dict[str, Any]]) -> list[dict[s
         {
             "name": name,
             "hub": data.get(name, {}).get("hf_hub_url"),
-            "share": count.get("share"),
-            "planned": count.get("planned_share"),
+            "ratio": count.get("ratio"),
+            "target_ratio": count.get("target_ratio"),
         }
         for name, count in counts.items()
     ]
@@ -133,19 +134,19 @@ def _mix(counts: dict[str, Any], data: dict[str, dict[str, Any]]) -> list[dict[s
 def _before_after(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per figure, one column per model; a figure that no model has is left out."""
     kinds = [
-        *((f"right answers, {name}", ("exact", group), percent) for group, name in GROUPS.items()),
+        *((f"right answers, {name}", ("accuracy", group), percent) for group, name in GROUPS.items()),
         *(
             (f"in the language of the question, {name}", ("language_confusion", group, "response_pass_rate"), percent)
             for group, name in GROUPS.items()
         ),
         *((f"bits per byte, {name}", ("bits_per_byte", code), _decimals) for code, name in LANGUAGES.items()),
         ("Japanese answers: 4-grams repeated", ("repetition", "ja"), percent),
-        ("free answers: ended by themselves", ("free_answers", "ended"), percent),
+        ("free answers: ended by themselves", ("free_answers", "finished_ratio"), percent),
         ("free answers: longest loop, characters", ("free_answers", "longest_loop"), _count),
     ]
     rows = []
     for name, (kind, *path), shown in kinds:
-        figures = [look_up(metrics, "step7", kind, model, *path) for model in MODELS]
+        figures = [get_nested(metrics, "step7", kind, model, *path) for model in MODELS]
         if any(figure is not None for figure in figures):
             rows.append({"name": name, "figures": [UNKNOWN if one is None else shown(one) for one in figures]})
     return rows
@@ -153,7 +154,7 @@ def _before_after(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _tokens(metrics: dict[str, Any]) -> list[tuple[str, float, float]]:
     per_character = {
-        code: [look_up(metrics, "step4", "tokens_per_character", model, code) for model in ("base", "zero")]
+        code: [get_nested(metrics, "step4", "tokens_per_character", model, code) for model in ("base", "zero")]
         for code in LANGUAGES
     }
     return [(LANGUAGES[code], *pair) for code, pair in per_character.items() if None not in pair]
@@ -189,14 +190,14 @@ def _template() -> Any:
         "count": _count,
         "decimals": _decimals,
         "settings": lambda settings: ", ".join(f"{name} {value}" for name, value in (settings or {}).items()),
-        "safe": Ready,
+        "safe": SafeMarkdown,
     }
     return templates.get_template("model_card.md")
 
 
 def _escaped(value: Any) -> str:
     """Text that Markdown shows as it is, on one line, also in the cell of a table."""
-    if isinstance(value, Ready):
+    if isinstance(value, SafeMarkdown):
         return value
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*\[\]<>|&#]|(?<!\w)_|_(?!\w))", r"\\\1", text) if text else ""

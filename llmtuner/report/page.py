@@ -11,12 +11,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmtuner.console import InputError, write_text
+from llmtuner.console import UserError
 from llmtuner.eval.language import HAN, KANA
-from llmtuner.eval.questions import Question, is_right
-from llmtuner.eval.repetition import loops
-from llmtuner.report.claims import LANGUAGES, claims, look_up, percent
-from llmtuner.report.figures import figures_of, read_log
+from llmtuner.eval.questions import Question, is_correct
+from llmtuner.eval.repetition import find_loops
+from llmtuner.files import atomic_write_text
+from llmtuner.report.checks import LANGUAGES, get_nested, percent, run_checks
+from llmtuner.report.figures import build_figures, read_log
 
 RUNS = {"step5": "step5_pt_adapter", "step6": "step6_sft_adapter"}  # step -> directory of its log and settings
 # The soft hyphen is for a telephone, where the column is narrow.
@@ -51,36 +52,36 @@ def write_report(
         warnings: what a reader has to know before anything else.
 
     Raises:
-        InputError: if no step has finished, a file that is read is damaged, or the page cannot be written.
+        UserError: if no step has finished, a file that is read is damaged, or the page cannot be written.
     """
     metrics = {path.stem: _read_json(path) for path in sorted((work_dir / "metrics").glob("*.json"))}
     if not any(step.name in metrics for step in steps):
-        raise InputError(
-            f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first."
-        )
+        raise UserError(f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first.")
     runs = {step: work_dir / name for step, name in RUNS.items()}
     # A run that is still going on is drawn as far as it has come; its settings are written at its end.
-    logs = {step: read_log(run / "log.jsonl") for step, run in runs.items() if (run / "log.jsonl").is_file()}
+    logs = {
+        step: read_log(run / "trainer_log.jsonl") for step, run in runs.items() if (run / "trainer_log.jsonl").is_file()
+    }
     settings = {
-        step: _read_json(run / "settings.json")
+        step: _read_json(run / "training_args.json")
         for step, run in runs.items()
-        if step in metrics and (run / "settings.json").is_file()
+        if step in metrics and (run / "training_args.json").is_file()
     }
     page = _page().render(
-        claims=claims(metrics),
+        checks=run_checks(metrics),
         pipeline=_pipeline(steps, metrics),
-        figures=figures_of(metrics, logs),
+        figures=build_figures(metrics, logs),
         answers=_answers(work_dir / "answers.jsonl") if "step7" in metrics else [],
         suites=_suites(metrics),
         settings=settings,
         facts=facts,
         warnings=warnings,
         made=datetime.now().astimezone(),
-        at=lambda *path: look_up(metrics, *path),
-        of_models=lambda *path: [look_up(metrics, "step7", path[0], model, *path[1:]) for model in MODELS],
+        at=lambda *path: get_nested(metrics, *path),
+        of_models=lambda *path: [get_nested(metrics, "step7", path[0], model, *path[1:]) for model in MODELS],
     )
     destination = work_dir / "report.html"
-    write_text(destination, page, errors="replace")
+    atomic_write_text(destination, page, errors="replace")
     return destination
 
 
@@ -155,15 +156,15 @@ def _answers(path: Path) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in _read_lines(path):
         groups.setdefault(row["group"], []).append(row)
-    chosen = {group: sorted(rows, key=_telling, reverse=True)[:QUESTIONS_PER_GROUP] for group, rows in groups.items()}
+    chosen = {group: sorted(rows, key=_interest, reverse=True)[:QUESTIONS_PER_GROUP] for group, rows in groups.items()}
     return [
         {"group": group, "total": len(groups[group]), "questions": [_question(row) for row in rows]}
         for group, rows in chosen.items()
     ]
 
 
-def _telling(row: dict[str, Any]) -> tuple[bool, int]:
-    return bool(loops(row.get("chat") or "")), len({row.get(model) for model in MODELS})
+def _interest(row: dict[str, Any]) -> tuple[bool, int]:
+    return bool(find_loops(row.get("chat") or "")), len({row.get(model) for model in MODELS})
 
 
 def _question(row: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def _question(row: dict[str, Any]) -> dict[str, Any]:
             "model": model,
             "text": row[model],
             "parts": _parts(row[model]),
-            "right": marks[model] if model in marks else is_right(question, row[model]),
+            "right": marks[model] if model in marks else is_correct(question, row[model]),
         }
         for model in MODELS
         if row.get(model) is not None
@@ -186,7 +187,7 @@ def _question(row: dict[str, Any]) -> dict[str, Any]:
 def _parts(text: str) -> list[tuple[str, bool]]:
     """A text cut into (part, whether it is a loop)."""
     parts, end = [], 0
-    for start, stop in loops(text):
+    for start, stop in find_loops(text):
         parts += [(text[end:start], False), (text[start:stop], True)]
         end = stop
     return [(part, loop) for part, loop in [*parts, (text[end:], False)] if part]
@@ -223,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}). Run the step that makes it again.") from error
+        raise UserError(f"cannot read {path} ({error}). Run the step that makes it again.") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -231,4 +232,4 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         return [json.loads(line) for line in lines if line]  # not splitlines: an answer may hold U+2028
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}). Run the step that makes it again.") from error
+        raise UserError(f"cannot read {path} ({error}). Run the step that makes it again.") from error

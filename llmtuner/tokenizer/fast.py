@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtuner.console import InputError
+from llmtuner.console import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,21 +26,21 @@ SPECIAL_TOKENS = [
 ]
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2; <unk> also pads
 SPACE = "▁"  # how sentencepiece writes a space inside a piece
-BYTE_PIECE = re.compile(r"^<0x([0-9A-F]{2})>$")
+BYTE_TOKEN = re.compile(r"^<0x([0-9A-F]{2})>$")
 
 # Piece types of sentencepiece's protobuf schema
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
 # Two characters that Unicode keeps free for uses like this one. The chat template puts them into every name of a special
 # token that a message holds, so that it is not found there; the tokenizer then takes them out of the text again.
-SPLIT = "\ufdd0\ufdd1"
+ESCAPE = "\ufdd0\ufdd1"
 
 # What ChatGLM3's `build_chat_input` makes of a conversation, roles being read from the template's own text alone.
 CHAT_TEMPLATE = """\
 {%- macro as_text(text) -%}
     {%- set safe = namespace(text=text) -%}
     {%- for name in NAMES -%}
-        {%- set safe.text = safe.text | replace(name, name[0] + 'SPLIT' + name[1:]) -%}
+        {%- set safe.text = safe.text | replace(name, name[0] + 'ESCAPE' + name[1:]) -%}
     {%- endfor -%}
     {{- safe.text -}}
 {%- endmacro -%}
@@ -52,14 +52,14 @@ CHAT_TEMPLATE = """\
     {%- if content -%}{{- ' ' + as_text(content) -}}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
-""".replace("NAMES", repr([*SPECIAL_TOKENS, UNK, BOS, EOS])).replace("SPLIT", SPLIT)
+""".replace("NAMES", repr([*SPECIAL_TOKENS, UNK, BOS, EOS])).replace("ESCAPE", ESCAPE)
 
 
-def read_model(model_file: Path) -> Any:
+def read_sentencepiece(model_file: Path) -> Any:
     """Reads a sentencepiece model as the protobuf message `ModelProto`.
 
     Raises:
-        InputError: if the file is missing or is no sentencepiece model.
+        UserError: if the file is missing or is no sentencepiece model.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -68,19 +68,19 @@ def read_model(model_file: Path) -> Any:
     try:
         proto.ParseFromString(model_file.read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read the tokenizer model {model_file} ({error.strerror or error}).") from error
+        raise UserError(f"cannot read the tokenizer model {model_file} ({error.strerror or error}).") from error
     except DecodeError as error:
-        raise InputError(f"{model_file} is not a sentencepiece model ({error}). Fetch or make it again.") from error
+        raise UserError(f"{model_file} is not a sentencepiece model ({error}). Fetch or make it again.") from error
     if not proto.pieces:
-        raise InputError(f"{model_file} is not a sentencepiece model: it has no piece. Fetch or make it again.")
+        raise UserError(f"{model_file} is not a sentencepiece model: it has no piece. Fetch or make it again.")
     return proto
 
 
-def check_rules(proto: Any, model_file: Path) -> None:
+def check_sentencepiece_spec(proto: Any, model_file: Path) -> None:
     """Makes sure that a model splits text by ChatGLM3's rules; others would be translated wrongly.
 
     Raises:
-        InputError: lists every rule that differs.
+        UserError: lists every rule that differs.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
@@ -105,17 +105,17 @@ def check_rules(proto: Any, model_file: Path) -> None:
         if broken
     ]
     if problems:
-        raise InputError(
+        raise UserError(
             f"{model_file} does not follow ChatGLM3's rules: {'; '.join(problems)}. "
             "Use ChatGLM3's own tokenizer.model, or train one with those rules."
         )
 
 
-def special_ids(proto: Any) -> dict[str, int]:
+def special_token_ids(proto: Any) -> dict[str, int]:
     """Ids of the nine special tokens: where their placeholders stand, or right behind the pieces if there are none.
 
     Raises:
-        InputError: if only some placeholders are there, or an ordinary piece has the name of a special token.
+        UserError: if only some placeholders are there, or an ordinary piece has the name of a special token.
     """
     places = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.piece in SPECIAL_TOKENS}
     if not places:
@@ -123,7 +123,7 @@ def special_ids(proto: Any) -> dict[str, int]:
     first = min(places.values())
     expected = {token: first + index for index, token in enumerate(SPECIAL_TOKENS)}
     if places != expected or any(proto.pieces[index].type != CONTROL for index in places.values()):
-        raise InputError(
+        raise UserError(
             f"the sentencepiece model has pieces named like special tokens ({', '.join(places)}), but not all nine as "
             "control pieces in ChatGLM3's order. Take them out, or merge again with step2_merge_tokenizer.py."
         )
@@ -141,18 +141,18 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
         model_file: `tokenizer.model`, base or merged.
 
     Raises:
-        InputError: if the file is unreadable, follows other rules or holds special tokens in a wrong place.
+        UserError: if the file is unreadable, follows other rules or holds special tokens in a wrong place.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    proto = read_model(model_file)
-    check_rules(proto, model_file)
-    specials = special_ids(proto)
+    proto = read_sentencepiece(model_file)
+    check_sentencepiece_spec(proto, model_file)
+    specials = special_token_ids(proto)
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     backend = Tokenizer(models.BPE(vocabulary, ordered_merges(proto), unk_token=UNK, fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence(
-        [normalizers.Replace(SPLIT, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        [normalizers.Replace(ESCAPE, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
     # Decoding as sentencepiece does: the blanks before the text and behind a special token are the tokenizer's own
     # and go; </s> leaves no trace. Once ▁ has become a blank, it is free to mark the end of a special token meanwhile.
@@ -211,7 +211,7 @@ def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFas
     Files: tokenizer.json, tokenizer_config.json, chat_template.jinja and `tokenizer.model`, the sentencepiece model.
 
     Raises:
-        InputError: as `build_fast_tokenizer`.
+        UserError: as `build_fast_tokenizer`.
     """
     tokenizer = build_fast_tokenizer(model_file)
     directory.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def load_tokenizer(directory: Path | str) -> Any:
     Where there is a `tokenizer.model`, `encode_batch` uses it: same ids, on Japanese and Chinese at least twice as fast.
 
     Raises:
-        InputError: if the directory has neither, a file is damaged, or the two do not hold the same pieces.
+        UserError: if the directory has neither, a file is damaged, or the two do not hold the same pieces.
     """
     from transformers import AutoTokenizer
 
@@ -235,7 +235,7 @@ def load_tokenizer(directory: Path | str) -> Any:
     model_file = path / "tokenizer.model"
     if not (path / "tokenizer.json").is_file():
         if not model_file.is_file():
-            raise InputError(
+            raise UserError(
                 f"{path} has no tokenizer.json or tokenizer.model. A model directory holds its tokenizer too."
             )
         tokenizer: Any = build_fast_tokenizer(model_file)
@@ -243,21 +243,21 @@ def load_tokenizer(directory: Path | str) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged file raises almost anything
-            raise InputError(
+            raise UserError(
                 f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}). Make or fetch tokenizer.json, "
                 "tokenizer_config.json and config.json again."
             ) from error
     if model_file.is_file():
         import sentencepiece
 
-        processor = sentencepiece.SentencePieceProcessor(model_proto=read_model(model_file).SerializeToString())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=read_sentencepiece(model_file).SerializeToString())
         pieces = dict(zip(processor.id_to_piece(list(range(len(processor)))), range(len(processor)), strict=True))
         vocabulary = tokenizer.get_vocab()
         if any(vocabulary.get(piece) != index for piece, index in pieces.items()) or vocabulary.keys() - {
             *pieces,
             *SPECIAL_TOKENS,
         }:
-            raise InputError(
+            raise UserError(
                 f"tokenizer.json and tokenizer.model in {path} do not hold the same pieces. Take away the one that is wrong."
             )
         tokenizer.sentencepiece = processor
@@ -272,15 +272,15 @@ def encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
 def encode_batch(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     """`encode` for many texts at once, by sentencepiece itself if `load_tokenizer` found its model."""
     processor = getattr(tokenizer, "sentencepiece", None)
-    return encode_by(processor, texts) if processor else encode_by_backend(tokenizer, texts)
+    return encode_sentencepiece(processor, texts) if processor else encode_fast(tokenizer, texts)
 
 
-def encode_by(processor: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode_sentencepiece(processor: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts by a sentencepiece processor, which knows no special token but those it must not produce."""
     return processor.encode(list(texts), num_threads=min(len(texts), os.cpu_count() or 1) or 1)
 
 
-def encode_by_backend(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
+def encode_fast(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts by the fast tokenizer.
 
     Calls the backend as transformers' `__call__` does with `split_special_tokens=True`, but without making offsets and
@@ -296,11 +296,11 @@ def encode_by_backend(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]
         backend.encode_special_tokens = before
 
 
-def segment(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[str]:
-    """The text of each token of a text, `as_seen`."""
-    return as_seen(tokenizer.convert_ids_to_tokens(encode(tokenizer, text)))
+def tokenize_for_display(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[str]:
+    """The text of each token of a text, `display_tokens`."""
+    return display_tokens(tokenizer.convert_ids_to_tokens(encode(tokenizer, text)))
 
 
-def as_seen(pieces: Sequence[str]) -> list[str]:
+def display_tokens(pieces: Sequence[str]) -> list[str]:
     """Pieces as a person would want to see them: spaces as such, a single byte like ‹E9›."""
-    return [BYTE_PIECE.sub(r"‹\1›", piece).replace(SPACE, " ") for piece in pieces]
+    return [BYTE_TOKEN.sub(r"‹\1›", piece).replace(SPACE, " ") for piece in pieces]

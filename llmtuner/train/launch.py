@@ -1,7 +1,7 @@
 """torchrun for this project's scripts: what went wrong is shown once, without torchrun's own traceback.
 
 A process that fails writes its message, or its traceback, into the file that torchrun gives each process for this
-(`console.tell_launcher`), and the launcher prints one of them: an explained error rather than a crash that follows from
+(`console.report_to_launcher`), and the launcher prints one of them: an explained error rather than a crash that follows from
 it, else the earliest. Its exit code becomes that of the run. Arguments are those of torchrun.
 """
 
@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-EXPLAINED = 2  # exit code of an InputError
+USER_ERROR_EXIT_CODE = 2  # exit code of an UserError
 
 
 def main() -> int:
@@ -26,8 +26,8 @@ def main() -> int:
     try:
         run.run(run.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        failure = min(error.failures.values(), key=_rank_of_cause)
-        return report(failure)
+        failure = min(error.failures.values(), key=_root_cause_key)
+        return report_failure(failure)
     except SignalException as stopped:  # the processes have been asked to end, and have said so themselves
         return 128 + stopped.sigval
     except (DistError, RendezvousError, ValueError) as error:  # the port is in use, another machine is out of reach
@@ -36,17 +36,17 @@ def main() -> int:
             "NODE_RANK, MASTER_ADDR and MASTER_PORT (a free port, the same on all machines).",
             file=sys.stderr,
         )
-        return EXPLAINED
+        return USER_ERROR_EXIT_CODE
     return 0
 
 
-def _rank_of_cause(failure: ProcessFailure) -> tuple[bool, bool, int, int]:
+def _root_cause_key(failure: ProcessFailure) -> tuple[bool, bool, int, int]:
     """Sorts failures so that what explains the others comes first: those ended by SIGTERM were ended by the launcher."""
     ended_by_launcher = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
-    return failure.exitcode != EXPLAINED, ended_by_launcher, failure.timestamp, failure.local_rank
+    return failure.exitcode != USER_ERROR_EXIT_CODE, ended_by_launcher, failure.timestamp, failure.local_rank
 
 
-def report(failure: ProcessFailure) -> int:
+def report_failure(failure: ProcessFailure) -> int:
     """Prints what a failed process has left to say, and returns its exit code as shells count it."""
     if os.path.isfile(failure.error_file):
         print(failure.message, file=sys.stderr)

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-LOGITS_AT_ONCE = 2**25  # fp32 numbers: 128 MB
-LOGITS_AT_ONCE_ON_CPU = 2**22  # what its caches hold in part
+CHUNK_NUMEL = 2**25  # fp32 numbers: 128 MB
+CHUNK_NUMEL_CPU = 2**22  # what its caches hold in part
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T` against targets, some rows of logits at a time.
 
     Gradients are formed in the forward pass, while a chunk of logits is there; so none is computed twice.
@@ -26,20 +26,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        at_once = LOGITS_AT_ONCE_ON_CPU if hidden.device.type == "cpu" else LOGITS_AT_ONCE
+        at_once = CHUNK_NUMEL_CPU if hidden.device.type == "cpu" else CHUNK_NUMEL
         step = max(1, at_once // len(weight))
         for start in range(0, len(hidden), step):
-            part, wanted = hidden[start : start + step].to(dtype), targets[start : start + step, None]
+            part, target = hidden[start : start + step].to(dtype), targets[start : start + step, None]
             logits = (part @ matrix.T).float()
             largest = logits.amax(dim=1, keepdim=True)
-            total -= (logits.gather(1, wanted) - largest).sum()
+            total -= (logits.gather(1, target) - largest).sum()
             exponentials = logits.sub_(largest).exp_()
             sums = exponentials.sum(dim=1, keepdim=True)
             total += sums.log().sum()
             if not (want_hidden or want_weight):
                 continue
             gradient = exponentials.mul_(sums.reciprocal_())  # the probabilities
-            gradient.scatter_add_(1, wanted, torch.full_like(sums, -1))
+            gradient.scatter_add_(1, target, torch.full_like(sums, -1))
             gradient = gradient.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + step] = gradient @ matrix
@@ -61,7 +61,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of the cross-entropy in nats of logits `hidden @ weight.T`.
 
     Args:
@@ -69,10 +69,10 @@ def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
         weight: the output layer's, [vocabulary, width].
         targets: the ids to be predicted, [tokens].
     """
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, compute_dtype(weight))
+    return ChunkedLinearCrossEntropy.apply(hidden, weight, targets, matmul_dtype(weight))
 
 
-def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
     """The precision of a matrix product with `weight`: autocast's where it is on."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmtuner.train.loss import LOGITS_AT_ONCE
+from llmtuner.train.loss import CHUNK_NUMEL
 
-USABLE = 0.85  # of what is free: the rest goes to fragments, kernels' own buffers and what the estimate misses
+MEMORY_FRACTION = 0.85  # of what is free: the rest goes to fragments, kernels' own buffers and what the estimate misses
 
 
 def free_memory() -> int | None:
@@ -19,7 +19,7 @@ def free_memory() -> int | None:
 
 
 @dataclass(frozen=True)
-class StepMemory:
+class MemoryEstimate:
     """Bytes at the height of a training step."""
 
     weights: int
@@ -39,21 +39,21 @@ class StepMemory:
         return ", ".join(f"{part} {getattr(self, part) / 1e9:.1f}" for part in parts) + " GB"
 
 
-def step_memory(
+def estimate_step_memory(
     model: Any,
-    rows: int,
-    length: int,
+    batch_size: int,
+    seq_len: int,
     checkpointing: bool,
     dtype: torch.dtype = torch.float32,
     optimizer_bytes: int = 8,
     processes: int = 1,
-) -> StepMemory:
+) -> MemoryEstimate:
     """An estimate for a model that is prepared for training, before anything is computed.
 
     Activations are counted by a forward pass over tensors without content: what autograd keeps, each memory once.
 
     Args:
-        rows, length: of a micro-batch.
+        batch_size, seq_len: of a micro-batch.
         checkpointing: whether layers keep their input only, and are computed again one at a time.
         dtype: autocast's; fp32 means none.
         optimizer_bytes: for each trained parameter; Adam keeps two numbers.
@@ -65,13 +65,13 @@ def step_memory(
     layers, width, rows_of_output = (
         getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
     )
-    activations = kept_for_backward(model, rows, length, dtype)
+    activations = saved_activation_bytes(model, batch_size, seq_len, dtype)
     if checkpointing:
-        activations = activations // layers + layers * rows * length * width * 4
-    logits = min(rows * length * rows_of_output, LOGITS_AT_ONCE)
+        activations = activations // layers + layers * batch_size * seq_len * width * 4
+    logits = min(batch_size * seq_len * rows_of_output, CHUNK_NUMEL)
     # Its rows or all of it: the matrix is copied into the product's precision, its gradient formed whole and in fp32.
     output = any(one.requires_grad for name, one in model.named_parameters() if "lm_head" in name)
-    return StepMemory(
+    return MemoryEstimate(
         weights=sum(one.nbytes for one in parameters),
         gradients=4 * count // processes,
         optimizer=optimizer_bytes * count // processes,
@@ -80,7 +80,7 @@ def step_memory(
     )
 
 
-def kept_for_backward(model: Any, rows: int, length: int, dtype: torch.dtype) -> int:
+def saved_activation_bytes(model: Any, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:
     """Bytes that autograd keeps of a forward pass, but for the weights themselves; nothing is computed."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -93,16 +93,16 @@ def kept_for_backward(model: Any, rows: int, length: int, dtype: torch.dtype) ->
         return tensor
 
     autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    with mode, _as_in_training(model), autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        batch = {"input_ids": ids, "position_ids": torch.arange(length).expand(rows, -1), "use_cache": False}
+    with mode, _training_mode(model), autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
+        batch = {"input_ids": ids, "position_ids": torch.arange(seq_len).expand(batch_size, -1), "use_cache": False}
         batch["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
         torch.func.functional_call(model, fakes, (), batch)
     return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in own)
 
 
 @contextmanager
-def _as_in_training(model: Any) -> Iterator[None]:
+def _training_mode(model: Any) -> Iterator[None]:
     """Training mode, and an attention that needs no GPU to be traced; FlashAttention keeps what the fused kernel keeps."""
     training, attention = model.training, model.config._attn_implementation
     model.train()

@@ -10,9 +10,9 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from llmtuner.console import InputError, say
+from llmtuner.console import UserError, print0
 from llmtuner.data.packing import Sequence
-from llmtuner.data.template import IGNORE
+from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.train.trainer import PackedTrainer, run_model
 
 LENGTHS = 8, 7  # tokens of documents A and B; cutoff_len is at least 8
@@ -25,10 +25,10 @@ CHUNKED_REMEDY = (
     "This model's output layer is more than one matrix product (it may cap, scale or project, or have a bias). "
     "Set chunked_loss: false, which takes the loss from the model's own logits"
 )
-FUSED_REMEDY = "Set fused_layers: false"
+FUSED_REMEDY = "Set fused_ops: false"
 
 
-class SelfCheck(TrainerCallback):
+class SelfCheckCallback(TrainerCallback):
     """Runs the self-check at every start, once the model has been prepared for its devices.
 
     Args:
@@ -61,7 +61,7 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
     All ranks check, and all stop if one of them finds a problem.
 
     Raises:
-        InputError: names what differs, by how much, and the setting that helps.
+        UserError: names what differs, by how much, and the setting that helps.
     """
     start = time.perf_counter()
     found = ""
@@ -86,9 +86,9 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
                 + (PACKED_REMEDY if packed else "Set flash_attn: disabled")
             )
 
-        failing, remedy = "computing the loss", CHUNKED_REMEDY if trainer.finetuning.chunked_loss else FUSED_REMEDY
+        failing, remedy = "computing the loss", CHUNKED_REMEDY if trainer.finetuning_args.chunked_loss else FUSED_REMEDY
         with trainer.compute_loss_context_manager():
-            summed, count = trainer._summed_loss(model, batch)
+            summed, count = trainer._compute_loss_sum(model, batch)
         loss = float(summed.detach() / count)
         difference = abs(loss - own) / max(own, 1)
         if not difference <= loss_tolerance:
@@ -96,15 +96,15 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
             at_fault = CHUNKED_REMEDY if abs(fused - own) <= loss_tolerance * max(own, 1) else FUSED_REMEDY
             problems.append(f"the loss is {loss:.4f}, but {own:.4f} from the model's own logits. {at_fault}")
         found = f"loss {loss:.4f}, within {difference:.0e} of the model's own; documents isolated within {moved:.0e}"
-    except InputError as error:  # it says what to do
+    except UserError as error:  # it says what to do
         problems.append(str(error).rstrip("."))
     except Exception as error:  # of whatever kind: the other ranks wait for this one
         problems.append(f"{failing} fails with {type(error).__name__}: {error}. {remedy}")
     finally:
         model.train(training)
     if problems := gather_object(problems):
-        raise InputError("self-check of the model: " + "; ".join(dict.fromkeys(problems)) + ".")
-    say(f"self-check: {found}; {1000 * (time.perf_counter() - start):.0f} ms")
+        raise UserError("self-check of the model: " + "; ".join(dict.fromkeys(problems)) + ".")
+    print0(f"self-check: {found}; {1000 * (time.perf_counter() - start):.0f} ms")
 
 
 def _precision(trainer: PackedTrainer) -> torch.dtype:
@@ -118,9 +118,9 @@ def _batch(trainer: PackedTrainer, a: numpy.ndarray, b: numpy.ndarray, packed: b
     parts: list[Sequence] = [
         {
             "input_ids": ids,
-            "labels": numpy.where(numpy.arange(len(ids)) > 0, ids, IGNORE),
+            "labels": numpy.where(numpy.arange(len(ids)) > 0, ids, IGNORE_INDEX),
             "position_ids": numpy.arange(len(ids)),
-            "rows": numpy.zeros(0, dtype=numpy.int64),
+            "doc_ids": numpy.zeros(0, dtype=numpy.int64),
         }
         for ids in (a, b)
     ]
@@ -136,4 +136,4 @@ def _logits(trainer: PackedTrainer, batch: dict[str, Any], gradients: bool = Fal
 
 
 def _mean_loss(logits: torch.Tensor, batch: dict[str, Any]) -> float:
-    return float(cross_entropy(logits[batch["trained"]], batch["labels"].flatten()[batch["trained"] + 1]))
+    return float(cross_entropy(logits[batch["loss_indices"]], batch["labels"].flatten()[batch["loss_indices"] + 1]))

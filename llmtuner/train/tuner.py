@@ -6,7 +6,7 @@ from typing import Any
 
 from llmtuner.env import env_flag
 from llmtuner.hparams import get_train_args
-from llmtuner.model.merging import merge_adapter
+from llmtuner.weights.merge_lora import merge_adapter
 
 
 def run_exp(
@@ -23,17 +23,17 @@ def run_exp(
             run is deleted.
 
     Returns:
-        what was measured: tokens, tokens_per_second, padding_share, trainable_parameters, train_loss, eval_loss and,
+        what was measured: tokens, tokens_per_second, padding_ratio, trainable_parameters, train_loss, eval_loss and,
         for the sft stage, initial_loss per data set.
 
     Raises:
-        InputError: for settings, data or models that cannot be used.
+        UserError: for settings, data or models that cannot be used.
     """
-    from llmtuner.train.checkpoints import claim_output_dir
+    from llmtuner.train.checkpointing import lock_output_dir
     from llmtuner.train.workflow import run_pt, run_sft
 
     arguments = get_train_args(args)
-    with claim_output_dir(Path(str(arguments[2].output_dir))):
+    with lock_output_dir(Path(str(arguments[2].output_dir))):
         if arguments[3].stage == "pt":
             return run_pt(arguments, texts, before_training)
         return run_sft(arguments, before_training)
@@ -45,7 +45,7 @@ def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) ->
     An older result in export_dir is replaced only with overwrite_output_dir: true or OVERWRITE=1 in the environment.
 
     Raises:
-        InputError: if export_dir is missing, or adapter and model do not belong together; as `atomic_directory`.
+        UserError: if export_dir is missing, or adapter and model do not belong together; as `atomic_directory`.
     """
     model_args, _, _, finetuning_args = get_train_args(args, for_export=True)
     overwrite = finetuning_args.overwrite_output_dir or env_flag("OVERWRITE")

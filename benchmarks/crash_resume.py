@@ -1,0 +1,388 @@
+"""A run that SIGKILL ends again and again, each time started anew, against the same run left alone: same curve, same weights?
+
+    python -m benchmarks.crash_resume
+    python -m benchmarks.crash_resume --processes 2
+
+The run is that of step 5 in small: the miniature, its texts in three languages, LoRA with dropout and both embedding
+matrices, fp32, on the CPU. One process must lose nothing at all; two, under torchrun with ZeRO-2, at most 1e-6.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from safetensors.torch import load_file
+
+from llmtuner.console import Timer, UserError, format_table, print0, run_cli
+from llmtuner.files import atomic_write_json
+from llmtuner.train.checkpointing import TMP_DIR, checkpoint_step, latest_valid_checkpoint
+from mini.world import write_world
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = dict(
+    stage="pt",
+    dataset=["wikipedia_zh", "wikitext_en", "wikipedia_ja"],
+    dataset_dir=str(ROOT / "data"),
+    max_samples=200,  # so that an epoch ends within the run
+    val_size=0.1,
+    cutoff_len=128,
+    lora_dropout=0.1,  # draws random numbers in every step
+    additional_target=["embed_tokens", "lm_head"],
+    learning_rate=2e-3,
+    embedding_learning_rate=1e-3,
+    lr_scheduler_type="cosine",
+    warmup_ratio=0.05,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    logging_steps=1,
+    eval_strategy="steps",
+    eval_on_start=True,
+    eval_steps=10,
+    max_eval_samples=16,
+    save_strategy="steps",
+    save_steps=5,
+    save_total_limit=2,
+    report_to="none",
+    use_cpu=True,
+)
+# What a line of the log says of the training itself, and not of the clock.
+EXACT = ("step", "loss", "grad_norm", "learning_rate", "embedding_learning_rate", "eval_loss")
+TOLERANCE = {1: 0.0, 2: 1e-6}  # by number of processes
+WHILE_STARTING = 0.3  # share of the kills that come before the training
+PROBLEMS_SHOWN = 10
+TRIES = 4
+POLL = 0.002  # seconds
+LAST_WORDS = 3_000  # characters of a failed run's output
+
+
+@dataclass
+class Run:
+    """One output directory and the command that trains into it, however often."""
+
+    directory: Path
+    processes: int
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir()
+        self.output, self.log = self.directory / "adapter", self.directory / "adapter" / "trainer_log.jsonl"
+        own = dict(output_dir=str(self.output), cache_dir=str(self.directory / "cache"))
+        if self.processes > 1:
+            own["deepspeed"] = str(ROOT / "ds_config_zero2.json")
+        (self.directory / "settings.yaml").write_text(yaml.safe_dump({**self.settings, **own}), encoding="utf-8")
+
+    def start(self) -> "psutil.Popen":
+        """Starts the training in processes of its own."""
+        command = [sys.executable, "-m"]
+        if self.processes > 1:
+            command += ["torch.distributed.run", "--nproc_per_node", str(self.processes)]
+            command += ["--master_port", str(_free_port()), "-m"]
+        command += ["llmtuner", "train", str(self.directory / "settings.yaml")]
+        own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        own["TMPDIR"] = str(self.directory)  # what a killed process leaves behind goes with the rest
+        with (self.directory / "output.txt").open("w") as output:
+            return psutil.Popen(
+                command,
+                env={**os.environ, **own},
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def check(self, process: "psutil.Popen") -> None:
+        """Makes sure that a process that ended by itself had finished.
+
+        Raises:
+            UserError: with the end of what it printed.
+        """
+        if process.wait():
+            printed = (self.directory / "output.txt").read_text(encoding="utf-8", errors="replace")
+            raise UserError(f"the training failed by itself. It ended with:\n{printed[-LAST_WORDS:]}")
+
+
+@dataclass
+class Kill:
+    """One start of the run, and how it was ended."""
+
+    resumed_from: int | None
+    """Step of the checkpoint that it found."""
+    seconds: float
+    """From its start to the kill."""
+    training: bool
+    """Whether the training had begun; if not, the run was still starting."""
+    step: int
+    """The last step in the log, this start's or an earlier one's."""
+    saving: bool
+    """Whether a checkpoint was being saved."""
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="compare a run that is killed again and again with one left alone")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--processes", type=int, choices=list(TOLERANCE), default=1)
+    parser.add_argument("--steps", type=int, default=100, help="doubled until all kills come before the end")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--model", type=Path, default=ROOT / "mini" / "base")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "crash_resume.json", help="JSON file"
+    )
+    options = parser.parse_args(words)
+    watch, moments = Timer(), random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="killed-runs-") as scratch:
+        directory = Path(scratch)
+        write_world(directory / "corpus")
+        settings = SETTINGS | dict(
+            corpus_dir=str(directory / "corpus"),
+            model_name_or_path=str(options.model.resolve()),
+            max_steps=options.steps,
+        )
+        for _ in range(TRIES):
+            whole, killed = (Run(directory / name, options.processes, settings) for name in ("whole", "killed"))
+            startup, training = time_whole(whole)
+            print0(f"{settings['max_steps']} steps, left alone: {startup:.1f} s to start, {training:.1f} s of training")
+            kills = kill_again_and_again(killed, options.kills, startup, training, moments)
+            if len(kills) == options.kills:
+                break
+            print0(f"it ended after {len(kills)} of {options.kills} kills: once more, with twice the steps")
+            settings["max_steps"] *= 2
+            shutil.rmtree(whole.directory)
+            shutil.rmtree(killed.directory)
+        else:
+            raise UserError(f"not one of {TRIES} runs was killed {options.kills} times. Give more --steps.")
+        tolerance = TOLERANCE[options.processes]
+        curve, lost = compare_logs(read_log(whole.log), read_log(killed.log), settings["max_steps"], tolerance)
+        weights, moved = compare_weights(whole.output, killed.output, tolerance)
+    print0(table_of(kills))
+    problems = lost + moved
+    result = {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+        "commit": commit(),
+        "arguments": {"kills": options.kills, "steps": settings["max_steps"], "seed": options.seed},
+        "startup_seconds": round(startup, 2),
+        "training_seconds": round(training, 2),
+        "kills": [asdict(kill) for kill in kills],
+        "largest_difference": {"log": curve, "weights": weights},
+        "problems": problems,
+        "seconds": watch.seconds(),
+    }
+    earlier = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    atomic_write_json(options.output, {**earlier, f"{options.processes} processes": result})
+    for problem in problems[:PROBLEMS_SHOWN]:
+        print0(f"- {problem}")
+    print0(
+        f"\n{'NOT MET' if problems else 'met'}: {len(kills)} kills, {sum(not kill.training for kill in kills)} of them "
+        f"while starting, {sum(kill.saving for kill in kills)} while saving; largest difference {curve:.1e} in the log of "
+        f"{settings['max_steps']} steps, {weights:.1e} in the weights (allowed: {tolerance:g}); {len(problems)} problems; "
+        f"{watch.seconds():.0f} s, figures in {options.output}"
+    )
+    if problems:
+        raise SystemExit(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the two runs
+def time_whole(run: Run) -> tuple[float, float]:
+    """Trains without a kill; returns seconds until the training began, and from then to the last line of its log."""
+    start = time.perf_counter()
+    process = run.start()
+    try:
+        began = wait_for_change(process, run.log, None)
+        startup = time.perf_counter() - start
+        run.check(process)
+    finally:
+        kill(process)
+    ended = time_of(run.log)
+    if began is None or ended is None:
+        raise UserError("the training ended without a log.")
+    return startup, (ended - began) / 1e9
+
+
+def kill_again_and_again(run: Run, count: int, startup: float, training: float, moments: random.Random) -> list[Kill]:
+    """Kills `count` starts of a run at random moments, and lets the next one finish; fewer if one finished before.
+
+    Args:
+        startup: seconds that the run takes to start.
+        training: seconds that its training takes; a start trains for 2 / (count + 2) of it at most.
+    """
+    kills: list[Kill] = []
+    for _ in range(count):
+        checkpoint = latest_valid_checkpoint(run.output)
+        log, staging = time_of(run.log), time_of(run.output / TMP_DIR)
+        start = time.perf_counter()
+        process = run.start()
+        try:
+            if moments.random() < WHILE_STARTING:
+                wait(process, moments.uniform(0, startup))
+            elif wait_for_change(process, run.log, log):
+                wait(process, moments.uniform(0, 2 * training / (count + 2)))
+        finally:
+            kill(process)
+        if process.returncode != -signal.SIGKILL:
+            run.check(process)
+            return kills
+        seconds = round(time.perf_counter() - start, 2)
+        kills.append(
+            Kill(
+                resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
+                seconds=seconds,
+                training=time_of(run.log) != log,
+                step=max((line["step"] for line in read_log(run.log)), default=0),
+                saving=time_of(run.output / TMP_DIR) not in (None, staging),
+            )
+        )
+    process = run.start()
+    try:
+        run.check(process)
+    finally:
+        kill(process)
+    return kills
+
+
+def time_of(path: Path) -> int | None:
+    """When a file or directory was last changed, in ns; None if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def wait_for_change(process: "psutil.Popen", path: Path, before: int | None) -> int | None:
+    """Waits until a file is written, and returns its new time; None if the process ends without that."""
+    while (now := time_of(path)) == before:
+        if process.poll() is not None:
+            return None
+        time.sleep(POLL)
+    return now
+
+
+def wait(process: "psutil.Popen", seconds: float) -> None:
+    """Waits for some time, or for the end of the process."""
+    end = time.perf_counter() + seconds
+    while process.poll() is None and (left := end - time.perf_counter()) > 0:
+        time.sleep(min(left, POLL))
+
+
+def kill(process: "psutil.Popen") -> None:
+    """SIGKILL to a process and all its descendants, for torchrun puts each of its own into a session of its own."""
+    if process.poll() is not None:
+        return
+    process.suspend()  # starts no more of them
+    everyone = [*process.children(recursive=True), process]
+    for one in everyone:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(everyone)  # no one writes a last word when the next start reads
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ------------------------------------------------------------------------------------------------------------ comparing
+def read_log(file: Path) -> list[dict[str, float]]:
+    """The lines of a log that hold a loss or an eval loss, without what depends on the clock; none of a file not there.
+
+    A last line that a kill cut short is left out.
+    """
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
+        if line.endswith("\n"):
+            entry = json.loads(line)
+            if "loss" in entry or "eval_loss" in entry:
+                lines.append({name: entry[name] for name in EXACT if name in entry})
+    return lines
+
+
+def compare_logs(
+    whole: list[dict[str, float]], killed: list[dict[str, float]], steps: int, tolerance: float
+) -> tuple[float, list[str]]:
+    """The largest difference between two logs' numbers, and what is wrong; nothing if they are the same."""
+    problems, largest = [], 0.0
+    for name, log in (("left alone", whole), ("killed", killed)):
+        made = [int(line["step"]) for line in log if "loss" in line]
+        counts = Counter(made)
+        for step in sorted({*range(1, steps + 1), *made}):
+            wanted = int(1 <= step <= steps)
+            if counts[step] != wanted:
+                problems.append(f"the run {name} has step {step} {counts[step]} times in its log instead of {wanted}")
+        if made != sorted(made):
+            problems.append(f"the steps of the run {name} are not in order")
+    if len(whole) != len(killed):
+        problems.append(f"the logs have {len(whole)} and {len(killed)} lines")
+    for one, other in zip(whole, killed, strict=False):
+        if one.keys() != other.keys() or one["step"] != other["step"]:
+            problems.append(f"a line of step {one['step']} is one of step {other['step']}, or has other names")
+            break  # nothing below stands beside its like
+        for name, value in one.items():
+            difference = abs(value - other[name])
+            largest = max(largest, difference if math.isfinite(difference) else math.inf)
+            if not difference <= tolerance:
+                problems.append(f"step {one['step']}: {name} is {value} and {other[name]}")
+    return largest, problems
+
+
+def compare_weights(whole: Path, killed: Path, tolerance: float) -> tuple[float, list[str]]:
+    """The largest difference between the weights in two adapters' directories, and what is wrong."""
+    ones, others = (load_file(directory / "adapter_model.safetensors") for directory in (whole, killed))
+    problems, largest = [], 0.0
+    for name in sorted({*ones, *others}):
+        one, other = ones.get(name), others.get(name)
+        if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+            problems.append(f"{name} is not in both adapters, or has another shape or dtype")
+            continue
+        difference = float((one.double() - other.double()).abs().max())
+        largest = max(largest, difference if math.isfinite(difference) else math.inf)
+        if not difference <= tolerance:
+            problems.append(f"{name} differs by {difference:.3g}")
+    return largest, problems
+
+
+# ------------------------------------------------------------------------------------------------------------- reporting
+def table_of(kills: list[Kill]) -> str:
+    rows = [
+        [
+            str(number),
+            "the beginning" if kill.resumed_from is None else f"checkpoint-{kill.resumed_from}",
+            f"{kill.seconds:.2f}",
+            str(kill.step) if kill.training else "still starting",
+            "yes" if kill.saving else "",
+        ]
+        for number, kill in enumerate(kills, start=1)
+    ]
+    return format_table(["kill", "gone on from", "after s", "last step logged", "while saving"], rows)
+
+
+def commit() -> str | None:
+    """The commit of this code, marked where files differ from it; None outside of a repository."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,234 @@
+"""Rows -> documents and messages: every row either gives text that can be trained on, or says why it cannot."""
+
+import json
+import keyword
+from collections.abc import Collection
+from typing import Any
+
+from llmtuner.data.sources import DEFAULT_TAGS, DatasetAttr
+from llmtuner.data.template import Message
+
+# ChatGLM3's own words before the list of a dialogue's tools.
+TOOL_SYSTEM_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
+MAX_MESSAGES = 1_000  # in one dialogue; more is a file that was put together wrongly
+Values = dict[str, Any]
+
+
+class InvalidRow(Exception):
+    """A row cannot be used; the message says why, for a reader who has the row before him."""
+
+
+def check_columns(source: DatasetAttr, stage: str, columns: Collection[str], complete: bool = False) -> None:
+    """Makes sure that no column is named wrongly in dataset_info.json; a single row may lack any.
+
+    Args:
+        columns: names of the columns that at least one of the rows so far has.
+        complete: these are all rows. Then columns that are named though no row needs them must be there too, but for
+            `tools`: sets with and without tools may share their form.
+
+    Raises:
+        UserError: names the column that is configured and those that exist.
+    """
+    if stage == "pt":
+        roles = ["prompt"]
+    elif source.formatting == "sharegpt":
+        roles = ["messages"]
+    else:
+        roles = ["prompt", "response"]
+    if complete and stage == "sft":
+        roles += [role for role in ("query", "history", "system") if role in source.columns]
+    for role in roles:
+        source.resolve_column(role, columns)
+
+
+def to_document(source: DatasetAttr, values: Values) -> bytes:
+    """The text of a row for the pt stage, in UTF-8; empty if it is blank.
+
+    Raises:
+        InvalidRow: if there is none.
+    """
+    name = _require_column(source, "prompt", values)
+    text, data = _text(values[name], f"column {name!r}")
+    return data if text.strip() else b""
+
+
+def to_messages(source: DatasetAttr, values: Values, default_system: str | None = None) -> list[Message]:
+    """A dialogue: perhaps a system message, then a question or observation and an answer in turn, an answer last.
+
+    An answer that calls a tool has the tool's name under `metadata`. A row with tools has ChatGLM3's own system message
+    of them, behind the row's system message if it has one. `default_system` is that of rows without one.
+
+    Raises:
+        InvalidRow: if the row does not hold such a dialogue.
+    """
+    messages = (_sharegpt if source.formatting == "sharegpt" else _alpaca)(source, values)
+    system = _optional_text(source, "system", values)
+    if messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+    system = system if system.strip() else default_system or ""
+    if tools := _tools(source, values):
+        system = "\n".join([*([system] if system.strip() else []), TOOL_SYSTEM_PROMPT, tools])
+    if system.strip():
+        messages = [{"role": "system", "content": system}, *messages]
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRow(f"holds {len(messages):,} messages; {MAX_MESSAGES:,} is the most")
+    return messages
+
+
+def _alpaca(source: DatasetAttr, values: Values) -> list[Message]:
+    query = _optional_text(source, "query", values)
+    if query.strip() and not _optional_text(source, "prompt", values).strip():
+        question = query
+    else:
+        question = _required_text(source, "prompt", values)
+        question = f"{question}\n{query}" if query else question
+    turns = [*_history(source, values), (question, _required_text(source, "response", values))]
+    return [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _history(source: DatasetAttr, values: Values) -> list[tuple[str, str]]:
+    name = _find_column(source, "history", values)
+    pairs = values[name] if name else None
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise InvalidRow(f"column {name!r} is not a list of pairs [question, answer]")
+    return [
+        (
+            _nonempty_text(question, f"question {number} of column {name!r}"),
+            _nonempty_text(answer, f"answer {number} of column {name!r}"),
+        )
+        for number, (question, answer) in enumerate(pairs, start=1)
+    ]
+
+
+def _sharegpt(source: DatasetAttr, values: Values) -> list[Message]:
+    name = _require_column(source, "messages", values)
+    listed = values[name]
+    if not isinstance(listed, list):
+        raise InvalidRow(f"column {name!r} holds {_type_name(listed)}, not a list of messages")
+    if not listed:
+        raise InvalidRow("holds no message")
+    tags = {**DEFAULT_TAGS, **source.tags}
+    roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "function", "system")}
+    messages: list[Message] = []
+    for number, one in enumerate(listed, start=1):
+        if not isinstance(one, dict):
+            raise InvalidRow(f"message {number} holds {_type_name(one)}, not a role and a text")
+        said_by = one.get(tags["role_tag"])
+        role = roles.get(said_by) if isinstance(said_by, str) else None
+        if role is None:
+            raise InvalidRow(f"message {number} has the unknown role {said_by!r}")
+        last = messages[-1]["role"] if messages else ""
+        text = one.get(tags["content_tag"])
+        if role == "system" and number > 1:
+            raise InvalidRow(f"message {number} is from system, which may only speak first")
+        if role == "system" and _is_blank(text):
+            continue
+        tool = {}
+        if role == "function":
+            role, tool["metadata"], text = "assistant", *_tool_call(text, f"message {number}")
+        if role == "assistant" and last not in ("user", "observation"):
+            raise InvalidRow(f"message {number} is from assistant where the user should speak")
+        if role in ("user", "observation") and last in ("user", "observation"):
+            raise InvalidRow(f"message {number} is from {role} where the assistant should speak")
+        messages.append({"role": role, **tool, "content": _nonempty_text(text, f"message {number}")})
+    if not messages or messages[-1]["role"] != "assistant":
+        raise InvalidRow("the last message is not the assistant's")
+    return messages
+
+
+def _tools(source: DatasetAttr, values: Values) -> str:
+    """The tools that a row offers, as ChatGLM3 lists them; empty if there are none."""
+    name = _find_column(source, "tools", values)
+    if not name or _is_blank(values[name]):
+        return ""
+    what = f"column {name!r}"
+    tools = _parse_json(values[name], what)
+    if not isinstance(tools, list):
+        raise InvalidRow(f"{what} is not a list of tools")
+    # OpenAI wraps each description: {"type": "function", "function": {...}}
+    tools = [tool.get("function", tool) if isinstance(tool, dict) else tool for tool in tools]
+    for number, tool in enumerate(tools, start=1):
+        if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+            raise InvalidRow(f"tool {number} of {what} is not an object with a name")
+    return _text(json.dumps(tools, ensure_ascii=False, indent=4), what)[0] if tools else ""
+
+
+def _tool_call(value: Any, what: str) -> tuple[str, str]:
+    """A call `{"name": NAME, "arguments": {KEY: VALUE}}` as ChatGLM3 writes it: the name, and Python that is evaluated."""
+    call = _parse_json(value, what)
+    if isinstance(call, list) and len(call) > 1:
+        raise InvalidRow(f"{what} calls {len(call)} tools at once; ChatGLM3 calls one a message")
+    call = call[0] if isinstance(call, list) and call else call
+    name = call.get("name") if isinstance(call, dict) else None
+    arguments = _parse_json(call.get("arguments") or {}, f"`arguments` of {what}") if isinstance(call, dict) else None
+    if not isinstance(name, str) or len(name.split()) != 1 or not isinstance(arguments, dict):
+        raise InvalidRow(f'{what} is not a call of the form {{"name": NAME, "arguments": {{KEY: VALUE}}}}')
+    if all(key.isidentifier() and not keyword.iskeyword(key) for key in arguments):
+        passed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    else:
+        passed = f"**{arguments!r}"
+    return name.strip(), f"```python\ntool_call({passed})\n```"
+
+
+def _parse_json(value: Any, what: str) -> Any:
+    """What stands as JSON in a text; a value that is no text stays as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise InvalidRow(f"{what} is not valid JSON: {error}") from None
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _find_column(source: DatasetAttr, role: str, values: Values) -> str | None:
+    for name in source.column_names(role):
+        if name in values:
+            return name
+    return None
+
+
+def _require_column(source: DatasetAttr, role: str, values: Values) -> str:
+    name = _find_column(source, role, values)
+    if name is None:
+        raise InvalidRow(f"has no column {' or '.join(map(repr, source.column_names(role)))}")
+    return name
+
+
+def _required_text(source: DatasetAttr, role: str, values: Values) -> str:
+    name = _require_column(source, role, values)
+    return _nonempty_text(values[name], f"column {name!r}")
+
+
+def _optional_text(source: DatasetAttr, role: str, values: Values) -> str:
+    name = _find_column(source, role, values)
+    return _text(values[name], f"column {name!r}")[0] if name and values[name] is not None else ""
+
+
+def _nonempty_text(value: Any, what: str) -> str:
+    """Text that is not empty."""
+    text, _ = _text(value, what)
+    if not text.strip():
+        raise InvalidRow(f"{what} is empty")
+    return text
+
+
+def _text(value: Any, what: str) -> tuple[str, bytes]:
+    """A text and its UTF-8, which JSON's lone surrogates do not have."""
+    if not isinstance(value, str):
+        raise InvalidRow(f"{what} holds {_type_name(value)}, not text")
+    try:
+        return value, value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRow(f"{what} holds half a character (a lone surrogate)") from None
+
+
+def _type_name(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
