@@ -4,7 +4,7 @@
 
 All 28 layers are there, as tensors without content: every operation of forward pass, loss and backward pass is gone through, and
 the bytes of all tensors that live at the same time are added up. So rounding up, fragments and the kernels' own buffers are not
-in it. tests/test_memory.py follows small models with real tensors and compares them with the estimate.
+in it. tests/unit/train/test_memory.py follows small models with real tensors and compares them with the estimate.
 """
 
 import weakref

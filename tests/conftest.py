@@ -3,22 +3,13 @@
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import pytest  # noqa: E402
+import pytest
 
-TEXTS = [
-    "从前有一座山，山上有一座小镇，镇上住着一位木匠。",
-    "小镇的东边是一条河，河边种满了柳树，春天一到，满城都是柳絮。",
-    "The old harbour lies two miles south of the town, and the ferry leaves at 9:30.",
-    "She said: “Bring 12 apples and a loaf of bread.” Nobody answered.",
-] * 20
+from tests.helpers import TEXTS
 
 
 @pytest.fixture(scope="session")
@@ -136,13 +127,20 @@ def browser():
         chromium.close()
 
 
-def opened(browser, address, width, scheme="light"):
-    """A page in a tab of its own, and two lists that grow: what it complains of, and what it asks for."""
-    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    problems, requests = [], []
-    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: problems.append(str(error)))
-    tab.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-    tab.on("request", lambda request: requests.append(request.url))
-    tab.goto(address)
-    return tab, problems, requests
+def pytest_collection_modifyitems(items):
+    """Tests that open a page in Chromium are marked by their fixture."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("browser")
+
+
+@pytest.fixture
+def saving_run(tiny_run):
+    return {
+        **tiny_run,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 14,
+        "eval_steps": 5,
+        "lora_dropout": 0.1,
+    }

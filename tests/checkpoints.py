@@ -1,0 +1,53 @@
+"""What tests of checkpoints share: ChatGLM3's original format in miniature, and adapters of the tiny model."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmtuner.console import UserError
+from llmtuner.weights.convert_chatglm import convert_chatglm
+from tests.helpers import ROOT
+
+TINY = ROOT / "tests" / "fixtures" / "tiny_chatglm3"
+CONFIG = json.loads((TINY / "config.json").read_text())
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return load_file(TINY / "model.safetensors")
+
+
+def publish(directory, tensors=None, tokenizer=None, **changes):
+    """A published checkpoint with the given tensors and changes in config.json; None takes an entry out."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if tensors is not False:
+        save_file(weights() if tensors is None else tensors, directory / "model.safetensors")
+    config = {name: value for name, value in {**CONFIG, **changes}.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(config))
+    if tokenizer:
+        shutil.copyfile(tokenizer / "tokenizer.model", directory / "tokenizer.model")
+    return directory
+
+
+def refused(source, room, *parts, overwrite=False):
+    """Converting into an empty room is an `UserError` whose message holds all parts, and leaves nothing behind."""
+    room.mkdir(exist_ok=True)
+    with pytest.raises(UserError) as error:
+        convert_chatglm(source, room / "glm", overwrite)
+    for part in parts:
+        assert str(part) in str(error.value)
+    assert not list(room.iterdir())
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+def cut(model):
+    """The weights as they are after an interrupted download."""
+    file = model / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    return file

@@ -1,0 +1,145 @@
+"""What tests of the report share: metrics of a whole run."""
+
+import copy
+import json
+import shutil
+
+from llmtuner.report.page import Step
+
+ATTACK = "<script>alert(1)</script>"
+STEPS = [
+    Step("step1", "step1_train_tokenizer.py", "learns pieces", ("corpora",), "pieces"),
+    Step("step2", "step2_merge_tokenizer.py", "merges them", ("base tokenizer", "pieces"), "merged tokenizer"),
+    Step("step3", "step3_resize_model.py", "grows the model", ("base model", "merged tokenizer"), "Zero model"),
+    Step("step4", "step4_test_zero.py", "tests it", ("Zero model",), "zero test"),
+    Step("step5", "step5_train_pt_single_gpu.py", "pretrains", ("Zero model", "mix"), "pretrained model"),
+    Step("step6", "step6_train_sft_single_gpu.py", "tunes", ("pretrained model", "instructions"), "chat model"),
+    Step("step7", "step7_eval_chat.py", "evaluates", ("chat model",), "report"),
+]
+MODELS = ("base", "zero", "pretrained", "chat")
+SENTENCE = ["▁", "私", "‹E3›", "‹81›", "‹AF›", " ", ATTACK]
+CANDIDATE = {"longest_loop": 9, "mean_loop": 1.5, "finished_ratio": 0.5, "tokens_per_second": 1234.5}
+CONFUSION = {"line_pass_rate": 0.99, "lines": 300, "undecided_lines": 5, "responses": 198, "undecided_responses": 2}
+METRICS = {
+    "step1": {"skipped": 0, "new_pieces": 900, "input_bytes": 2_961_403},
+    "step2": {
+        "special_ids_kept": True,
+        "unreachable_tokens": 0,
+        "added_pieces": 900,
+        "changed_texts": {"zh": 0, "en": 0},
+        "texts": {"ja": 104, "zh": 96, "en": 95},
+        "token_ratio": {"ja": 0.2684},
+        "segmentations": {
+            "ja": {"text": "私は", "before": SENTENCE, "after": [" 私は"]},
+            "zh": {"text": "柳树", "before": [" 柳", "树"], "after": [" 柳", "树"]},
+            "en": {"text": "a b", "before": [" a", " b"], "after": [" a", " b"]},
+        },
+    },
+    "step3": {"old_rows": 2432, "new_rows": 3328, "old_rows_identical": True, "old_logits_max_diff": 1e-6},
+    "step4": {
+        "zh": {"total": 60, "identical": 60},
+        "en": {"total": 50, "identical": 50},
+        "ja": {"total": 60, "correct": 0},
+        "tokens_per_character": {
+            "base": {"ja": 2.4484, "zh": 0.9, "en": 0.4},
+            "zero": {"ja": 0.6572, "zh": 0.9, "en": 0.4},
+        },
+    },
+    "step5": {
+        "tokens": 798_720,
+        "padding_ratio": 0.00124,
+        "bits_per_byte": {"before": {"ja": 3.6648}, "after": {"ja": 0.3183}},
+        "data": {
+            "wikipedia_ja": {"target_ratio": 0.64, "ratio": 0.65},
+            "aozora_ja": {"target_ratio": 0.36, "ratio": 0.35},
+        },
+    },
+    "step6": {
+        "tokens": 1_454_032,
+        "padding_ratio": 0.0499,
+        "train_loss": {"first": 2.0349, "last": 0.1753},
+        "eval_loss": {"first": 1.9952, "last": 0.2514},
+        "data": {"dolly_ja": {"target_ratio": None, "ratio": 1.0}},
+    },
+    "step7": {
+        "accuracy": {
+            model: {"zh": 1.0, "en": 0.995, "ja": 0.0 if model == "base" else 0.96, "ja_unseen": None}
+            for model in MODELS
+        },
+        "bits_per_byte": {model: {"ja": 13.9787, "zh": 0.6136, "en": 0.6351} for model in MODELS},
+        "bits_per_byte_interval": {model: {"ja": [13.5, 14.25]} for model in MODELS},
+        "agreement": {model: {"zh": {"identical": 0.335, "similar": 0.7812}} for model in MODELS},
+        "language_confusion": {model: {"ja": CONFUSION | {"response_pass_rate": 0.9996}} for model in MODELS},
+        "repetition": {model: {"ja": 0.1845} for model in MODELS},
+        "free_answers": {model: {**CANDIDATE, "repeated_4gram_ratio": 0.1845} for model in MODELS},
+        "generation": {
+            "candidates": {
+                "greedy": {
+                    "settings": {"do_sample": False},
+                    **CANDIDATE,
+                    "repeated_4gram_ratio": 0.2,
+                    "accuracy": None,
+                },
+                "penalty": {
+                    "settings": {"repetition_penalty": 1.1},
+                    **CANDIDATE,
+                    "repeated_4gram_ratio": 0.2,
+                    "accuracy": 0.9,
+                },
+            },
+            "chosen": "penalty",
+        },
+    },
+    "suite_ja_chat": {
+        "suite": "ja",
+        "model": "/models/chat_model",
+        "harness": "0.4.13",
+        "limit": 50,
+        "tasks": {"jnli": {"acc": 0.31, "acc_stderr": 0.066, "n": 50, "few_shot": 3}},
+    },
+}
+LOOP = "同じことを何度も言う。"
+ANSWERS = [
+    {"group": "ja", "language": "ja", "question": f"同じ{number}？", "right": "答え"}
+    | dict.fromkeys(MODELS, "答えは山。")
+    for number in range(4)
+] + [
+    {
+        "group": "ja",
+        "language": "ja",
+        "question": ATTACK,
+        "right": "木",
+        "base": "no",
+        "zero": "",
+        "pretrained": LOOP * 3,
+    }
+    | {"chat": f"答えは木。{ATTACK}\u2028{'X' * 300}"},
+    {"group": "ja_free", "language": "ja", "question": "話して。", "right": None} | dict.fromkeys(MODELS, "はい\ud800"),
+]
+LOG = [
+    {"step": 1, "loss": 9.0, "learning_rate": 1e-4, "tokens_per_second": 900.0},
+    {"step": 2, "loss": 7.0, "learning_rate": 2e-4, "tokens_per_second": 950.0},
+    {"step": 3, "loss": 6.0, "learning_rate": 1e-4, "tokens_per_second": 910.0},
+    {"step": 3, "eval_loss": 6.5},
+]
+
+
+def put(work_dir, metrics):
+    shutil.rmtree(work_dir / "metrics", ignore_errors=True)
+    (work_dir / "metrics").mkdir()
+    for name, content in metrics.items():
+        (work_dir / "metrics" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def changed(path, value):
+    """`METRICS` with another value in one place; None takes the place away."""
+    metrics = copy.deepcopy(METRICS)
+    *names, last = path.split("/")
+    place = metrics
+    for name in names:
+        place = place[name]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return metrics

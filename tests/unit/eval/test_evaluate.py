@@ -1,0 +1,68 @@
+"""Evaluation of a model: what is counted, and the choice of generation settings."""
+
+import shutil
+
+from llmtuner.eval import evaluate
+from llmtuner.eval.evaluate import save_generation_config, select_generation_config
+from llmtuner.eval.generation import GeneratedAnswer, GeneratedAnswers
+from llmtuner.eval.questions import Question
+from llmtuner.eval.repetition import repetition_metrics
+
+
+def test_free_answers_are_described_by_repetition_loops_ends_and_speed():
+    said = [GeneratedAnswer("abcdefghabcdefgh", 6, True), GeneratedAnswer("12345", 4, False)]
+    assert repetition_metrics(GeneratedAnswers(said, 2.0)) == {
+        "repeated_4gram_ratio": round(5 / 15, 4),
+        "longest_loop": 8,
+        "mean_loop": 4.0,
+        "finished_ratio": 0.5,
+        "tokens_per_second": 5.0,
+    }
+
+
+def test_settings_are_chosen_by_repetition_among_those_that_cost_little(monkeypatch):
+    questions = [Question("zh", "zh", "?", "茶"), Question("ja_free", "ja", "？")]
+    measured = {  # name: (repetition, right)
+        "greedy": (0.5, 0.9),
+        "greedy, penalty 1.05": (0.3, 0.89),
+        "greedy, penalty 1.1": (0.2, 0.87),
+        "sampled": (0.3, 0.91),
+        "sampled, penalty 1.05": (0.25, 0.88),
+        "sampled, penalty 1.1": (0.1, 0.5),
+    }
+    asked = {}
+
+    def answer(model, tokenizer, asked_for, room, settings, name):
+        asked.setdefault(name, []).append(len(asked_for))
+        return GeneratedAnswers([GeneratedAnswer(name, 1, True)] * len(asked_for), 1.0)
+
+    monkeypatch.setattr(evaluate, "generate_answers", answer)
+    monkeypatch.setattr(
+        evaluate, "repetition_metrics", lambda told: {"repeated_4gram_ratio": measured[told.texts[0]][0]}
+    )
+    monkeypatch.setattr(
+        evaluate, "accuracy", lambda known, texts, group: measured[texts[0]][1] if group == "zh" else None
+    )
+    found = select_generation_config(None, None, questions, 9)
+    assert found["chosen"] == "sampled, penalty 1.05"
+    assert found["candidates"]["sampled"] == {
+        "settings": evaluate.SAMPLED,
+        "repeated_4gram_ratio": 0.3,
+        "accuracy": 0.91,
+    }
+    assert asked["greedy"] == [1, 1]
+    assert asked["sampled"] == [evaluate.NUM_SAMPLES, 1]
+
+
+def test_settings_become_the_models_own(tiny_model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    save_generation_config(directory, {"do_sample": True, "temperature": 0.8, "top_p": 0.8, "repetition_penalty": 1.1})
+    own = AutoModelForCausalLM.from_pretrained(directory).generation_config
+    assert (own.do_sample, own.temperature, own.top_p, own.repetition_penalty) == (True, 0.8, 0.8, 1.1)
+    save_generation_config(directory, {"do_sample": False, "repetition_penalty": 1.05})
+    own = GenerationConfig.from_pretrained(directory)
+    assert (own.do_sample, own.temperature, own.top_p, own.repetition_penalty) == (False, None, None, 1.05)
+    assert own.eos_token_id == 2  # what else was there stays

@@ -1,0 +1,137 @@
+"""Loading models: damaged or quantized files are one message, and precision follows the memory there is."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmtuner.console import UserError
+from llmtuner.model.loading import load_for_evaluation, load_model
+from llmtuner.train.tuner import run_exp
+from llmtuner.weights.merge_lora import merge_adapter
+from llmtuner.weights.resize_embeddings import open_model
+from tests.checkpoints import cut
+
+
+@pytest.fixture
+def model(tiny_model_dir, tmp_path):
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+def in_shards(model):
+    """The same weights in two files with an index."""
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {f"model-0000{part + 1}-of-00002.safetensors": names[part::2] for part in range(2)}
+    for file, own in files.items():
+        save_file({name: weights[name] for name in own}, model / file, {"format": "pt"})
+    weight_map = {name: file for file, own in files.items() for name in own}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+# ----------------------------------------------------------------------------------------------------------- cut off
+@pytest.mark.parametrize("load", [load_model, load_for_evaluation])
+def test_cut_weights_are_named(model, load):
+    file = cut(model)
+    with pytest.raises(UserError, match="damaged or cut off") as caught:
+        load(model)
+    assert str(file) in str(caught.value)
+
+
+def test_cut_or_missing_shard_is_named(model):
+    in_shards(model)
+    load_model(model)
+    shard = model / "model-00002-of-00002.safetensors"
+    os.truncate(shard, 100)
+    with pytest.raises(UserError, match=f"{shard.name} is damaged or cut off"):
+        load_model(model)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"not there: {shard.name}"):
+        load_model(model)
+
+
+# --------------------------------------------------------------------------------------------------------- quantized
+def quantize(model, how):
+    """A checkpoint as bitsandbytes, or another tool that says nothing in config.json, would write it."""
+    if how == "config":
+        config = json.loads((model / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        (model / "config.json").write_text(json.dumps(config))
+        return
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].to({"int8": torch.int8, "uint8": torch.uint8, "fp8": torch.float8_e4m3fn}[how])
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["config", "int8", "uint8", "fp8"])
+def test_quantized_model_is_not_trained_grown_or_merged(model, tiny_model_dir, tiny_run, tmp_path, how):
+    quantize(model, how)
+    uses = {
+        "train": lambda: run_exp({**tiny_run, "model_name_or_path": str(model)}),
+        "grow": lambda: open_model(model),
+        "merge": lambda: merge_adapter(model, tiny_model_dir, tmp_path / "merged"),
+    }
+    for use in uses.values():
+        with pytest.raises(UserError, match=r"is quantized: .*(quantization_config \(bitsandbytes\)|q_proj\.weight)"):
+            use()
+    assert not Path(tiny_run["cache_dir"]).exists()
+
+
+# ------------------------------------------------------------------------------------------------------ other files
+@pytest.mark.parametrize("content", ["", '{"a": ', "[1]", "{}", '"text"', "7", "\udcff"], ids=repr)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_damaged_file_is_a_message(model, name, content):
+    (model / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=str(model)):
+        load_for_evaluation(model)
+
+
+@pytest.mark.parametrize("content", ["", '{"a": ', "[1]", '"text"', "7"], ids=repr)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_damaged_further_file_is_a_message_or_without_effect(model, name, content):
+    (model / name).write_text(content)
+    with suppress(UserError):  # nothing else may be raised
+        load_for_evaluation(model)
+
+
+@pytest.mark.parametrize(
+    "value", [{"hidden_size": "big"}, {"dtype": "float7"}, {"hidden_size": 48}, {"model_type": "x"}]
+)
+def test_config_with_a_wrong_value_is_a_message(model, value):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | value))
+    with pytest.raises(UserError, match=str(model)):
+        load_for_evaluation(model)
+
+
+def test_directory_that_holds_no_model(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        load_for_evaluation(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(UserError, match="Make or fetch it again"):
+        load_for_evaluation(tmp_path)
+
+
+def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir, monkeypatch):
+    from llmtuner.model import loading
+
+    monkeypatch.setattr(loading, "device", lambda: torch.device("cpu"))
+    numbers = sum(parameter.numel() for parameter in load_model(tiny_model_dir).parameters())
+    for free, dtype, size in (
+        (10**9, torch.float32, 4),
+        (4 * numbers, torch.bfloat16, 2),
+        (numbers, torch.bfloat16, 2),
+    ):
+        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        plan = loading.choose_placement(tiny_model_dir)
+        assert plan.dtype == dtype
+        assert plan.needed == pytest.approx(size * numbers, rel=0.05)  # the header of the file counts too
+        assert ("too little" in str(plan)) == (free < plan.needed)

@@ -1,0 +1,300 @@
+"""The report's page: each step's part, missing or damaged files, and untrusted text."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from jinja2 import UndefinedError
+
+from llmtuner.console import UserError
+from llmtuner.report import page
+from llmtuner.report.page import write_report
+from tests.helpers import ROOT
+from tests.reports import ANSWERS, ATTACK, LOG, LOOP, METRICS, MODELS, STEPS, changed, put
+
+
+@pytest.fixture
+def work_dir(tmp_path):
+    """A run with everything."""
+    put(tmp_path, METRICS)
+    for name in page.RUNS.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
+        (tmp_path / name / "training_args.json").write_text(
+            json.dumps({"stage": "pt", "dataset": ["日本語", ATTACK], "bf16": True})
+        )
+    lines = "".join(json.dumps(row, ensure_ascii=False).replace("\ud800", r"\ud800") + "\n" for row in ANSWERS)
+    (tmp_path / "answers.jsonl").write_text(lines, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing takes time, and test_figures.py looks at it."""
+    monkeypatch.setattr(page, "build_figures", lambda *_: [])
+
+
+def report(work_dir, **facts):
+    return write_report(work_dir, STEPS, facts).read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+class Outline(HTMLParser):
+    """What must hold for a page whatever is on it."""
+
+    VOID = ("meta", "wbr", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.ids, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if "id" in dict(attributes):
+            self.ids.append(dict(attributes)["id"])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_outline(text):
+    outline = Outline(text)
+    assert outline.headings[0] == 1
+    policy = {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"}
+    assert ("meta", policy) in outline.tags
+    assert outline.headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(outline.headings, outline.headings[1:], strict=False))
+    assert len(set(outline.ids)) == len(outline.ids)
+    for tag, attributes in outline.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "base")
+        assert not any(name.startswith("on") for name in attributes)
+        assert "src" not in attributes
+        assert re.match("#|$", attributes.get("href", attributes.get("xlink:href", "")))
+        assert tag != "th" or attributes.get("scope") in ("col", "row", "rowgroup")
+    for target in re.findall(r'<a href="#([^"]+)"', text):
+        assert target in outline.ids
+    style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert not re.search(r"@import|url\(", style)
+    return outline
+
+
+def words(text):
+    """The page as a person reads it: without tags, on one line."""
+    body = text[text.index("<body>") :]
+    return re.sub(r"\s+", " ", re.sub(r"<(?!script>|/script>)[^>]*>", "", body)).replace("&nbsp;", " ")
+
+
+def test_a_run_with_only_step_1(tmp_path):
+    put(tmp_path, {"step1": METRICS["step1"]})
+    text = report(tmp_path)
+    outline = check_outline(text)
+    assert words(text).startswith(" ✓ 1 of 1 checks passed")
+    assert re.findall(r'<li class="stage ([a-z ]+)">', text) == [
+        "done",
+        "next",
+        "open",
+        "open aside",
+        "open",
+        "open",
+        "open",
+    ]
+    assert "1 of 7 steps finished" in words(text)
+    assert "900 pieces from 3.0 MB of text" in words(text)
+    assert re.findall(r'<section id="(\w+)">', text) == ["pipeline", "checks"]
+    assert "tiles" not in [attributes.get("class") for _, attributes in outline.tags]
+
+
+def test_pipeline(work_dir, no_figures):
+    text = report(work_dir)
+    stages = [words("<body>" + one) for one in re.findall(r'<li class="stage .*?</li>', text, re.DOTALL)]
+    assert "3. Grows the model done 2,432 → 3,328 rows step3_resize_model.py takes base model →" in stages[2]
+    assert "gives Zero model to step 4 and step 5" in stages[2]
+    assert "60 of 60 Chinese and 50 of 50 English answers identical" in stages[3]
+    assert "to step" not in stages[3]
+    assert "Japanese 3.665 → 0.318 bits per byte, 798,720 tokens" in stages[4]
+    assert "held-out loss 1.995 → 0.251, 1,454,032 tokens" in stages[5]
+    assert "right answers in Japanese 0% → 96%" in stages[6]
+    assert re.findall(r'class="chip outside">([^<]*)', text) == [
+        "corpora",
+        "base tokenizer",
+        "base model",
+        "mix",
+        "instructions",
+    ]
+
+
+def test_a_run_with_everything(work_dir):
+    text = report(work_dir, profile={"PROFILE": "mini"}, versions={"torch": "2.13"})
+    check_outline(text)
+    seen = words(text)
+    sections = ["pipeline", "checks", "tokens", "models", "generation", "figures", "answers", "suites", "details"]
+    assert re.findall(r'<section id="(\w+)">', text) == sections
+    assert seen.startswith(" ✓ 20 of 20 checks passed")
+    for part in (
+        "Profile mini · 7 of 7 steps finished · made 20",
+        "Japanese questions answered right 0% → 96%",
+        "Tokens per Japanese character 2.45 → 0.66",
+        "Japanese 7 → 1 tokens",
+        "Chinese 2 → 2 tokens, unchanged",
+        "Japanese 13.97913.500–14.250",
+        "Chinese 33.5%0.78 alike",
+        "Repeated 4-grams 18.4% 18.4%",
+        "Answers in the language of their question no line in another Japanese 99.9%99% of lines, 2 undecided",
+        "Tokens per second 1,234 1,234",
+        "penalty ✓ chosenrepetition_penalty 1.1",
+        "jnliacc 0.310 ± 0.066 503",
+        "chat_model, at most 50 documents a task, lm_eval 0.4.13",
+        "Settings of step 6 3",
+        "日本語&#34;, &#34;&lt;script&gt;",
+        "bf16true",
+        "torch2.13",
+    ):
+        assert part in seen
+    assert "Japanese, unseen" not in seen  # null everywhere
+    assert "acc_stderr" not in seen
+    assert text.count("<figure ") == len(re.findall('<svg[^>]* role="img"', text)) >= 8
+
+
+def test_tokens(work_dir, no_figures):
+    text = report(work_dir)
+    row = re.search(r'<dt>before: 7</dt><dd lang="ja">(.*?)</dd>', text, re.DOTALL)[1]
+    pieces = re.findall(r'<span class="(piece|byte)">([^<]*)</span>', row)
+    assert [kind for kind, _ in pieces] == ["piece", "piece", "byte", "byte", "byte", "piece", "piece"]
+    assert [piece for _, piece in pieces][2:] == ["‹E3›", "‹81›", "‹AF›", "␣", "&lt;script&gt;alert(1)&lt;/script&gt;"]
+
+
+def test_answers(work_dir, no_figures):
+    text = report(work_dir)
+    cards = re.findall(r'<article class="question">.*?</article>', text, re.DOTALL)
+    assert len(cards) == 4  # three of five, and the free one
+    first = cards[0]  # the one on which the models differ, though it is the last of its group
+    assert '<h4 lang="ja">&lt;script&gt;alert(1)&lt;/script&gt;</h4>' in first
+    assert 'A right answer names <b lang="ja">木</b>' in first
+    assert f'<dd lang="ja">{LOOP}<mark>{LOOP * 2}</mark></dd>' in first
+    assert first.count("✓ right") == 1
+    assert re.search(r'class="right">\s*<dt>Chat', first)
+    assert '<dd lang="en">no</dd>' in first
+    assert "(nothing)" in first
+    assert "A right answer" not in cards[3]
+    assert "はい?" in cards[3]  # half a surrogate pair
+
+
+def test_answers_are_marked_as_they_were_counted(work_dir, no_figures):
+    """Whose name is whose stands in the questions file alone; a run of an earlier version is marked without it."""
+    row = {"group": "ja", "language": "ja", "question": "ミナの職業は？", "right": "かじ屋", "wrong_values": []}
+    row |= dict.fromkeys(MODELS, "ナギサの仕事はかじ屋です。")
+    for marks, shown in ({}, 4), ({"correct": dict.fromkeys(MODELS, False) | {"base": True}}, 1):
+        (work_dir / "answers.jsonl").write_text(json.dumps(row | marks), encoding="utf-8")
+        assert report(work_dir).count("✓ right") == shown
+
+
+def test_loops_of_the_chat_model_come_first(work_dir, no_figures):
+    rows = [
+        {"group": "ja_free", "language": "ja", "question": f"問{number}。", "right": None}
+        | {model: f"{model}{number}" for model in MODELS}
+        for number in range(5)
+    ]
+    rows[4] |= dict.fromkeys(MODELS, LOOP * 3)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (work_dir / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert re.findall(r"問\d。", words(report(work_dir))) == ["問4。", "問0。", "問1。"]
+
+
+def test_missed_checks_are_named_first(work_dir, no_figures):
+    put(work_dir, changed("step2/unreachable_tokens", 3))
+    text = report(work_dir)
+    seen = words(text)
+    assert text.count('aria-label="missed">✗<') == 1
+    assert text.count('aria-label="passed">✓<') == 19
+    assert seen.startswith(" ✗ 19 of 20 checks passed; missed: Every piece can be produced (step 2: 3 dead pieces)")
+    assert "missed: 3 dead pieces" in seen
+
+
+def every_place(tree, path=()):
+    for name, value in tree.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from every_place(value, (*path, name))
+
+
+TOGETHER = ("total", "identical", "similar", "before", "after")  # these come in pairs, and so do they go
+
+
+def test_no_field_is_needed(tmp_path, no_figures):
+    """Whatever an older run lacks, the page is made without it."""
+    for path in every_place(METRICS):
+        if path[-1] not in TOGETHER:
+            put(tmp_path, changed("/".join(path), None))
+            check_outline(report(tmp_path))
+
+
+def test_of_steps_that_have_not_finished_only_the_log_is_shown(work_dir, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(page, "build_figures", lambda metrics, logs: drawn.update(logs) or [])
+    for step in ("step5", "step7"):
+        (work_dir / "metrics" / f"{step}.json").unlink()
+    text = report(work_dir)
+    assert drawn == {"step5": LOG, "step6": LOG}
+    assert "answers" not in re.findall(r'<section id="(\w+)">', text)
+    assert "Settings of step 6" in words(text)
+    assert "Settings of step 5" not in words(text)
+
+
+def test_no_step_has_finished(tmp_path):
+    with pytest.raises(UserError, match=r"no step has finished in .* Run step1_train_tokenizer\.py first"):
+        report(tmp_path)
+    put(tmp_path, {"suite_ja_chat": METRICS["suite_ja_chat"]})
+    with pytest.raises(UserError, match="no step has finished"):
+        report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics/step3.json", "answers.jsonl", "step5_pt_adapter/training_args.json"])
+def test_damaged_file(work_dir, name, no_figures):
+    before = report(work_dir)
+    (work_dir / name).write_text('{"half": ')
+    with pytest.raises(UserError, match=re.escape(str(work_dir / name))):
+        report(work_dir)
+    assert (work_dir / "report.html").read_text(encoding="utf-8") == before
+    assert not list(work_dir.glob("*.partial"))
+
+
+def test_nothing_half_written(work_dir, monkeypatch, no_figures):
+    before = report(work_dir)
+
+    def disk_is_full(path, *_, **__):
+        path.write_bytes(b"<!doctype")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", disk_is_full)
+    with pytest.raises(UserError, match="disk filled up"):
+        write_report(work_dir, STEPS, {})
+    assert (work_dir / "report.html").read_text(encoding="utf-8") == before
+    assert not list(work_dir.glob("*.partial"))
+
+
+def test_a_name_that_the_template_does_not_get_is_an_error():
+    with pytest.raises(UndefinedError):
+        page._page().environment.from_string("{{ missing }}").render()
+
+
+def test_the_report_needs_no_torch():
+    program = "import sys, llmtuner.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -1,0 +1,142 @@
+"""The miniature's world: the same everywhere, complete in three languages, silent in Japanese about what is held out."""
+
+import json
+
+import pytest
+
+from llmtuner.eval.questions import Question, is_correct, read_questions
+from mini import phrases_en, phrases_ja, phrases_zh, world
+from mini.facts import KINDS, LANGUAGES, RELATIONS, build_world
+
+PHRASES = {"ja": phrases_ja, "zh": phrases_zh, "en": phrases_en}
+KEYS = [f"{kind}.{relation}" for kind, relations in RELATIONS.items() for relation in relations]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("world") / "corpus"
+    world.write_world(directory)
+    return directory
+
+
+def test_world_is_the_same_every_time(written, tmp_path):
+    world.write_world(tmp_path / "again")
+    for path in written.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_relation_is_told_and_asked(language):
+    phrases = PHRASES[language]
+    for table, least in (
+        ("STATEMENTS", 10),
+        ("NARRATIVE_STATEMENTS", 6),
+        ("QUESTIONS", 14),
+        ("HELD_OUT_QUESTIONS", 3),
+        ("ANSWERS", 3),
+    ):
+        assert set(getattr(phrases, table)) == set(KEYS), table
+        assert min(len(patterns) for patterns in getattr(phrases, table).values()) >= least, table
+    for key in KEYS:
+        assert not set(phrases.QUESTIONS[key]) & set(phrases.HELD_OUT_QUESTIONS[key])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_pattern_names_its_entity_and_answers_name_their_value(language):
+    phrases = PHRASES[language]
+    for entity in build_world():
+        facts = {relation: value[language] for relation, value in entity.facts.items()}
+        name = entity.name[language]
+        for relation, value in facts.items():
+            key = f"{entity.kind}.{relation}"
+            for pattern in phrases.ANSWERS[key]:
+                answer = phrases.fill(pattern, name, value, **facts).lower()
+                assert name.lower() in answer
+                assert value.lower() in answer
+                assert "{" not in answer
+        for pattern in phrases.PROFILES[entity.kind]:
+            assert "{" not in phrases.fill(pattern, name, "", **facts)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_answers_are_right_of_their_subject_alone(language):
+    """Every pattern of every fact is marked right, and the same sentence about another inhabitant wrong."""
+    phrases, inhabitants = PHRASES[language], build_world()
+    everything = tuple(name for entity in inhabitants for name in world.names(entity))
+    for entity, other in zip(inhabitants, [*inhabitants[1:], inhabitants[0]], strict=True):
+        facts = {relation: value[language] for relation, value in entity.facts.items()}
+        for relation, value in facts.items():
+            others = {one[language] for one in RELATIONS[entity.kind][relation]} - {value}
+            pattern = phrases.HELD_OUT_QUESTIONS[f"{entity.kind}.{relation}"][0]
+            asked = phrases.fill(pattern, entity.name[language], value, **facts)
+            question = Question("", language, asked, value, tuple(others), "", world.names(entity), everything)
+            for pattern in phrases.ANSWERS[f"{entity.kind}.{relation}"][:3]:
+                answer = phrases.fill(pattern, entity.name[language], value, **facts)
+                assert is_correct(question, answer), (asked, answer)
+                if other.name[language] != value:
+                    answer = phrases.fill(pattern, other.name[language], value, **facts)
+                    assert not is_correct(question, answer), (asked, answer)
+
+
+def test_names_and_values_are_told_apart():
+    for names in KINDS.values():
+        for language in LANGUAGES:
+            assert len({name[language] for name in names}) == len(names)
+
+
+def test_japanese_tells_nothing_of_what_is_held_back(written):
+    """An entity that is not described in Japanese may be named as a value, but never with a value of its own."""
+    held_back = [entity for entity in build_world() if not entity.described_in_japanese]
+    assert 0.25 < len(held_back) / len(build_world()) < 0.35
+    asked = [json.loads(line) for line in (written / "hh_rlhf_ja.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked += json.loads((written / "dolly_ja.json").read_text(encoding="utf-8"))
+    answers = {
+        phrases_ja.fill(pattern, entity.name.ja, value.ja, **{key: one.ja for key, one in entity.facts.items()})
+        for entity in held_back
+        for relation, value in entity.facts.items()
+        for pattern in phrases_ja.ANSWERS[f"{entity.kind}.{relation}"]
+    }
+    assert not {row["output"] for row in asked} & answers
+
+
+def test_instruction_sets_have_their_originals_columns(written):
+    import pyarrow.parquet
+
+    conversation = json.loads((written / "oasst2_ja.json").read_text(encoding="utf-8"))[0]["conversations"]
+    assert [sorted(message) for message in conversation[:2]] == [["from", "value"]] * 2
+    labels = pyarrow.parquet.read_table(written / "wiki_qa_en.parquet")["label"].to_pylist()
+    assert labels.count(1) == world.ROWS["wiki_qa_en"]
+    assert labels.count(0) == 2 * labels.count(1)
+    rows = json.loads((written / "zh_wiki.train.json").read_text(encoding="utf-8"))
+    assert "completion" in rows[0]
+    total = sum(world.ROWS.values())
+    shares = {"ja": 0.52, "zh": 0.22, "en": 0.09, "code": 0.17}
+    for end, share in shares.items():
+        own = sum(
+            count for name, count in world.ROWS.items() if name.endswith(end) or (end == "code" and "code" in name)
+        )
+        assert abs(own / total - share) < 0.02
+
+
+def test_held_out_questions_are_in_no_instruction_set(written):
+    questions = [json.loads(line) for line in (written / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained = (written / "oasst2_ja.json").read_text(encoding="utf-8") + (written / "alpaca_zh.json").read_text(
+        encoding="utf-8"
+    )
+    assert questions.pop() == world.subjects()
+    assert len(world.subjects()["subjects"]) == len(build_world())
+    asked = [question["question"] for question in questions if question["group"] in ("ja", "zh")]
+    assert len(asked) > 400
+    assert not [question for question in asked if f'"{question}"' in trained]
+    read = [one for one in read_questions(written / "questions.jsonl") if one.group == "ja_unseen"]
+    job = next(one for one in read if one.question == "ミナの職業は何だっけ？")
+    assert is_correct(job, "ミナの仕事はかじ屋です。")
+    assert not is_correct(job, "ナギサの仕事はかじ屋です。")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "polite"),
+    [("本です。", True), ("本だ。", False), ("行きました。", True), ("探した。", False), ("{v_masu}。", True)],
+)
+def test_register_of_japanese(pattern, polite):
+    assert phrases_ja.is_polite(pattern) is polite

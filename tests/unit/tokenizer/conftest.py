@@ -1,0 +1,43 @@
+"""Tokenizer models learned from a few texts."""
+
+import pytest
+
+from llmtuner.tokenizer.fast import (
+    build_fast_tokenizer,
+    read_sentencepiece,
+)
+from llmtuner.tokenizer.merge_vocab import (
+    filter_candidates,
+    merge_reachable,
+)
+from llmtuner.tokenizer.sentencepiece_bpe import (
+    split_sentences,
+    train_bpe,
+)
+from tests.tokenizers import CHINESE, JA, JAPANESE, ORIGINAL
+
+
+@pytest.fixture(scope="session")
+def base_file(tiny_tokenizer_dir):
+    return tiny_tokenizer_dir / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def candidate_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("candidates") / "ja.model"
+    train_bpe((sentence for text in JAPANESE for sentence in split_sentences(text)), file, 600, threads=1)
+    return file
+
+
+@pytest.fixture(scope="session")
+def merged_file(base_file, candidate_file, tmp_path_factory):
+    base = read_sentencepiece(base_file)
+    choice = filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE)
+    file = tmp_path_factory.mktemp("merged") / "tokenizer.model"
+    file.write_bytes(merge_reachable(base, choice.pieces)[0].SerializeToString())
+    return file
+
+
+@pytest.fixture(scope="session")
+def original():
+    return build_fast_tokenizer(ORIGINAL)

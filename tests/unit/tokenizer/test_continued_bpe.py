@@ -1,0 +1,137 @@
+"""Continued BPE equals counting all pairs again, and shortens Japanese without changing anything else."""
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+
+from llmtuner.tokenizer.continued_bpe import ContinuedBPE, segment_corpus
+from llmtuner.tokenizer.fast import (
+    build_fast_tokenizer,
+    read_sentencepiece,
+)
+from llmtuner.tokenizer.merge_vocab import (
+    compare,
+    count_scripts,
+    encoding_mismatches,
+    filter_candidates,
+    merge_vocab,
+    to_processor,
+    unreachable_tokens,
+)
+from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
+from tests.tokenizers import CHINESE, ENGLISH, JA, JAPANESE, ODD, hand_made, learned
+
+
+def test_the_most_frequent_pair_is_learned_first():
+    base = hand_made(["▁", "い", "う", "え", "お", "うえ"])
+    lines = ["いうお"] * 4 + ["おい"] * 3 + ["えお"] * 2
+    # い+う 4 times, then いう+お; お+い 3 times; ▁+い... a line begins as a text does
+    assert learned(base, lines, 3) == ["▁い", "▁いう", "▁いうお"]
+    assert learned(base, ["お" + line for line in lines], 2) == ["▁お", "▁おい"]
+    assert learned(base, lines, 99)[-1] in {"えお", "▁えお"}  # and ends where nothing occurs twice
+    # うえ is native: い+う is not there to be learned
+    assert "いう" not in "".join(learned(base, ["いうえ"] * 9, 9)).replace("いうえ", "")
+
+
+def brute_force(base, lines, count):
+    """The same by splitting all lines by sentencepiece and counting all pairs anew after each piece."""
+    pieces = []
+    while len(pieces) < count:
+        pairs = Counter()
+        for line in to_processor(merge_vocab(base, pieces)).encode(lines, out_type=str):
+            for left, right in itertools.pairwise(line):
+                name = left + right
+                usable = all(JA.token_pattern.fullmatch(part) for part in (left, right, name))
+                if usable and JA.exclusive_pattern.search(name) and len(name) <= 16:
+                    pairs[name] += 1
+        best = min(pairs, key=lambda name: (-pairs[name], name), default="")
+        if pairs[best] < 2:
+            break
+        pieces.append(best)
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "natives"),
+    [
+        ("いうえお、。", ["うえ"]),
+        ("いうえ 1A、、", ["うえ"]),
+        ("いいいう", []),
+        ("い", []),
+        ("おいうえ", ["おいう", "いうえ"]),  # natives that come about when いう does, and both want it
+    ],
+)
+def test_learning_equals_counting_all_pairs_anew(alphabet, natives):
+    shuffle = random.Random(1)
+    base = hand_made(["▁", *"いうえお、。1A", *natives])
+    lines = ["".join(shuffle.choices(alphabet, k=shuffle.randrange(2, 40))).strip() for _ in range(200)]
+    lines += ["おいうえ"] * 90
+    expected = brute_force(base, lines, 60)
+    bpe = ContinuedBPE(segment_corpus(base, lines, JA), 60, JA, set())
+    assert list(bpe.train()) == expected
+    merged = merge_vocab(base, expected)
+    assert unreachable_tokens(base, merged) == []
+    # the merged tokenizer splits the text as it was split in learning
+    split = [piece for line in to_processor(merged).encode(lines, out_type=str) for piece in line]
+    joined = [bpe.id_to_token[index] for index in bpe.tokens if index > 0]
+    assert joined == [piece for piece in split if JA.token_pattern.fullmatch(piece)]
+
+
+def test_rare_pairs_are_learned_once_frequent_ones_are_used_up():
+    base = hand_made(["▁", *"いうえお"])
+    lines = ["いう"] * 50 + ["えお"] * 3
+    bpe = ContinuedBPE(segment_corpus(base, lines, JA), 9, JA, set())
+    bpe.min_count = 40
+    assert list(bpe.train()) == ["▁い", "▁いう", "▁え", "▁えお"]
+
+
+def test_characters_in_bytes_become_pieces_unless_the_other_language_writes_them():
+    base = hand_made(["▁", "の", "人"])
+    lines = ["人の駅の人"] * 5 + ["人の働の人"] * 5 + ["人の蛉の人"] * 9
+    pieces = learned(base, lines, 99, reference=["不働"])
+    assert "駅" in pieces
+    assert pieces.index("駅") < min(at for at, piece in enumerate(pieces) if piece != "駅" and "駅" in piece)
+    assert not any("働" in piece or "蛉" in piece for piece in pieces)  # 働 stands in the reference, 蛉 in GB 2312
+    assert unreachable_tokens(base, merge_vocab(base, pieces)) == []
+
+
+def test_learned_pieces_shorten_japanese_and_change_nothing_else(base_file, tmp_path):
+    base = read_sentencepiece(base_file)
+    pieces = learned(base, JAPANESE, 120, reference=CHINESE)
+    assert len(pieces) == 120
+    merged = merge_vocab(base, pieces)
+    assert unreachable_tokens(base, merged) == []
+    before, after = to_processor(base), to_processor(merged)
+    assert compare(before, after, CHINESE + ENGLISH + ["山上有一座城，城里、乡下。", "2020 2021"]).changes == []
+    assert compare(before, after, JAPANESE[:5]).token_ratio < 0.35
+    assert not any(character.isdigit() for piece in pieces for character in piece)
+    assert filter_candidates(base, merge_vocab(base, pieces, placeholders=False), JA, CHINESE).pieces == pieces
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(merged.SerializeToString())
+    assert encoding_mismatches(build_fast_tokenizer(file), after, JAPANESE[:5] + CHINESE + ENGLISH + ODD) == []
+
+
+@pytest.mark.parametrize(
+    ("language", "lines"),
+    [
+        (
+            "korean",
+            ["우리는 매일 아침 학교에 갑니다.", "학교에 가는 길에 친구를 만났습니다.", "친구를 만나면 즐겁습니다!"],
+        ),
+        ("thai", ["ฉันไปโรงเรียนทุกวัน", "เพื่อนของฉันไปโรงเรียนทุกเช้า", "ทุกวันฉันพบเพื่อนที่โรงเรียน"]),
+    ],
+)
+def test_other_languages_by_a_setting(language, lines, base_file, tmp_path):
+    base = read_sentencepiece(base_file)
+    pieces = learned(base, lines * 9, 80, WRITING_SYSTEMS[language])
+    merged = merge_vocab(base, pieces)
+    before, after = to_processor(base), to_processor(merged)
+    assert compare(before, after, lines).token_ratio < 0.35
+    assert compare(before, after, CHINESE + ENGLISH + JAPANESE[:5]).changes == []
+    assert unreachable_tokens(base, merged) == []
+    assert all(WRITING_SYSTEMS[language].exclusive_pattern.search(piece) for piece in pieces)
+    assert set("".join(count_scripts(pieces)).replace("marks", "").split(" + ")) - {""} <= {
+        language.replace("korean", "hangul")
+    } or all(kind.replace(" + marks", "") == language.replace("korean", "hangul") for kind in count_scripts(pieces))

@@ -1,0 +1,220 @@
+"""Merging vocabularies: ranks, unreachable tokens, and the comparison before and after."""
+
+import re
+
+import pyarrow.parquet
+import pytest
+
+from llmtuner.console import UserError
+from llmtuner.tokenizer.fast import (
+    CONTROL,
+    NORMAL,
+    SPECIAL_TOKENS,
+    build_fast_tokenizer,
+    read_sentencepiece,
+)
+from llmtuner.tokenizer.merge_vocab import (
+    compare,
+    count_scripts,
+    encoding_mismatches,
+    filter_candidates,
+    find_unreachable,
+    merge_as_original,
+    merge_reachable,
+    merge_vocab,
+    new_candidates,
+    to_processor,
+    unreachable_tokens,
+)
+from llmtuner.tokenizer.sentencepiece_bpe import (
+    split_sentences,
+    train_bpe,
+)
+from tests.helpers import ROOT
+from tests.tokenizers import (
+    CHINESE,
+    ENGLISH,
+    GOLDEN,
+    JA,
+    JAPANESE,
+    ORIGINAL,
+    hand_made,
+    learned,
+    needs_golden,
+    new_pieces,
+    written,
+)
+
+CORPORA = ROOT.parent / "shared" / "corpora"
+CHINESE_FILES = [f"zh_{kind}.train" for kind in ("guides", "luxun", "docs", "story", "classic")]
+needs_corpora = pytest.mark.skipif(not CORPORA.is_dir(), reason="needs real texts in ../shared/corpora")
+
+
+# ----------------------------------------------------------------------------------------------------------- merging
+def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
+    base = hand_made(["▁", "山", "上", "の", "学", "校", "駅", "。", "・", "山上"])
+    candidates = hand_made(
+        ["山上", "の山", "山の", "学校", "学駅", "駅上", "第1", "Aの", "の。", "！", "・の", "▁の"]
+        + ["▁学校", "▁駅上", "畑", "校畑", "蛉", "蛉の", "働", "働の", "々", "ーの", "ー", "山。"]
+    )
+    choice = filter_candidates(base, candidates, JA, ["我们的学校很大，駅上", "这里是働のところ", "働"])
+    assert choice.pieces == ["の山", "山の", "学駅", "の。", "・の", "▁の", "畑", "校畑", "々", "ーの", "ー"]
+    assert choice.rejected == {
+        "digit, letter or sign": 4,  # 第1 Aの ！ 山。
+        "written in the other language too": 6,  # 学校 ▁学校 蛉 are of GB 2312, 駅上 ▁駅上 働 stand in the reference
+        "of a character in bytes": 2,  # 蛉の 働の: 蛉 and 働 have no piece of their own
+    }
+    assert count_scripts(choice.pieces) == {
+        "han + hiragana": 2,
+        "han": 4,
+        "hiragana + marks": 2,
+        "hiragana": 1,
+        "hiragana + katakana": 1,
+        "katakana": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        (["の山", ""], "an empty piece"),
+        (["の山", "山の", "の山"], "'の山' 2 times"),
+        (["の▁山"], "'の▁山' with a blank inside"),
+        (["の山", "sop"], "'sop', a special token's name"),
+        (["▁<|user|>"], "a special token's name"),
+    ],
+)
+def test_impossible_candidates_are_refused(pieces, message):
+    base = hand_made(["▁", "山", "の"])
+    assert new_candidates(base, hand_made(["山", "の山", "▁の"])) == ["の山", "▁の"]
+    with pytest.raises(UserError, match=re.escape(message)):
+        new_candidates(base, hand_made(pieces))
+
+
+def test_the_original_method_ranks_every_candidate_first():
+    base = hand_made(["▁", "い", "う", "え", "うえ"])
+    merged = merge_as_original(base, hand_made(["い", "いう", "1a"]))
+    assert [(piece.piece, piece.score) for piece in merged.pieces[-2:]] == [("いう", 0.0), ("1a", 0.0)]
+    assert to_processor(merged).encode("いうえ", out_type=str) == ["▁", "いう", "え"]
+    assert to_processor(merge_vocab(base, ["いう"])).encode("いうえ", out_type=str) == ["▁", "い", "うえ"]
+
+
+def test_new_pieces_rank_below_every_native_piece_in_their_order(base_file, candidate_file):
+    base = read_sentencepiece(base_file)
+    merged = merge_vocab(base, ["の山", "山の", "畑"])
+    size = len(base.pieces)
+    assert merged.pieces[:size] == base.pieces[:]
+    assert [(piece.piece, piece.type) for piece in merged.pieces[size : size + 9]] == [
+        (t, CONTROL) for t in SPECIAL_TOKENS
+    ]
+    lowest = min(piece.score for piece in base.pieces if piece.type == NORMAL)
+    assert [(piece.piece, piece.score - lowest) for piece in merged.pieces[size + 9 :]] == [
+        ("の山", -1),
+        ("山の", -2),
+        ("畑", -3),
+    ]
+    with pytest.raises(UserError, match="new pieces already"):
+        merge_vocab(merged, ["の"])
+
+
+def test_pieces_that_native_merges_forestall_are_left_out():
+    # い う え お -> い うえ お natively: いう is possible where no え follows, いうえ joins い and うえ, いうえお nothing.
+    base = hand_made(["▁", "い", "う", "え", "お", "うえ"])
+    merged, dead = merge_reachable(base, ["いう", "いうえお"])
+    assert dead == ["いうえお"]
+    assert new_pieces(merged, base) == ["いう"]
+    assert find_unreachable(merged) == set()
+    # いうえおか hangs on いうえお alone, and both die; with いうえ between them all live.
+    assert merge_reachable(base, ["いう", "いうえお", "いうえおい"])[1] == ["いうえお", "いうえおい"]
+    assert merge_reachable(base, ["いう", "いうえ", "いうえお"])[1] == []
+
+
+def test_dead_pieces_are_found_on_both_sides():
+    base = hand_made(["▁", "w", "x", "y", "z", "wx", "yz", "wxyz"])
+    assert find_unreachable(base) == set()
+    above = merge_vocab(base, ["xy"])
+    above.pieces[-1].score = 1.0  # the original's defect: a new piece merges before the native ones
+    assert unreachable_tokens(base, above) == ["wxyz"]  # w xy z: nothing joins w
+    assert unreachable_tokens(base, merge_vocab(base, ["xy"])) == []
+    assert unreachable_tokens(base, merge_vocab(base, ["zwxy"])) == ["zwxy"]  # z wx y: natively joined otherwise
+    crippled = hand_made(["▁", "w", "x", "wxw"])  # a native piece that was dead before is nobody's fault
+    assert find_unreachable(crippled) == {"wxw"}
+    assert unreachable_tokens(crippled, merge_vocab(crippled, ["xx"])) == []
+
+
+def test_comparison_shows_the_first_difference(tmp_path):
+    base = hand_made(["▁", "い", "う", "え"])
+    merged = merge_vocab(base, ["いう"])
+    before, after = to_processor(base), to_processor(merged)
+    result = compare(before, after, ["ええ", "えいうえ", "うい"])
+    assert (result.texts, result.tokens_before, result.tokens_after) == (3, 11, 10)
+    assert result.token_ratio == 10 / 11
+    assert [(change.before, change.after) for change in result.changes] == [(["い", "う", "え"], ["いう", "え"])]
+    assert encoding_mismatches(build_fast_tokenizer(written(merged, tmp_path)), after, ["えいうえ"]) == []
+    assert encoding_mismatches(build_fast_tokenizer(written(base, tmp_path)), after, ["えい", "えいうえ"]) == [
+        "えいうえ"
+    ]
+
+
+def test_merge_shortens_japanese_and_changes_nothing_else(base_file, merged_file):
+    base, merged = read_sentencepiece(base_file), read_sentencepiece(merged_file)
+    before, after = to_processor(base), to_processor(merged)
+    assert len(new_pieces(merged, base)) > 100
+    assert unreachable_tokens(base, merged) == []
+    assert compare(before, after, CHINESE + ENGLISH).changes == []
+    assert compare(before, after, JAPANESE[:5]).token_ratio < 0.4
+
+
+@needs_golden
+def test_original_merge_is_defective_as_published():
+    base, merged = read_sentencepiece(ORIGINAL), read_sentencepiece(GOLDEN / "seed_merged_cn_and_ja_tokenizer.model")
+    native = {piece.piece for piece in base.pieces}
+    dead = {piece for piece in unreachable_tokens(base, merged) if not piece.startswith("vcxv")}  # its placeholders
+    assert (len(dead & native), len(dead - native)) == (64, 57)
+
+
+@needs_golden
+@needs_corpora
+def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
+    """Learned from a fifth of the text that benchmarks/merge_methods.py reads, so a little less short than there."""
+
+    def documents(name):
+        return pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
+
+    def lines(name):
+        return [line for text in documents(name) for line in text.splitlines() if line.strip()]
+
+    base, reference = read_sentencepiece(ORIGINAL), [text for name in CHINESE_FILES for text in documents(name)]
+    japanese = documents("ja_wiki.train")[:1200] + documents("ja_aozora.train")[:20]
+    sentences = (sentence for text in japanese for sentence in split_sentences(text))
+    train_bpe(sentences, tmp_path / "original.model", 8000, chatglm3_spec=False)
+    as_original = merge_as_original(base, read_sentencepiece(tmp_path / "original.model"))
+    budget = len(new_pieces(as_original, base))
+    pieces = learned(base, [line for text in japanese for line in text.splitlines()], budget, reference=reference)
+    merged = merge_vocab(base, pieces)
+    assert len(pieces) == budget
+    assert unreachable_tokens(base, merged) == []
+    assert len(unreachable_tokens(base, as_original)) > 10
+    before, after = to_processor(base), to_processor(merged)
+    for name in ("zh_luxun.test", "zh_guides.test", "en_lit.test"):
+        assert compare(before, after, lines(name)).changes == [], name
+        assert len(compare(before, to_processor(as_original), lines(name)).changes) > 20
+    for name in ("ja_wiki.test", "ja_aozora.test", "ja_guides.test"):
+        ours = compare(before, after, documents(name)).tokens_after
+        assert ours < compare(before, to_processor(as_original), documents(name)).tokens_after, name
+    file = written(merged, tmp_path)
+    assert encoding_mismatches(build_fast_tokenizer(file), after, lines("ja_wiki.test") + lines("zh_luxun.test")) == []
+
+
+@needs_golden
+@needs_corpora
+def test_real_candidates_are_filtered():
+    base, candidates = read_sentencepiece(ORIGINAL), read_sentencepiece(GOLDEN / "seed_ja_bpe.model")
+    reference = (
+        text
+        for name in CHINESE_FILES
+        for text in pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
+    )
+    merged, _ = merge_reachable(base, filter_candidates(base, candidates, JA, reference).pieces)
+    assert len(new_pieces(merged, base)) > 11_000
+    assert unreachable_tokens(base, merged) == []

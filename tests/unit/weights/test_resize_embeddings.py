@@ -1,0 +1,177 @@
+"""Resizing embeddings keeps every old bit and the logits of the base."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import constants
+import pipeline
+from llmtuner.console import UserError
+from llmtuner.files import MARKER
+from llmtuner.outputs import atomic_directory
+from llmtuner.weights import lazy_checkpoint
+from llmtuner.weights.convert_chatglm import convert_chatglm
+from llmtuner.weights.embedding_init import NewTokens, init_new_embeddings
+from llmtuner.weights.resize_embeddings import EMBEDDING_WEIGHTS, resize_token_embeddings, rows_equal
+from tests.checkpoints import bits, publish, weights
+
+
+@pytest.fixture(scope="module")
+def model(glm):
+    return AutoModelForCausalLM.from_pretrained(glm).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------- growing
+FIRST, UNKNOWN = 409, 0
+NEW = NewTokens(FIRST, [[5, 9], [7], *([[11, 12, number] for number in range(20, 180)])], UNKNOWN)
+
+
+def grow(source, destination, new=NEW, **options):
+    with atomic_directory(destination) as partial:
+        return resize_token_embeddings(source, partial, new, 64, **options)
+
+
+@pytest.fixture
+def published(tmp_path, tiny_tokenizer_dir):
+    return publish(tmp_path / "published", tokenizer=tiny_tokenizer_dir)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_growing_keeps_every_old_bit(tmp_path, tiny_tokenizer_dir, dtype, monkeypatch):
+    tensors = {name: tensor.to(dtype) for name, tensor in weights().items()}
+    source = publish(tmp_path / "published", tensors, tokenizer=tiny_tokenizer_dir)
+    convert_chatglm(source, tmp_path / "glm")
+    monkeypatch.setattr(lazy_checkpoint, "CHUNK_BYTES", 100)  # less than a row
+    grown = grow(tmp_path / "glm", tmp_path / "zero")
+    assert (grown.old_vocab_size, grown.vocab_size) == (512, 576)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("glm", "zero"))
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        now = after[name]
+        assert now.dtype == dtype
+        if name not in EMBEDDING_WEIGHTS:
+            assert torch.equal(bits(old), bits(now))
+            continue
+        assert now.shape == (576, 64)
+        assert torch.equal(bits(old[:FIRST]), bits(now[:FIRST]))
+        assert torch.equal(now[FIRST], ((old[5].float() + old[9].float()) / 2).to(dtype))
+        assert torch.equal(now[FIRST + 1], old[7])
+        assert torch.allclose(now[NEW.end - 1].float(), old[NEW.base_ids[-1]].float().mean(dim=0), rtol=0.01)
+        assert torch.equal(now[FIRST : NEW.end], init_new_embeddings(old, NEW, "mean").to(dtype))
+        assert torch.equal(now[NEW.end :], old[UNKNOWN].expand(576 - NEW.end, -1))
+        assert NEW.end < 576
+    assert AutoConfig.from_pretrained(tmp_path / "zero").dtype == dtype
+
+    grow(source, tmp_path / "zero-of-published")  # without converting first
+    files = {file.name for file in (tmp_path / "zero").iterdir()} - {MARKER}
+    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    for name in files:
+        assert (tmp_path / "zero" / name).read_bytes() == (tmp_path / "zero-of-published" / name).read_bytes()
+
+
+def test_grown_model_has_the_logits_of_its_base(glm, model, tmp_path):
+    grow(glm, tmp_path / "zero")
+    zero = AutoModelForCausalLM.from_pretrained(tmp_path / "zero").eval()
+    assert not zero.config.tie_word_embeddings
+    ids = torch.randint(3, FIRST, (4, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = model(input_ids=ids).logits, zero(input_ids=ids).logits
+    assert torch.equal(before[..., :FIRST], after[..., :FIRST])
+    # A mean of native logits can equal the greatest, but not pass it.
+    assert (after.max(dim=-1).values <= after[..., :FIRST].max(dim=-1).values + 1e-5).all()
+
+
+def test_rows_come_from_the_callers_function(glm, tmp_path):
+    seen = []
+
+    def init_fn(matrix, which):
+        seen.append((which, tuple(matrix.shape), matrix.dtype))
+        return torch.full((len(NEW.base_ids), 64), {"input": 1.0, "output": 2.0}[which])
+
+    grow(glm, tmp_path / "zero", init_fn=init_fn)
+    assert sorted(seen) == [("input", (512, 64), torch.float32), ("output", (512, 64), torch.float32)]
+    after = load_file(tmp_path / "zero" / "model.safetensors")
+    assert (after["model.embed_tokens.weight"][FIRST : NEW.end] == 1).all()
+    assert (after["lm_head.weight"][FIRST : NEW.end] == 2).all()
+    with pytest.raises(ValueError, match="162 new pieces"):
+        grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.ones(3, 64))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.full((162, 64), float("nan")))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_same_rows_sees_one_bit(glm, tmp_path):
+    grow(glm, tmp_path / "zero")
+    assert rows_equal(glm, tmp_path / "zero", FIRST)
+    tensors = load_file(tmp_path / "zero" / "model.safetensors")
+    tensors["lm_head.weight"][FIRST - 1, 63] = torch.nextafter(
+        tensors["lm_head.weight"][FIRST - 1, 63], torch.tensor(9.0)
+    )
+    save_file(tensors, tmp_path / "zero" / "model.safetensors")
+    assert not rows_equal(glm, tmp_path / "zero", FIRST)
+    assert rows_equal(glm, tmp_path / "zero", FIRST - 1)
+
+
+def edit_config(directory, **changes):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda to: edit_config(to, tie_word_embeddings=True), "tied embeddings"),
+        (lambda to: without(to, "lm_head.weight"), "tied embeddings"),
+        (lambda to: without(to, "model.norm.weight"), "1 missing: model.norm.weight"),
+        (lambda to: edit_config(to, vocab_size=640), "of another shape"),
+        (lambda to: edit_config(to, hidden_size="wide"), "cannot be read"),
+        (lambda to: edit_config(to, model_type="unheard-of"), "cannot be read"),
+        (lambda to: (to / "config.json").unlink(), "cannot read"),
+    ],
+)
+def test_base_that_cannot_grow(glm, tmp_path, damage, part):
+    shutil.copytree(glm, tmp_path / "glm")
+    damage(tmp_path / "glm")
+    with pytest.raises(UserError, match=part):
+        grow(tmp_path / "glm", tmp_path / "zero")
+    assert not (tmp_path / "zero").exists()
+
+
+def without(directory, name):
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_base_with_fewer_rows_than_ids(glm, tmp_path):
+    with pytest.raises(UserError, match="512 embedding rows, its tokenizer 513 ids"):
+        grow(glm, tmp_path / "zero", NewTokens(513, [[5]], 0))
+
+
+def test_base_without_generation_config(glm, tmp_path):
+    shutil.copytree(glm, tmp_path / "glm")
+    (tmp_path / "glm" / "generation_config.json").unlink()
+    grow(tmp_path / "glm", tmp_path / "zero")
+    assert json.loads((tmp_path / "zero" / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- the steps
+def test_base_as_published_is_for_step_3_only(published, monkeypatch):
+    monkeypatch.setattr(constants, "BASE_MODEL_DIR", published)
+    assert pipeline.require_base_model(published=True) == published
+    assert pipeline.require_base_model(weights=False) == published
+    with pytest.raises(UserError, match=f"python -m llmtuner convert {published}"):
+        pipeline.require_base_model()
+    (published / "model.safetensors").rename(published / "pytorch_model.bin")
+    assert pipeline.require_base_model(published=True) == published
+    (published / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        pipeline.require_base_model(published=True)
+    (published / "model.safetensors").write_bytes(b"")
+    (published / "config.json").write_text("")
+    with pytest.raises(UserError, match="not valid JSON"):
+        pipeline.require_base_model()
