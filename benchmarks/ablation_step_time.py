@@ -78,9 +78,9 @@ def batches_of(window: int, tokens: int) -> list[dict[str, Any]]:
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = {**SETTINGS, **BY_PROFILE["mini"], "cutoff_len": window, "output_dir": scratch}
-        _, data, training, _ = get_train_args(settings)
+        train_args = get_train_args(settings)
     tokenizer = load_tokenizer(constants.ZERO_DIR)
-    sequences = workflow.get_pt_dataset(data, training.seed, tokenizer)[0]
+    sequences = workflow.get_pt_dataset(train_args.data, train_args.training.seed, tokenizer)[0]
     rows, collate = tokens // window, PackedDataCollator(tokenizer.pad_token_id)
     return [collate([sequences[batch * rows + row] for row in range(rows)]) for batch in range(BATCHES)]
 

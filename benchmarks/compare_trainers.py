@@ -179,9 +179,9 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     settings |= dict(
         model_name_or_path=str(model), cutoff_len=window, plot_loss=False, cache_dir=str(scratch / "cache")
     )
-    _, data, training, _ = get_train_args({**settings, "output_dir": str(scratch / "output")})
+    train_args = get_train_args({**settings, "output_dir": str(scratch / "output")})
     tokenizer = load_tokenizer(model)
-    token_dataset, _, held = workflow.load_tokenized_datasets(data, stage, tokenizer)
+    token_dataset, _, held = workflow.load_tokenized_datasets(train_args.data, stage, tokenizer)
     segments = one_per_sequence(numpy.concatenate(held), token_dataset.lengths, window)
     save(
         PackedDataset(token_dataset, segments, 2),
@@ -192,9 +192,9 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     batch = TOKENS // window
     rows: Values = {}
     packed = (
-        workflow.get_pt_dataset(data, training.seed, tokenizer)[0]
+        workflow.get_pt_dataset(train_args.data, train_args.training.seed, tokenizer)[0]
         if stage == "pt"
-        else in_chance_order(workflow.get_sft_dataset(data, training.seed, tokenizer)[0])
+        else in_chance_order(workflow.get_sft_dataset(train_args.data, train_args.training.seed, tokenizer)[0])
     )
     rows["packed"] = {"batch": batch, **save(packed, range(options.steps * batch), scratch / "packed", batch)}
     if stage == "sft":

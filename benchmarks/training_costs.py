@@ -222,7 +222,7 @@ def measure_packing(options: argparse.Namespace, scratch: Path) -> Values:
     what, varied = varied_dialogues(options.corpora, scratch)
     results: Values = {}
     for name, settings in (("the miniature's sets", step6()), (what, {**step6(), **varied})):
-        _, data_args, *_ = get_train_args({**settings, "output_dir": str(scratch)})
+        data_args = get_train_args({**settings, "output_dir": str(scratch)}).data
         token_dataset, trained, _ = workflow.load_tokenized_datasets(
             data_args, "sft", load_tokenizer(settings["model_name_or_path"])
         )
@@ -289,7 +289,7 @@ def measure_second_start(options: argparse.Namespace, scratch: Path) -> Values:
             place, run = scratch / f"{name} {repeat}", {}
             for when in ("first", "again"):
                 settings = {**base, "corpus_dir": str(corpus), "output_dir": str(place / when)}
-                _, data_args, *_ = get_train_args({**settings, "cache_dir": str(place / "data")})
+                data_args = get_train_args({**settings, "cache_dir": str(place / "data")}).data
                 start = time.perf_counter()
                 token_dataset, *_ = workflow.load_tokenized_datasets(data_args, "pt", tokenizer)
                 run[f"data_{when}"] = time.perf_counter() - start

@@ -150,7 +150,16 @@ class FinetuningArguments:
     """Delete an earlier run's checkpoints in output_dir and start anew; otherwise go on from the newest whole one."""
 
 
-Arguments = tuple[ModelArguments, DataArguments, TrainingArguments, FinetuningArguments]
+@dataclass(frozen=True)
+class TrainArgs:
+    """All arguments of a run or an export."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    finetuning: FinetuningArguments
+
+
 ValidationIssue = tuple[tuple[str, ...], str]  # the settings involved, and what is wrong with them
 
 STAGES = ("pt", "sft")
@@ -311,7 +320,7 @@ def parse_overrides(settings: dict[str, Any], words: list[str]) -> dict[str, Any
     return settings
 
 
-def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, for_export: bool = False) -> Arguments:
+def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, for_export: bool = False) -> TrainArgs:
     """Checks settings and sorts them into model, data, training and finetuning arguments.
 
     Args:
@@ -347,7 +356,8 @@ def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, 
         raise UserError("settings:\n  - " + "\n  - ".join(text for _, text in problems))
     for note in compat.notes:
         print0(note)
-    return _build(ModelArguments, usable), _build(DataArguments, usable), training, _build(FinetuningArguments, usable)
+    model, data, finetuning = (_build(cls, usable) for cls in (ModelArguments, DataArguments, FinetuningArguments))
+    return TrainArgs(model, data, training, finetuning)
 
 
 def _disable_data_parallel(training: TrainingArguments) -> TrainingArguments:
@@ -587,10 +597,9 @@ def _set_single_process_env() -> None:
         os.environ.setdefault(name, str(value))
 
 
-def serialize_settings(arguments: Arguments) -> dict[str, Any]:
+def serialize_settings(args: TrainArgs) -> dict[str, Any]:
     """All settings of a run in one flat dict that JSON can hold, without those that are not set."""
-    model, data, training, finetuning = arguments
-    settings = {**asdict(model), **asdict(data), **training.to_dict(), **asdict(finetuning)}
+    settings = {**asdict(args.model), **asdict(args.data), **args.training.to_dict(), **asdict(args.finetuning)}
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -34,12 +34,12 @@ def preview_batch(args: dict[str, Any] | str | Path | list[str] | None = None) -
     settings = read_args(args)
     number = settings.pop("batch", 0)
     settings.pop("deepspeed", None)  # it would have the processes of a run find one another
-    model_args, data_args, training_args, finetuning_args = get_train_args(settings)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    train, *_ = (get_pt_dataset if finetuning_args.stage == "pt" else get_sft_dataset)(
-        data_args, training_args.seed, tokenizer
+    train_args = get_train_args(settings)
+    tokenizer = load_tokenizer(train_args.model.model_name_or_path)
+    train, *_ = (get_pt_dataset if train_args.finetuning.stage == "pt" else get_sft_dataset)(
+        train_args.data, train_args.training.seed, tokenizer
     )
-    size = training_args.per_device_train_batch_size
+    size = train_args.training.per_device_train_batch_size
     sequences = PadToMultiple(train, size)
     count = len(sequences) // size
     if type(number) is not int or not 0 <= number < count:

@@ -32,11 +32,11 @@ def run_exp(
     from llmtuner.train.checkpointing import lock_output_dir
     from llmtuner.train.workflow import run_pt, run_sft
 
-    arguments = get_train_args(args)
-    with lock_output_dir(Path(str(arguments[2].output_dir))):
-        if arguments[3].stage == "pt":
-            return run_pt(arguments, texts, before_training)
-        return run_sft(arguments, before_training)
+    train_args = get_train_args(args)
+    with lock_output_dir(Path(str(train_args.training.output_dir))):
+        if train_args.finetuning.stage == "pt":
+            return run_pt(train_args, texts, before_training)
+        return run_sft(train_args, before_training)
 
 
 def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) -> Path:
@@ -47,8 +47,9 @@ def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) ->
     Raises:
         UserError: if export_dir is missing, or adapter and model do not belong together; as `atomic_directory`.
     """
-    model_args, _, _, finetuning_args = get_train_args(args, for_export=True)
-    overwrite = finetuning_args.overwrite_output_dir or env_flag("OVERWRITE")
+    train_args = get_train_args(args, for_export=True)
+    model_args = train_args.model
+    overwrite = train_args.finetuning.overwrite_output_dir or env_flag("OVERWRITE")
     adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
     destination = Path(str(model_args.export_dir))
     merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size, overwrite)

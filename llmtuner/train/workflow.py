@@ -30,7 +30,7 @@ from llmtuner.data.token_store import TokenizedDataset
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.eval.bits_per_byte import Windows
 from llmtuner.files import atomic_write_json, checksum
-from llmtuner.hparams import ATTN_IMPLEMENTATIONS, Arguments, DataArguments, FinetuningArguments, serialize_settings
+from llmtuner.hparams import ATTN_IMPLEMENTATIONS, DataArguments, FinetuningArguments, TrainArgs, serialize_settings
 from llmtuner.model.adapters import init_adapter, save_adapter
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import check_vocab_and_context, default_attention, load_model
@@ -56,16 +56,16 @@ BeforeTraining = Callable[[], None] | None
 
 
 def run_pt(
-    arguments: Arguments, texts: dict[str, list[str]] | None = None, before_training: BeforeTraining = None
+    args: TrainArgs, texts: dict[str, list[str]] | None = None, before_training: BeforeTraining = None
 ) -> dict[str, Any]:
     """Continued pretraining on packed documents; returns what was measured, at every evaluation also on held-out texts."""
-    model_args, data_args, training_args, _ = arguments
+    model_args, data_args, training_args = args.model, args.data, args.training
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_vocab_and_context(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
     train, held_out = get_pt_dataset(data_args, training_args.seed, tokenizer)
     stats = mixture_stats(train, data_args)
     print0(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no tokens dropped")
-    metrics = _train(arguments, tokenizer, train, held_out, texts=texts, before_training=before_training)
+    metrics = _train(args, tokenizer, train, held_out, texts=texts, before_training=before_training)
     return {**metrics, "data": stats}
 
 
@@ -89,9 +89,9 @@ def get_pt_dataset(data_args: DataArguments, seed: int, tokenizer: Any) -> tuple
     )
 
 
-def run_sft(arguments: Arguments, before_training: BeforeTraining = None) -> dict[str, Any]:
+def run_sft(args: TrainArgs, before_training: BeforeTraining = None) -> dict[str, Any]:
     """Instruction tuning on packed dialogues; returns what was measured, each data set's initial loss included."""
-    model_args, data_args, training_args, _ = arguments
+    model_args, data_args, training_args = args.model, args.data, args.training
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_vocab_and_context(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
     train, held_out, per_dataset_samples = get_sft_dataset(data_args, training_args.seed, tokenizer)
@@ -102,7 +102,7 @@ def run_sft(arguments: Arguments, before_training: BeforeTraining = None) -> dic
         f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} longer dialogues keep their {kept}; "
         f"{dropped:,} of them are dropped because no target token is left"
     )
-    metrics = _train(arguments, tokenizer, train, held_out, per_dataset_samples, before_training=before_training)
+    metrics = _train(args, tokenizer, train, held_out, per_dataset_samples, before_training=before_training)
     return {**metrics, "data": stats, "num_truncated": cut, "num_dropped": dropped}
 
 
@@ -232,7 +232,7 @@ def mixture_stats(train: PackedDataset, data_args: DataArguments) -> dict[str, A
 
 
 def _train(
-    arguments: Arguments,
+    args: TrainArgs,
     tokenizer: Any,
     train: PackedDataset,
     held_out: PackedDataset,
@@ -240,9 +240,10 @@ def _train(
     texts: dict[str, list[str]] | None = None,
     before_training: BeforeTraining = None,
 ) -> dict[str, Any]:
-    model_args, data_args, training_args, finetuning_args = arguments
+    model_args, data_args = args.model, args.data
+    training_args, finetuning_args = args.training, args.finetuning
     output_dir = Path(training_args.output_dir or ".")
-    settings = run_fingerprint(arguments, train)
+    settings = run_fingerprint(args, train)
     checkpoint = find_resume_checkpoint(output_dir, training_args, finetuning_args.overwrite_output_dir, settings)
     if training_args.save_only_model and training_args.save_strategy != "no":
         print0("save_only_model: true: checkpoints hold weights only; a run that stops early cannot be resumed")
@@ -261,7 +262,7 @@ def _train(
         trained, data_args, training_args
     ):
         training_args.gradient_checkpointing = training_args.activation_checkpointing = True
-    settings |= serialize_settings(arguments)  # with what was decided just now
+    settings |= serialize_settings(args)  # with what was decided just now
     trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     print0(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
 
@@ -389,16 +390,16 @@ def length_histogram(train: PackedDataset) -> dict[str, list[int]]:
     return {"edges": [2**power for power in range(first, len(counts) + 1)], "counts": counts[first:].tolist()}
 
 
-def run_fingerprint(arguments: Arguments, train: PackedDataset) -> dict[str, Any]:
+def run_fingerprint(args: TrainArgs, train: PackedDataset) -> dict[str, Any]:
     """What shapes a run: its settings, how many processes share it, its data and the weights that it starts from."""
     data = {
         f"data set {one.name}": f"{len(one):,} rows, checksum {zlib.crc32(one.store.column('hash').tobytes()):08x}"
         for one in train.token_dataset.datasets
     }
-    if arguments[0].create_new_adapter and (earlier := arguments[0].adapter_name_or_path):
+    if args.model.create_new_adapter and (earlier := args.model.adapter_name_or_path):
         data["merged adapter"] = f"sha256 {adapter_checksum(Path(earlier))[:8]}"
-    model = {"model checksum": checksum(Path(arguments[0].model_name_or_path))}
-    return {**serialize_settings(arguments), "processes": arguments[2].world_size, **data, **model}
+    model = {"model checksum": checksum(Path(args.model.model_name_or_path))}
+    return {**serialize_settings(args), "processes": args.training.world_size, **data, **model}
 
 
 def find_resume_checkpoint(

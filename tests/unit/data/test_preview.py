@@ -183,9 +183,9 @@ def call(monkeypatch, capsys, tmp_path):
 def batches(settings, stage, dataset, pack):
     """All batches of a run, by the parts that the trainer is given."""
     settings = {name: value for name, value in settings.items() if name != "deepspeed"}
-    arguments = get_train_args({**settings, "stage": stage, "dataset": dataset})
+    args = get_train_args({**settings, "stage": stage, "dataset": dataset})
     tokenizer = load_tokenizer(settings["model_name_or_path"])
-    train = pack(arguments[1], arguments[2].seed, tokenizer)[0]
+    train = pack(args.data, args.training.seed, tokenizer)[0]
     filled = PadToMultiple(train, 3)
     collator = PackedDataCollator(tokenizer.pad_token_id)
     return train, tokenizer, [collator([filled[i + k] for k in range(3)]) for i in range(0, len(filled), 3)]

@@ -269,7 +269,7 @@ def test_an_unknown_setting_like_no_other(good):
 
 # ------------------------------------------------------------------------------------------------------- what is taken
 def test_settings_are_sorted_and_translated(good, tmp_path):
-    model, data, training, finetuning = get_train_args(
+    args = get_train_args(
         {
             **good,
             "model_name_or_path": tmp_path / "model",
@@ -288,6 +288,7 @@ def test_settings_are_sorted_and_translated(good, tmp_path):
             "per_device_train_batch_size": 2.0,
         }
     )
+    model, data, training, finetuning = args.model, args.data, args.training, args.finetuning
     assert model.model_name_or_path == str(tmp_path / "model")
     assert (data.dataset, data.eval_dataset, data.interleave_probs) == (["a", "b"], ["c"], [0.7, 0.3])
     assert finetuning.lora_target == ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -303,15 +304,16 @@ def test_settings_are_sorted_and_translated(good, tmp_path):
 
 def test_names_of_modules_of_the_original(good):
     wanted = "query_key_value,dense_h_to_4h,dense_4h_to_h,dense"
-    assert get_train_args({**good, "lora_target": wanted})[3].lora_target == [
+    assert get_train_args({**good, "lora_target": wanted}).finetuning.lora_target == [
         *("q_proj", "k_proj", "v_proj", "gate_up_proj", "down_proj", "o_proj"),
     ]
-    assert get_train_args(good)[3].lora_target == ["all"]
-    assert get_train_args({**good, "lora_target": "all"})[3].lora_target == ["all"]
+    assert get_train_args(good).finetuning.lora_target == ["all"]
+    assert get_train_args({**good, "lora_target": "all"}).finetuning.lora_target == ["all"]
 
 
 def test_defaults_of_this_trainer(good):
-    _, data, training, _ = get_train_args(good)
+    args = get_train_args(good)
+    data, training = args.data, args.training
     assert data.val_size == 0
     assert data.corpus_dir is None
     assert not training.logging_nan_inf_filter
@@ -320,8 +322,8 @@ def test_defaults_of_this_trainer(good):
     assert training.report_to == []
     assert training.save_strategy == "steps"
     assert training.use_cpu == (not torch.cuda.is_available())
-    assert get_train_args({**good, "logging_nan_inf_filter": True})[2].logging_nan_inf_filter
-    assert get_train_args({**good, "ddp_timeout": 180000000})[2].ddp_timeout == 180000000
+    assert get_train_args({**good, "logging_nan_inf_filter": True}).training.logging_nan_inf_filter
+    assert get_train_args({**good, "ddp_timeout": 180000000}).training.ddp_timeout == 180000000
 
 
 @pytest.mark.parametrize(
@@ -337,18 +339,18 @@ def test_defaults_of_this_trainer(good):
     ],
 )
 def test_training_evaluation_or_both(good, given, train, evaluate):
-    training = get_train_args({**good, "val_size": 0.1, **given})[2]
+    training = get_train_args({**good, "val_size": 0.1, **given}).training
     assert (training.do_train, training.do_eval) == (train, evaluate)
 
 
 def test_a_share_of_warmup_steps_is_asked_about_and_taken_as_the_ratio(good, capsys):
-    training = get_train_args({**good, "warmup_steps": 0.1})[2]
+    training = get_train_args({**good, "warmup_steps": 0.1}).training
     assert training.get_warmup_steps(1000) == 100
     assert "warmup_steps is 0.1, a share where a number of steps belongs: did you mean warmup_ratio: 0.1?" in (
         capsys.readouterr().out
     )
-    assert get_train_args({**good, "warmup_steps": 7})[2].get_warmup_steps(1000) == 7
-    assert get_train_args({**good, "warmup_steps": 5, "warmup_ratio": 0})[2].get_warmup_steps(1000) == 5
+    assert get_train_args({**good, "warmup_steps": 7}).training.get_warmup_steps(1000) == 7
+    assert get_train_args({**good, "warmup_steps": 5, "warmup_ratio": 0}).training.get_warmup_steps(1000) == 5
     assert "warmup" not in capsys.readouterr().out
 
 
@@ -357,13 +359,13 @@ def test_a_cpu_computes_in_what_it_has_instructions_for(good, monkeypatch, capsy
     from llmtuner import hparams
 
     monkeypatch.setattr(hparams, "cpu_supports_bf16", lambda: has_bf16)
-    training = get_train_args({**good, "fp16": True, "use_cpu": True})[2]
+    training = get_train_args({**good, "fp16": True, "use_cpu": True}).training
     assert (training.fp16, training.bf16) == (False, has_bf16)
     kind = "bf16" if has_bf16 else "fp32"
     assert f"fp16 needs a GPU: computing in {kind} on this CPU" in capsys.readouterr().out
-    assert get_train_args({**good, "bf16": True, "use_cpu": True})[2].bf16 == has_bf16
+    assert get_train_args({**good, "bf16": True, "use_cpu": True}).training.bf16 == has_bf16
     assert ("computing in fp32" in capsys.readouterr().out) == (not has_bf16)
-    assert not get_train_args({**good, "use_cpu": True})[2].bf16
+    assert not get_train_args({**good, "use_cpu": True}).training.bf16
 
 
 @pytest.mark.parametrize(
@@ -395,7 +397,8 @@ def test_bf16_instructions_are_read_off_the_cpu(monkeypatch, machine, known, has
     ],
 )
 def test_both_names_of_checkpointing_say_the_same(good, given, disabled, on):
-    model, _, training, _ = get_train_args({**good, **given})
+    args = get_train_args({**good, **given})
+    model, training = args.model, args.training
     assert (model.disable_gradient_checkpointing, training.gradient_checkpointing) == (disabled, on)
 
 
@@ -417,7 +420,7 @@ def test_fp16_stays_on_a_gpu(good, monkeypatch):
 
 def test_an_export_needs_other_settings(good, tmp_path):
     names = {"model_name_or_path": "base", "adapter_name_or_path": "adapter", "export_dir": str(tmp_path / "merged")}
-    model, *_ = get_train_args({**names, "export_device": "cpu", "finetuning_type": "full"}, for_export=True)
+    model = get_train_args({**names, "export_device": "cpu", "finetuning_type": "full"}, for_export=True).model
     assert model == ModelArguments(**names)
     assert parts(problems_of(good, for_export=True)) == ["export_dir is not given"]
 
@@ -473,7 +476,7 @@ def test_neither_problems_nor_an_export_start_deepspeed(good, tmp_path):
     config.write_text("{}", encoding="utf-8")
     problems_of({**good, "deepspeed": str(config), "lora_rank": 0})
     names = {"adapter_name_or_path": "adapter", "export_dir": "merged", "deepspeed": str(config)}
-    assert get_train_args({**good, **names}, for_export=True)[2].deepspeed is None
+    assert get_train_args({**good, **names}, for_export=True).training.deepspeed is None
     assert "RANK" not in hparams.os.environ
 
 
@@ -508,7 +511,8 @@ def test_values_of_the_command_line_are_read_as_in_yaml(good, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text(json.dumps(good), encoding="utf-8")
     words = [str(path), "--learning_rate", "1e-3", "--lora_rank", "8", "--evaluation_strategy", "no"]
-    _, _, training, finetuning = get_train_args(words)
+    args = get_train_args(words)
+    training, finetuning = args.training, args.finetuning
     assert (training.learning_rate, finetuning.lora_rank, training.eval_strategy) == (0.001, 8, "no")
 
 
@@ -558,7 +562,8 @@ def test_files_written_for_llama_factory(tmp_path, monkeypatch, capsys, content,
         return build(cls, {name: value for name, value in settings.items() if name != "deepspeed"})
 
     monkeypatch.setattr(hparams, "_build", build_without_deepspeed)
-    model, data, training, finetuning = get_train_args(path)
+    args = get_train_args(path)
+    model, data, training, finetuning = args.model, args.data, args.training, args.finetuning
     assert set(given) == {str(config)}
     assert model.model_name_or_path == "models/chatglm3-6b"
     assert (finetuning.stage, len(data.dataset), data.template) == (stage, sets, "chatglm3")
@@ -577,8 +582,8 @@ def test_files_written_for_llama_factory(tmp_path, monkeypatch, capsys, content,
 
 # ---------------------------------------------------------------------------------------------------- saved settings
 def test_saved_settings_are_json_and_lead_to_the_same_run(good):
-    arguments = get_train_args({**good, "val_size": 0.1, "eval_strategy": "steps", "warmup_ratio": 0.1})
-    saved = serialize_settings(arguments)
+    args = get_train_args({**good, "val_size": 0.1, "eval_strategy": "steps", "warmup_ratio": 0.1})
+    saved = serialize_settings(args)
     assert json.loads(json.dumps(saved)) == saved
     assert None not in saved.values()
     assert saved["eval_strategy"] == "steps"
@@ -650,5 +655,5 @@ def test_where_and_whether_to_train_is_harmless():
 def test_one_process_trains_on_one_gpu(monkeypatch):
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
     monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
-    _, _, training, _ = get_train_args({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
+    training = get_train_args({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"}).training
     assert training.n_gpu == 1

@@ -176,8 +176,8 @@ def test_each_dataset_has_an_eval_loss_and_together_they_make_eval_loss(tiny_run
     lines = [json.loads(line) for line in (tmp_path / "adapter" / "trainer_log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "eval_loss" in line]
     assert len(lines) == 2
-    _, data, training, _ = get_train_args(settings)
-    _, held_out = workflow.get_pt_dataset(data, training.seed, load_tokenizer(tiny_run["model_name_or_path"]))
+    args = get_train_args(settings)
+    _, held_out = workflow.get_pt_dataset(args.data, args.training.seed, load_tokenizer(tiny_run["model_name_or_path"]))
     counts = [
         sum(int((part[number]["labels"][1:] != -100).sum()) for number in range(len(part)))
         for part in (held_out.select_dataset(0), held_out.select_dataset(1), held_out)

@@ -191,8 +191,8 @@ def test_default_system_begins_dialogues_that_have_none(tiny_run, tmp_path):
     tokenizer = load_tokenizer(tiny_run["model_name_or_path"])
 
     def ids(**changed):
-        _, data, training, _ = get_train_args(settings | changed)
-        train = workflow.get_sft_dataset(data, training.seed, tokenizer)[0]
+        args = get_train_args(settings | changed)
+        train = workflow.get_sft_dataset(args.data, args.training.seed, tokenizer)[0]
         return [train[number]["input_ids"].tolist() for number in range(len(train))]
 
     template = Template.from_tokenizer(tokenizer)
