@@ -21,6 +21,7 @@ from tqdm import tqdm
 from benchmarks.common import use_work_dir
 from benchmarks.train_throughput import ABLATIONS
 from llmtuner.console import format_table, print0, run_cli
+from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import ATTN_IMPLEMENTATIONS, FinetuningArguments, get_train_args
@@ -29,7 +30,6 @@ from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import default_attention, load_model
 from llmtuner.report.environment import environment
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train import workflow
 from llmtuner.train.trainer import PackedTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ablation_step_time.json"
@@ -80,7 +80,7 @@ def batches_of(window: int, tokens: int) -> list[dict[str, Any]]:
         settings = {**SETTINGS, **BY_PROFILE["mini"], "cutoff_len": window, "output_dir": scratch}
         train_args = get_train_args(settings)
     tokenizer = load_tokenizer(constants.ZERO_DIR)
-    sequences = workflow.get_pt_dataset(train_args.data, train_args.training.seed, tokenizer)[0]
+    sequences = get_dataset("pt", train_args.data, train_args.training.seed, tokenizer).train
     rows, collate = tokens // window, PackedDataCollator(tokenizer.pad_token_id)
     return [collate([sequences[batch * rows + row] for row in range(rows)]) for batch in range(BATCHES)]
 

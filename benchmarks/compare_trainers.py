@@ -25,6 +25,7 @@ import torch
 from benchmarks.common import use_work_dir
 from benchmarks.training_costs import Values, medians, show, step6, varied_dialogues
 from llmtuner.console import UserError, print0, print_header, run_cli
+from llmtuner.data.loader import get_dataset, load_tokenized_datasets
 from llmtuner.data.packing import PackedDataset, PackIndex, one_per_sequence, pack_best_fit
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.files import atomic_write_json
@@ -32,7 +33,6 @@ from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.report.environment import environment
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train import workflow
 from llmtuner.weights.merge_lora import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,7 +181,7 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     )
     train_args = get_train_args({**settings, "output_dir": str(scratch / "output")})
     tokenizer = load_tokenizer(model)
-    token_dataset, _, held = workflow.load_tokenized_datasets(train_args.data, stage, tokenizer)
+    token_dataset, _, held = load_tokenized_datasets(train_args.data, stage, tokenizer)
     segments = one_per_sequence(numpy.concatenate(held), token_dataset.lengths, window)
     save(
         PackedDataset(token_dataset, segments, 2),
@@ -191,11 +191,9 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
 
     batch = TOKENS // window
     rows: Values = {}
-    packed = (
-        workflow.get_pt_dataset(train_args.data, train_args.training.seed, tokenizer)[0]
-        if stage == "pt"
-        else in_chance_order(workflow.get_sft_dataset(train_args.data, train_args.training.seed, tokenizer)[0])
-    )
+    packed = get_dataset(stage, train_args.data, train_args.training.seed, tokenizer).train
+    if stage == "sft":
+        packed = in_chance_order(packed)
     rows["packed"] = {"batch": batch, **save(packed, range(options.steps * batch), scratch / "packed", batch)}
     if stage == "sft":
         # The very dialogues of these sequences, in chance order, as many a step as a packed step has.

@@ -136,11 +136,11 @@ def ours(job: Job, watch: Any) -> None:
     from benchmarks.compare_trainers import in_chance_order
     from llmtuner.train import workflow
 
-    def get_sft_dataset(*args: Any) -> Any:
-        packed, *others = as_it_is(*args)
-        return in_chance_order(packed), *others
+    def get_dataset(stage: str, *args: Any) -> Any:
+        datasets = original(stage, *args)
+        return datasets._replace(train=in_chance_order(datasets.train)) if stage == "sft" else datasets
 
-    as_it_is, workflow.get_sft_dataset = workflow.get_sft_dataset, get_sft_dataset
+    original, workflow.get_dataset = workflow.get_dataset, get_dataset
     workflow.PackedTrainer = Watched  # type: ignore[misc]
     settings = {**job["ours"], **shared(job), "overwrite_output_dir": True, **job["lora"], **job["variant"]}
     run_exp(settings)

@@ -35,6 +35,7 @@ import torch
 import transformers
 
 from llmtuner.console import UserError, format_table, print0, print_header, run_cli
+from llmtuner.data.loader import load_tokenized_datasets
 from llmtuner.data.packing import pack_best_fit
 from llmtuner.data.sources import get_dataset_attr, read_rows
 from llmtuner.files import atomic_write_json
@@ -223,7 +224,7 @@ def measure_packing(options: argparse.Namespace, scratch: Path) -> Values:
     results: Values = {}
     for name, settings in (("the miniature's sets", step6()), (what, {**step6(), **varied})):
         data_args = get_train_args({**settings, "output_dir": str(scratch)}).data
-        token_dataset, trained, _ = workflow.load_tokenized_datasets(
+        token_dataset, trained, _ = load_tokenized_datasets(
             data_args, "sft", load_tokenizer(settings["model_name_or_path"])
         )
         segments = pack_best_fit(numpy.concatenate(trained), token_dataset, data_args.cutoff_len)
@@ -291,7 +292,7 @@ def measure_second_start(options: argparse.Namespace, scratch: Path) -> Values:
                 settings = {**base, "corpus_dir": str(corpus), "output_dir": str(place / when)}
                 data_args = get_train_args({**settings, "cache_dir": str(place / "data")}).data
                 start = time.perf_counter()
-                token_dataset, *_ = workflow.load_tokenized_datasets(data_args, "pt", tokenizer)
+                token_dataset, *_ = load_tokenized_datasets(data_args, "pt", tokenizer)
                 run[f"data_{when}"] = time.perf_counter() - start
                 atomic_write_json(place / "settings.json", {**settings, "cache_dir": str(place / "process")})
                 command, start = [sys.executable, "-m", "llmtuner", "train", str(place / "settings.json")], time.time()

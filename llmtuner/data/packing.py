@@ -1,16 +1,17 @@
-"""Examples -> sequences without padding in which no document or dialogue sees another.
+"""Packs tokenized documents into sequences of `cutoff_len` tokens without padding, each with block-diagonal attention.
 
-Six tokens per sequence, documents A (4 tokens) and B (5 tokens); `.` is not trained:
+Sequences of six tokens from document A (4 tokens) and document B (5 tokens); `.` is IGNORE_INDEX, no loss:
 
     input_ids     A0 A1 A2 A3 B0 B1 | B2 B3 B4 ...
-    labels        .  A1 A2 A3 .  B1 | .  B3 B4 ...     aligned with input_ids; the loss shifts them
-    position_ids  0  1  2  3  0  1  | 0  1  2  ...     a position 0 starts a new block of attention
+    labels        .  A1 A2 A3 .  B1 | .  B3 B4 ...     aligned with input_ids; the trainer shifts them
+    position_ids  0  1  2  3  0  1  | 0  1  2  ...     every 0 starts a new attention block
 
-Transformers reads the blocks off `position_ids` when no attention mask is given, so attention is block-diagonal.
+transformers derives the block-diagonal mask from `position_ids` when no attention mask is given. A dialogue is packed
+like a document, but is never continued in the next sequence.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy
 import torch
@@ -19,69 +20,119 @@ from torch.utils.data import Dataset as TorchDataset
 from llmtuner.data.template import IGNORE_INDEX, Template
 from llmtuner.data.token_store import TokenizedDataset
 
-Sequence = dict[str, numpy.ndarray]  # input_ids, labels, position_ids: int64 [tokens]; rows: int64 [documents in it]
+
+class PackedSequence(TypedDict):
+    """One sequence, before it is collated."""
+
+    input_ids: numpy.ndarray
+    """int64 [tokens]."""
+    labels: numpy.ndarray
+    """int64 [tokens], aligned with `input_ids`."""
+    position_ids: numpy.ndarray
+    """int64 [tokens]."""
+    doc_ids: numpy.ndarray
+    """int64 [documents in the sequence]: their indices in the ConcatTokenDataset."""
+
+
+class PackedBatch(TypedDict):
+    """The contract between collator, trainer and preview.
+
+    There is no attention mask. Labels are not shifted here: `PackedTrainer` predicts from the hidden state at each of
+    `loss_indices` the label one position to its right.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [batch_size, seq_len], padded on the right; padding forms attention blocks of its own."""
+    labels: torch.Tensor
+    """int64 [batch_size, seq_len], aligned with `input_ids`; IGNORE_INDEX where no loss is computed."""
+    position_ids: torch.Tensor
+    """int64 [batch_size, seq_len]."""
+    loss_indices: torch.Tensor
+    """int64 [target tokens]: positions in the flattened batch whose next token is a target. The CPU finds them, so counting
+    them needs no synchronization with the GPU."""
+    seq_lens: list[list[int]]
+    """Of each sequence, the lengths of its attention blocks, padding included."""
+    doc_ids: list[numpy.ndarray]
+    """Of each sequence, its documents."""
+    num_padding: int
+    """Tokens of padding in the batch."""
 
 
 class ConcatTokenDataset:
-    """The rows of several tokenized data sets under one numbering: those of the first, then those of the second, ..."""
+    """Documents of several tokenized datasets, numbered consecutively: those of the first dataset, then the second, ..."""
 
     def __init__(self, datasets: list[TokenizedDataset]) -> None:
         self.datasets = datasets
-        self.offsets = numpy.cumsum([0, *(len(one.store) for one in datasets)])
-        self.lengths = numpy.concatenate([one.store.lengths for one in datasets])
+        self.offsets = numpy.cumsum([0, *(len(dataset.store) for dataset in datasets)])
+        self.lengths = numpy.concatenate([dataset.store.lengths for dataset in datasets])
+        """Tokens of each document, int64."""
         self.held_out_elsewhere = [0] * len(datasets)
-        """Rows of each data set that are not trained on because their text is held out of another one."""
+        """Rows of each dataset that are excluded from training because another dataset holds out the same text."""
 
-    def locate(self, row: int) -> tuple[TokenizedDataset, int]:
-        """The data set that a row of the token_dataset belongs to, and its number there."""
-        which = int(numpy.searchsorted(self.offsets, row, side="right")) - 1
-        return self.datasets[which], row - int(self.offsets[which])
+    def column(self, name: str) -> numpy.ndarray:
+        """A column of `TokenStore` over all documents."""
+        return numpy.concatenate([dataset.store.column(name) for dataset in self.datasets])
 
-    def describe_document(self, row: int) -> str:
-        """File and line that a row of the token_dataset comes from."""
-        examples, number = self.locate(row)
-        return f"{examples.name}: {examples.source_of(number)}"
+    def dataset_indices(self, doc_ids: numpy.ndarray | int) -> numpy.ndarray:
+        """The dataset of each document, as an index into `datasets`."""
+        return numpy.searchsorted(self.offsets, doc_ids, side="right") - 1
+
+    def locate(self, doc_id: int) -> tuple[TokenizedDataset, int]:
+        """The dataset of a document, and the document's index there."""
+        dataset = int(self.dataset_indices(doc_id))
+        return self.datasets[dataset], doc_id - int(self.offsets[dataset])
+
+    def tokens(self, doc_id: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Ids of a document and its labels, int32; labels are empty if they equal the ids."""
+        dataset, row = self.locate(doc_id)
+        return dataset.store.ids(row), dataset.store.labels(row)
+
+    def describe_document(self, doc_id: int) -> str:
+        """Dataset, file and line of a document."""
+        dataset, row = self.locate(doc_id)
+        return f"{dataset.name}: {dataset.source_of(row)}"
 
 
 def interleave(
-    rows: list[numpy.ndarray],
+    doc_ids: list[numpy.ndarray],
     weights: numpy.ndarray,
-    shares: list[float],
+    probs: list[float],
     strategy: str,
     seed: int,
     shuffle: bool = True,
 ) -> numpy.ndarray:
-    """The order in which rows of several data sets are taken.
+    """Interleaves the documents of several datasets.
 
-    `concat` takes all, shuffled. The others keep the shares exact to within one row at every moment: the next row always
-    comes from the data set that is furthest below its share. `interleave_under` stops when one set is used up,
-    `interleave_over` repeats those that are until every one has been seen.
+    `concat` takes all, shuffled. The other strategies keep the ratios exact to within one document at any point: the next
+    document always comes from the dataset that is furthest below its target. `interleave_under` stops when one dataset is
+    exhausted; `interleave_over` repeats exhausted datasets until every document has been used.
 
     Args:
-        rows: of each data set, the rows to draw from.
-        weights: what each row of the token_dataset counts for: its tokens, its bytes, or 1.
-        shuffle: false takes the rows of each data set in their order.
+        doc_ids: of each dataset, the documents to draw from.
+        weights: what each document counts for: its tokens, its bytes, or 1.
+        probs: target ratio of each dataset; unused by `concat`.
+        shuffle: false keeps the order within each dataset.
     """
     permute = numpy.random.default_rng(seed).permutation if shuffle else numpy.asarray
     if strategy == "concat":
-        return permute(numpy.concatenate(rows))
-    used = [(own, share) for own, share in zip(rows, shares, strict=True) if len(own) and share > 0]
-    totals = [weights[own].sum() / share for own, share in used]  # how far a set reaches, in weight of the whole mix
-    reach = min(totals) if strategy == "interleave_under" else max(totals)
+        return permute(numpy.concatenate(doc_ids))
+    used = [(ids, prob) for ids, prob in zip(doc_ids, probs, strict=True) if len(ids) and prob > 0]
+    totals = [weights[ids].sum() / prob for ids, prob in used]  # weight of the mixture at which a dataset is exhausted
+    end = min(totals) if strategy == "interleave_under" else max(totals)
     drawn, keys = [], []
-    for (own, share), total in zip(used, totals, strict=True):
-        order = numpy.concatenate([permute(own) for _ in range(int(-(-reach // total)))])
-        before = (numpy.cumsum(weights[order]) - weights[order]) / share  # what lies below its share, when it is drawn
-        keep = before < reach
+    for (ids, prob), total in zip(used, totals, strict=True):
+        order = numpy.concatenate([permute(ids) for _ in range(int(-(-end // total)))])
+        due = (numpy.cumsum(weights[order]) - weights[order]) / prob  # weight of the mixture at which each is drawn
+        keep = due < end
         drawn.append(order[keep])
-        keys.append(before[keep])
+        keys.append(due[keep])
     return numpy.concatenate(drawn)[numpy.argsort(numpy.concatenate(keys), kind="stable")]
 
 
 @dataclass(frozen=True)
 class PackIndex:
-    """Which part of which row stands where: segment i is tokens `starts[i]:stops[i]` of `rows[i]`, in sequence
-    `sequence[i]`; segments of a sequence follow one another."""
+    """Where each part of a document goes: tokens `starts[i]:stops[i]` of document `doc_ids[i]` are in sequence
+    `sequence_ids[i]`. Entries are sorted by sequence, and concatenated in this order."""
 
     doc_ids: numpy.ndarray
     starts: numpy.ndarray
@@ -90,82 +141,86 @@ class PackIndex:
     num_truncated: int = 0
     """Dialogues longer than a sequence, of which a part is kept."""
     num_dropped: int = 0
-    """Dialogues of which the part that fits holds no target token."""
+    """Truncated dialogues without a target token in the part that fits; they are left out."""
     head_lens: numpy.ndarray | int = 0
-    """How many tokens of the beginning of its row precede each segment, as one document with it."""
+    """Tokens from the beginning of the same document that precede each part, in the same attention block."""
 
     @property
     def lengths(self) -> numpy.ndarray:
-        """Tokens of each segment, its head included."""
+        """Tokens of each part, including its head."""
         return self.head_lens + self.stops - self.starts
 
 
-def concat_and_chunk(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> PackIndex:
-    """Documents one after another, cut into sequences of `cutoff_len` tokens; only the last may be shorter.
+def concat_and_chunk(doc_ids: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> PackIndex:
+    """Concatenates documents and cuts them into sequences of `cutoff_len` tokens; only the last may be shorter.
 
-    A document that does not fit goes on in the next sequence as if it began there. No token is left out.
+    A document that does not fit continues in the next sequence as a document of its own. No tokens are dropped.
+
+    Args:
+        lengths: tokens of every document, indexed by `doc_ids`.
     """
-    ends = numpy.cumsum(lengths[order])
+    ends = numpy.cumsum(lengths[doc_ids])
     total = int(ends[-1]) if len(ends) else 0
     edges = numpy.union1d(ends, numpy.arange(0, total, cutoff_len))
     begins = edges[:-1] if len(edges) else edges
-    which = numpy.searchsorted(ends, begins, side="right")
-    offset = begins - (ends[which] - lengths[order[which]])
-    return PackIndex(order[which], offset, offset + numpy.diff(edges), begins // cutoff_len)
+    part_of = numpy.searchsorted(ends, begins, side="right")
+    starts = begins - (ends[part_of] - lengths[doc_ids[part_of]])
+    return PackIndex(doc_ids[part_of], starts, starts + numpy.diff(edges), begins // cutoff_len)
 
 
-def one_per_sequence(order: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> PackIndex:
-    """Each document in sequences of its own: as many as its length needs."""
-    counts = -(-lengths[order] // cutoff_len)
-    rows = numpy.repeat(order, counts)
-    part = numpy.arange(len(rows)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
+def one_per_sequence(doc_ids: numpy.ndarray, lengths: numpy.ndarray, cutoff_len: int) -> PackIndex:
+    """Gives each document sequences of its own: as many as its length needs."""
+    counts = -(-lengths[doc_ids] // cutoff_len)
+    repeated = numpy.repeat(doc_ids, counts)
+    part = numpy.arange(len(repeated)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
     starts = part * cutoff_len
-    return PackIndex(rows, starts, numpy.minimum(starts + cutoff_len, lengths[rows]), numpy.arange(len(rows)))
+    stops = numpy.minimum(starts + cutoff_len, lengths[repeated])
+    return PackIndex(repeated, starts, stops, numpy.arange(len(repeated)))
 
 
 def pack_best_fit(
-    order: numpy.ndarray,
+    doc_ids: numpy.ndarray,
     token_dataset: ConcatTokenDataset,
     cutoff_len: int,
     packed: bool = True,
     in_order: bool = False,
     keep_last_answer: Template | None = None,
 ) -> PackIndex:
-    """Whole dialogues, packed by best-fit decreasing into sequences of at most `cutoff_len` tokens.
+    """Packs complete dialogues into sequences of at most `cutoff_len` tokens by best-fit decreasing.
 
-    `in_order` keeps their order instead: a sequence ends where the next dialogue does not fit.
-
-    A dialogue longer than that keeps its beginning; if no target token is in it, it is dropped. Both are counted.
+    A longer dialogue keeps its beginning, and is dropped if that holds no target token. Both are counted.
 
     Args:
-        keep_last_answer: given the template, a longer dialogue keeps what `last_turns` says instead.
+        packed: false gives each dialogue a sequence of its own.
+        in_order: keep the order of the dialogues: a sequence ends where the next dialogue does not fit.
+        keep_last_answer: given the template, a longer dialogue is truncated by `last_turns` instead.
     """
-    starts, heads = numpy.zeros_like(order), numpy.zeros_like(order)
-    stops = numpy.minimum(token_dataset.lengths[order], cutoff_len)
-    long = numpy.flatnonzero(token_dataset.lengths[order] > cutoff_len)
+    starts, heads = numpy.zeros_like(doc_ids), numpy.zeros_like(doc_ids)
+    stops = numpy.minimum(token_dataset.lengths[doc_ids], cutoff_len)
+    too_long = numpy.flatnonzero(token_dataset.lengths[doc_ids] > cutoff_len)
     dropped = []
-    for place in long.tolist():
-        ids, labels = _row(token_dataset, int(order[place]))
+    for i in too_long.tolist():
+        ids, labels = token_dataset.tokens(int(doc_ids[i]))
         if keep_last_answer:
-            heads[place], starts[place], stops[place] = last_turns(ids, cutoff_len, keep_last_answer)
+            heads[i], starts[i], stops[i] = last_turns(ids, cutoff_len, keep_last_answer)
         # The first token of a sequence is never a target.
-        if (labels[max(1, starts[place]) : stops[place]] == IGNORE_INDEX).all():
-            dropped.append(place)
-    order, starts, stops, heads = (numpy.delete(values, dropped) for values in (order, starts, stops, heads))
+        if (labels[max(1, starts[i]) : stops[i]] == IGNORE_INDEX).all():
+            dropped.append(i)
+    doc_ids, starts, stops, heads = (numpy.delete(values, dropped) for values in (doc_ids, starts, stops, heads))
     lengths = heads + stops - starts
     pack = next_fit if in_order else best_fit_decreasing
-    bins = pack(lengths, cutoff_len) if packed else numpy.arange(len(order))
+    bins = pack(lengths, cutoff_len) if packed else numpy.arange(len(doc_ids))
     sorting = numpy.argsort(bins, kind="stable")
-    order, starts, stops, heads = (values[sorting] for values in (order, starts, stops, heads))
-    return PackIndex(order, starts, stops, bins[sorting], len(long), len(dropped), heads)
+    doc_ids, starts, stops, heads = (values[sorting] for values in (doc_ids, starts, stops, heads))
+    return PackIndex(doc_ids, starts, stops, bins[sorting], len(too_long), len(dropped), heads)
 
 
 def last_turns(ids: numpy.ndarray, cutoff_len: int, template: Template) -> tuple[int, int, int]:
-    """The part of a dialogue that is kept when only its last answer is trained: `ids[:head]` and `ids[start:stop]`.
+    """Truncates a dialogue whose last answer alone is trained on; `ids[:head]` and `ids[start:stop]` are kept.
 
-    Whole turns (a question, and all that follows up to the next one) are left out from the front until prefix, system
-    message and the other turns fit; then the system message too. If the last turn alone is too long, its question loses
-    its beginning. If even its answer is too long, that keeps its beginning, behind up to half a sequence of the question.
+    Complete turns (a question and everything up to the next one) are removed from the front until prefix, system message
+    and the remaining turns fit, then the system message. If the last turn alone is too long, its question loses its
+    beginning. If the answer itself is too long, its beginning is kept, after up to half a sequence of the question.
 
     Returns:
         head, start, stop; head + stop - start <= cutoff_len.
@@ -176,40 +231,41 @@ def last_turns(ids: numpy.ndarray, cutoff_len: int, template: Template) -> tuple
         fitting = turns[head + len(ids) - turns <= cutoff_len]
         if len(fitting):
             return head, int(fitting[0]), len(ids)
-    room = cutoff_len - head
+    capacity = cutoff_len - head
     answer = int(numpy.flatnonzero(ids == template.roles["assistant"])[-1])
-    start = len(ids) - room
+    start = len(ids) - capacity
     if start > answer:
-        start = max(int(turns[-1]), answer - room // 2)
-    return head, start, start + room
+        start = max(int(turns[-1]), answer - capacity // 2)
+    return head, start, start + capacity
 
 
 def best_fit_decreasing(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
-    """The bin of each item: items are taken from the largest down, each into the fullest bin that has room for it.
+    """Assigns each item to a bin: from the largest item down, each goes to the fullest bin that it fits into.
 
-    Bins wait in one stack per free space; a bit set of the stacks that are not empty finds the best fit at once.
+    Bins wait in one stack per amount of free space. Bit k of `available` is set if stack k is not empty, so the lowest set
+    bit from `size` on is the best fit.
     """
     bins = numpy.empty(len(sizes), dtype=numpy.int64)
-    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]
-    some = opened = 0
+    stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
+    available = num_bins = 0
     for item in numpy.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[item])
-        fitting = some >> size
+        fitting = available >> size
         if fitting:
             free = size + (fitting & -fitting).bit_length() - 1
-            chosen = waiting[free].pop()
-            if not waiting[free]:
-                some ^= 1 << free
+            chosen = stacks[free].pop()
+            if not stacks[free]:
+                available ^= 1 << free
         else:
-            free, chosen, opened = capacity, opened, opened + 1
+            free, chosen, num_bins = capacity, num_bins, num_bins + 1
         bins[item] = chosen
-        waiting[free - size].append(chosen)
-        some |= 1 << (free - size)
+        stacks[free - size].append(chosen)
+        available |= 1 << (free - size)
     return bins
 
 
 def next_fit(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
-    """The bin of each item: items are taken in order, and a bin is closed when the next item does not fit."""
+    """Assigns each item to a bin, in order; a bin is closed when the next item does not fit."""
     bins = numpy.empty(len(sizes), dtype=numpy.int64)
     used = current = 0
     for item, size in enumerate(sizes.tolist()):
@@ -221,48 +277,44 @@ def next_fit(sizes: numpy.ndarray, capacity: int) -> numpy.ndarray:
 
 
 class PackedDataset(TorchDataset):
-    """The sequences that segments make up.
+    """The sequences that a PackIndex describes.
 
     Args:
-        prefix_len: tokens at the start of a document that are never a target.
+        prefix_len: tokens at the beginning of a document that are never targets.
         block_diagonal: false lets attention and positions run across the documents of a sequence.
     """
 
     def __init__(
-        self, token_dataset: ConcatTokenDataset, segments: PackIndex, prefix_len: int = 0, block_diagonal: bool = True
+        self, token_dataset: ConcatTokenDataset, pack_index: PackIndex, prefix_len: int = 0, block_diagonal: bool = True
     ) -> None:
-        self.token_dataset, self.pack_index, self.prefix_len, self.block_diagonal = (
-            token_dataset,
-            segments,
-            prefix_len,
-            block_diagonal,
-        )
-        count = int(segments.sequence_ids[-1]) + 1 if len(segments.sequence_ids) else 0
-        self.first = numpy.searchsorted(segments.sequence_ids, numpy.arange(count + 1))
-        self.num_tokens = int(segments.lengths.sum())
+        self.token_dataset, self.pack_index = token_dataset, pack_index
+        self.prefix_len, self.block_diagonal = prefix_len, block_diagonal
+        count = int(pack_index.sequence_ids[-1]) + 1 if len(pack_index.sequence_ids) else 0
+        self.bounds = numpy.searchsorted(pack_index.sequence_ids, numpy.arange(count + 1))
+        self.num_tokens = int(pack_index.lengths.sum())
 
-    def select_dataset(self, place: int) -> "PackedDataset":
-        """What one data set of the token_dataset, by its place, gives to these sequences: its segments, where they stand."""
-        segments = self.pack_index
-        own = numpy.searchsorted(self.token_dataset.offsets, segments.doc_ids, side="right") - 1 == place
-        sequence = numpy.unique(segments.sequence_ids[own], return_inverse=True)[1]
-        parts = (segments.doc_ids[own], segments.starts[own], segments.stops[own], sequence)
-        heads = numpy.broadcast_to(segments.head_lens, own.shape)[own]
-        return PackedDataset(
-            self.token_dataset, PackIndex(*parts, head_lens=heads), self.prefix_len, self.block_diagonal
-        )
+    def select_dataset(self, dataset: int) -> "PackedDataset":
+        """The parts of these sequences that come from one dataset, given by its index in the ConcatTokenDataset."""
+        index = self.pack_index
+        selected = self.token_dataset.dataset_indices(index.doc_ids) == dataset
+        sequence_ids = numpy.unique(index.sequence_ids[selected], return_inverse=True)[1]
+        parts = (index.doc_ids[selected], index.starts[selected], index.stops[selected], sequence_ids)
+        heads = numpy.broadcast_to(index.head_lens, selected.shape)[selected]
+        selection = PackIndex(*parts, head_lens=heads)
+        return PackedDataset(self.token_dataset, selection, self.prefix_len, self.block_diagonal)
 
     def __len__(self) -> int:
-        return len(self.first) - 1
+        return len(self.bounds) - 1
 
-    def __getitem__(self, number: int) -> Sequence:
-        places = slice(int(self.first[number]), int(self.first[number + 1]))
-        own = self.pack_index
-        rows, heads = own.doc_ids[places], numpy.broadcast_to(own.head_lens, own.doc_ids.shape)[places]
-        spans = zip(heads.tolist(), own.starts[places].tolist(), own.stops[places].tolist(), strict=True)
+    def __getitem__(self, sequence_id: int) -> PackedSequence:
+        entries = slice(int(self.bounds[sequence_id]), int(self.bounds[sequence_id + 1]))
+        index = self.pack_index
+        doc_ids = index.doc_ids[entries]
+        heads = numpy.broadcast_to(index.head_lens, index.doc_ids.shape)[entries]
+        spans = zip(heads.tolist(), index.starts[entries].tolist(), index.stops[entries].tolist(), strict=True)
         parts = []
-        for row, (head, start, stop) in zip(rows.tolist(), spans, strict=True):
-            ids, labels = _row(self.token_dataset, row)
+        for doc_id, (head, start, stop) in zip(doc_ids.tolist(), spans, strict=True):
+            ids, labels = self.token_dataset.tokens(doc_id)
             labels = labels if len(labels) else ids
             if head:
                 ids, labels = (numpy.concatenate([values[:head], values[start:stop]]) for values in (ids, labels))
@@ -272,25 +324,19 @@ class PackedDataset(TorchDataset):
             labels[: max(1, self.prefix_len - start)] = IGNORE_INDEX  # the first token of a part has no context
             parts.append((ids, labels))
         lengths = [len(ids) for ids, _ in parts]
+        blocks = lengths if self.block_diagonal else [sum(lengths)]
         return {
             "input_ids": numpy.concatenate([ids for ids, _ in parts]).astype(numpy.int64),
             "labels": numpy.concatenate([labels for _, labels in parts]),
-            "position_ids": numpy.concatenate([numpy.arange(size) for size in lengths])
-            if self.block_diagonal
-            else numpy.arange(sum(lengths)),
-            "doc_ids": rows,
+            "position_ids": numpy.concatenate([numpy.arange(length) for length in blocks]),
+            "doc_ids": doc_ids,
         }
 
 
-def _row(token_dataset: ConcatTokenDataset, row: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    examples, number = token_dataset.locate(row)
-    return examples.store.ids(number), examples.store.labels(number)
-
-
 class PadToMultiple(TorchDataset):
-    """A data set with empty sequences behind it, up to a multiple of the batch of all processes.
+    """Pads a dataset with empty sequences to a multiple of the global batch size.
 
-    Without them the last batch of an epoch would be filled with sequences that were trained already.
+    Otherwise the sampler would fill the last batch of an epoch with sequences that have been used already.
     """
 
     def __init__(self, dataset: Any, multiple: int) -> None:
@@ -300,45 +346,43 @@ class PadToMultiple(TorchDataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, number: int) -> Sequence:
-        number = range(self.size)[number]  # an IndexError ends a loop over a data set that has no iterator
-        if number < len(self.dataset):
-            return self.dataset[number]
-        nothing = numpy.zeros(0, dtype=numpy.int64)
-        return {"input_ids": nothing, "labels": nothing, "position_ids": nothing, "doc_ids": nothing}
+    def __getitem__(self, sequence_id: int) -> PackedSequence:
+        sequence_id = range(self.size)[sequence_id]  # an IndexError ends a loop over a dataset without an iterator
+        if sequence_id < len(self.dataset):
+            return self.dataset[sequence_id]
+        empty = numpy.zeros(0, dtype=numpy.int64)
+        return {"input_ids": empty, "labels": empty, "position_ids": empty, "doc_ids": empty}
 
 
 class PackedDataCollator:
-    """Stacks sequences into a batch; what little padding there is forms blocks of its own and is not trained.
-
-    A batch holds `input_ids`, `labels`, `position_ids`, each int64 (sequences, longest); `trained`, the places in the
-    flattened batch whose next token is trained, int64, so that no device has to be asked how many there are; `documents`, of
-    each sequence the lengths of the blocks that see one another; `padding`, a number of tokens; and `rows`, the documents of
-    each sequence by their number in the token_dataset.
-    """
+    """Stacks sequences into a `PackedBatch`."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, sequences: list[Sequence]) -> dict[str, Any]:
-        longest = max(2, *(len(one["input_ids"]) for one in sequences))
-        fillers = {"input_ids": self.pad_id, "labels": IGNORE_INDEX, "position_ids": 0}
-        batch: dict[str, Any] = {key: torch.full((len(sequences), longest), filler) for key, filler in fillers.items()}
-        batch["position_ids"] += torch.arange(longest)
-        for place, one in enumerate(sequences):
-            size = len(one["input_ids"])
-            for key in fillers:
-                batch[key][place, :size] = torch.from_numpy(one[key])
-            batch["position_ids"][place, size:] -= size
-        batch["loss_indices"] = (batch["labels"][:, 1:].flatten() != IGNORE_INDEX).nonzero().flatten()
-        batch["loss_indices"] += batch["loss_indices"] // (
-            longest - 1
-        )  # a sequence has one place more than it has next tokens
-        batch["seq_lens"] = [_block_lengths(positions) for positions in batch["position_ids"].numpy()]
-        batch["num_padding"] = sum(longest - len(one["input_ids"]) for one in sequences)
-        batch["doc_ids"] = [one["doc_ids"] for one in sequences]
-        return batch
+    def __call__(self, sequences: list[PackedSequence]) -> PackedBatch:
+        lengths = [len(sequence["input_ids"]) for sequence in sequences]
+        seq_len = max(2, *lengths)
+        input_ids = torch.full((len(sequences), seq_len), self.pad_id)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        position_ids = torch.arange(seq_len).repeat(len(sequences), 1)
+        for row, (length, sequence) in enumerate(zip(lengths, sequences, strict=True)):
+            input_ids[row, :length] = torch.from_numpy(sequence["input_ids"])
+            labels[row, :length] = torch.from_numpy(sequence["labels"])
+            position_ids[row, :length] = torch.from_numpy(sequence["position_ids"])
+            position_ids[row, length:] -= length
+        loss_indices = (labels[:, 1:].flatten() != IGNORE_INDEX).nonzero().flatten()
+        loss_indices += loss_indices // (seq_len - 1)  # a row has one position more than it has next tokens
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "loss_indices": loss_indices,
+            "seq_lens": [_block_lengths(positions) for positions in position_ids.numpy()],
+            "doc_ids": [sequence["doc_ids"] for sequence in sequences],
+            "num_padding": input_ids.numel() - sum(lengths),
+        }
 
 
-def _block_lengths(positions: numpy.ndarray) -> list[int]:
-    return numpy.diff(numpy.append(numpy.flatnonzero(positions == 0), len(positions))).tolist()
+def _block_lengths(position_ids: numpy.ndarray) -> list[int]:
+    return numpy.diff(numpy.append(numpy.flatnonzero(position_ids == 0), len(position_ids))).tolist()

@@ -1,4 +1,4 @@
-"""A batch as text, trained tokens and masked ones told apart: what a step learns from, for a person to read."""
+"""A batch as text, with target tokens and ignored tokens told apart: what a step learns from, for a person to read."""
 
 import itertools
 import os
@@ -9,36 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from llmtuner.console import UserError
-from llmtuner.data.packing import PackedDataCollator, PadToMultiple
+from llmtuner.data.loader import get_dataset
+from llmtuner.data.packing import PackedBatch, PackedDataCollator, PadToMultiple
 from llmtuner.data.template import IGNORE_INDEX
+from llmtuner.hparams import get_train_args, read_args
 from llmtuner.tokenizer.fast import SPACE, load_tokenizer
 
 GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
-MARK_OPEN, MARK_CLOSE = "⟦", "⟧"  # around trained text where there are no colours
-INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # categories of what cannot be seen, or breaks a line
-LEGEND = "special tokens and single bytes stand by name: </s>, <0x0A>"
+MARK_OPEN, MARK_CLOSE = "⟦", "⟧"  # around targets if there are no colors
+INVISIBLE_CATEGORIES = (
+    "Cc",
+    "Cf",
+    "Cn",
+    "Co",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode categories that are invisible, or break a line
+LEGEND = "special tokens and single bytes are shown by name: </s>, <0x0A>"
 
 
 def preview_batch(args: dict[str, Any] | str | Path | list[str] | None = None) -> str:
-    """One batch of a run's training set as the trainer gets it, in the order before shuffling; no model is loaded.
+    """Formats one batch of a run's training set as the trainer gets it, in the order before shuffling; loads no model.
 
     Args:
-        args: as for `read_args`, and `batch`: the number of the batch, 0 if it is not given.
+        args: as for `read_args`, and `batch`: the number of the batch, 0 by default.
 
     Raises:
-        UserError: for settings or data that cannot be used, or if there is no such batch.
+        UserError: for invalid settings or data, or if there is no such batch.
     """
-    from llmtuner.hparams import get_train_args, read_args
-    from llmtuner.train.workflow import get_pt_dataset, get_sft_dataset
-
     settings = read_args(args)
     number = settings.pop("batch", 0)
-    settings.pop("deepspeed", None)  # it would have the processes of a run find one another
+    settings.pop("deepspeed", None)  # it would initialize a process group
     train_args = get_train_args(settings)
     tokenizer = load_tokenizer(train_args.model.model_name_or_path)
-    train, *_ = (get_pt_dataset if train_args.finetuning.stage == "pt" else get_sft_dataset)(
-        train_args.data, train_args.training.seed, tokenizer
-    )
+    train = get_dataset(train_args.finetuning.stage, train_args.data, train_args.training.seed, tokenizer).train
     size = train_args.training.per_device_train_batch_size
     sequences = PadToMultiple(train, size)
     count = len(sequences) // size
@@ -48,70 +53,65 @@ def preview_batch(args: dict[str, Any] | str | Path | list[str] | None = None) -
             "Give --batch another number."
         )
     collator = PackedDataCollator(tokenizer.pad_token_id)
-    batch = collator([sequences[place] for place in range(number * size, (number + 1) * size)])
+    batch = collator([sequences[i] for i in range(number * size, (number + 1) * size)])
     return f"batch {number:,} of {count:,}\n{format_batch(batch, tokenizer, train.token_dataset.describe_document)}"
 
 
-def format_batch(batch: dict[str, Any], tokenizer: Any, describe_document: Callable[[int], str]) -> str:
-    """A batch as text: green is trained, red is not; without colours, trained text stands between two marks.
+def format_batch(batch: PackedBatch, tokenizer: Any, describe_document: Callable[[int], str]) -> str:
+    """Formats a batch as text: targets in green, ignored tokens in red; without colors, targets are between two marks.
 
-    At a breakpoint in `PackedTrainer.compute_loss`: `print(format_batch(inputs, tokenizer, self.describe_document))`, with the
-    tokenizer from `load_tokenizer`.
+    At a breakpoint in `PackedTrainer.compute_loss`: `print(format_batch(inputs, tokenizer, self.describe_document))`, with
+    the tokenizer from `load_tokenizer`.
 
     Args:
-        batch: what `PackedDataCollator` makes.
-        describe_document: file and line of a document, by its number in the batch's `doc_ids`.
+        describe_document: file and line of a document, by its id in the batch's `doc_ids`.
     """
-    styles = (
-        {True: (GREEN, RESET), False: (RED, RESET)}
-        if _use_colors()
-        else {True: (MARK_OPEN, MARK_CLOSE), False: ("", "")}
-    )
-    lines = [_style_runs([("trained", True), (", not trained", False)], styles) + f"; {LEGEND}"]
-    columns = (batch[key].tolist() for key in ("input_ids", "labels", "position_ids"))
-    for place, (ids, labels, positions, rows) in enumerate(zip(*columns, batch["doc_ids"], strict=True), start=1):
+    colored = {True: (GREEN, RESET), False: (RED, RESET)}
+    styles = colored if _use_colors() else {True: (MARK_OPEN, MARK_CLOSE), False: ("", "")}
+    lines = [_style_runs([("target", True), (", ignored", False)], styles) + f"; {LEGEND}"]
+    columns = (batch["input_ids"].tolist(), batch["labels"].tolist(), batch["position_ids"].tolist(), batch["doc_ids"])
+    for number, (ids, labels, positions, doc_ids) in enumerate(zip(*columns, strict=True), start=1):
         size = len(ids)
-        while size and ids[size - 1] == tokenizer.pad_token_id:  # no text holds it
+        while size and ids[size - 1] == tokenizer.pad_token_id:  # no text contains it
             size -= 1
-        pieces = tokenizer.convert_ids_to_tokens(ids[:size])
+        names = tokenizer.convert_ids_to_tokens(ids[:size])
         tokens = [
-            (_escape_invisible(piece), label != IGNORE_INDEX)
-            for piece, label in zip(pieces, labels[:size], strict=True)
+            (_escape_invisible(name), label != IGNORE_INDEX) for name, label in zip(names, labels[:size], strict=True)
         ]
-        trained = sum(is_trained for _, is_trained in tokens)
-        counts = f"{size:,} tokens, {trained:,} trained, {len(rows):,} documents"
-        lines += ["", f"sequence {place} of {len(batch['doc_ids'])}: {counts}"]
-        # Positions run on from document to document where these see one another; [gMASK] begins each but one cut before.
-        starts = [at for at in range(size) if positions[at] == 0 or pieces[at] == "[gMASK]"]
-        for row, start, stop in zip(rows, starts, [*starts, size][1:], strict=True):
-            sees = " (sees what stands before it)" if positions[start] else ""
-            lines += [f"-- {describe_document(int(row))}{sees}", _style_runs(tokens[start:stop], styles)]
+        num_targets = sum(is_target for _, is_target in tokens)
+        counts = f"{size:,} tokens, {num_targets:,} targets, {len(doc_ids):,} documents"
+        lines += ["", f"sequence {number} of {len(batch['doc_ids'])}: {counts}"]
+        # If documents attend to one another, positions do not restart; then [gMASK] begins each but a continued one.
+        starts = [i for i in range(size) if positions[i] == 0 or names[i] == "[gMASK]"]
+        for doc_id, start, stop in zip(doc_ids, starts, [*starts, size][1:], strict=True):
+            attends = " (attends to what precedes it)" if positions[start] else ""
+            lines += [f"-- {describe_document(int(doc_id))}{attends}", _style_runs(tokens[start:stop], styles)]
         if size < len(ids):
             lines.append(f"-- {len(ids) - size:,} tokens of padding")
     return "\n".join(lines)
 
 
 def _style_runs(tokens: list[tuple[str, bool]], styles: dict[bool, tuple[str, str]]) -> str:
-    """Texts of tokens, each with whether it is trained, as one line in which runs of a kind share their style."""
+    """Joins tokens, each with whether it is a target, into one line in which runs of a kind share their style."""
     line = ""
-    for trained, run in itertools.groupby(tokens, key=lambda token: token[1]):
-        before, after = styles[trained]
+    for is_target, run in itertools.groupby(tokens, key=lambda token: token[1]):
+        before, after = styles[is_target]
         line += before + "".join(text for text, _ in run) + after
     return line
 
 
 def _use_colors() -> bool:
-    """Whether output is coloured: NO_COLOR forbids it, FORCE_COLOR asks for it, else a terminal has it."""
+    """Whether output is colored: NO_COLOR forbids it, FORCE_COLOR demands it, otherwise if it is a terminal."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
 
 
-def _escape_invisible(piece: str) -> str:
-    """A piece of text on one line: what would not be seen, or be taken for a mark, is shown by its code."""
+def _escape_invisible(token: str) -> str:
+    """A token on one line: characters that are invisible, or equal to a mark, are shown by their code."""
     return "".join(
         f"<U+{ord(char):04X}>"
         if char in (MARK_OPEN, MARK_CLOSE) or unicodedata.category(char) in INVISIBLE_CATEGORIES
         else char
-        for char in piece.replace(SPACE, " ")
+        for char in token.replace(SPACE, " ")
     )

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from llmtuner.console import UserError, print0
-from llmtuner.data.packing import Sequence
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.train.trainer import PackedTrainer, run_model
 
@@ -115,7 +114,7 @@ def _precision(trainer: PackedTrainer) -> torch.dtype:
 
 def _batch(trainer: PackedTrainer, a: numpy.ndarray, b: numpy.ndarray, packed: bool) -> dict[str, Any]:
     """Two documents as a batch of the trainer: one sequence, or one each."""
-    parts: list[Sequence] = [
+    parts: list[Any] = [
         {
             "input_ids": ids,
             "labels": numpy.where(numpy.arange(len(ids)) > 0, ids, IGNORE_INDEX),

@@ -71,7 +71,7 @@ class PackedTrainer(Trainer):
         windows: dict[str, Windows],
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=collator, **kwargs)
+        super().__init__(data_collator=collator, **kwargs)  # type: ignore[arg-type]  # a PackedBatch is a dict
         self.output_dir = Path(self.args.output_dir or ".")
         self.finetuning_args, self.settings, self.describe_document, self.stop_signal = (
             finetuning_args,

@@ -14,20 +14,9 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from llmtuner.console import TrainingInterrupted, UserError, format_table, is_rank_zero, print0
-from llmtuner.data.packing import (
-    ConcatTokenDataset,
-    PackedDataCollator,
-    PackedDataset,
-    PadToMultiple,
-    concat_and_chunk,
-    interleave,
-    one_per_sequence,
-    pack_best_fit,
-)
-from llmtuner.data.template import Template
-from llmtuner.data.token_store import TokenizedDataset
-from llmtuner.data.tokenize import load_tokenized_dataset
+from llmtuner.console import TrainingInterrupted, UserError, is_rank_zero, print0
+from llmtuner.data.loader import format_mixture, get_dataset, mixture_stats
+from llmtuner.data.packing import ConcatTokenDataset, PackedDataCollator, PackedDataset, PadToMultiple
 from llmtuner.eval.bits_per_byte import Windows
 from llmtuner.files import atomic_write_json, checksum
 from llmtuner.hparams import ATTN_IMPLEMENTATIONS, DataArguments, FinetuningArguments, TrainArgs, serialize_settings
@@ -62,31 +51,12 @@ def run_pt(
     model_args, data_args, training_args = args.model, args.data, args.training
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_vocab_and_context(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
-    train, held_out = get_pt_dataset(data_args, training_args.seed, tokenizer)
+    train, held_out, _ = get_dataset("pt", data_args, training_args.seed, tokenizer)
     stats = mixture_stats(train, data_args)
+    print0(format_mixture(stats, data_args))
     print0(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no tokens dropped")
     metrics = _train(args, tokenizer, train, held_out, texts=texts, before_training=before_training)
     return {**metrics, "data": stats}
-
-
-def get_pt_dataset(data_args: DataArguments, seed: int, tokenizer: Any) -> tuple[PackedDataset, PackedDataset]:
-    """The sequences of documents to train on, and those held out; no model is loaded for them.
-
-    Raises:
-        UserError: as `load_tokenized_datasets`.
-    """
-    prefix = len(Template.from_tokenizer(tokenizer).prefix)
-
-    def pack(token_dataset: ConcatTokenDataset, order: numpy.ndarray) -> PackedDataset:
-        segments = (concat_and_chunk if data_args.packing else one_per_sequence)(
-            order, token_dataset.lengths, data_args.cutoff_len
-        )
-        return PackedDataset(token_dataset, segments, prefix, data_args.neat_packing)
-
-    token_dataset, trained, held_out = load_tokenized_datasets(data_args, "pt", tokenizer)
-    return pack(token_dataset, sample_order(token_dataset, trained, data_args, seed)), pack(
-        token_dataset, numpy.concatenate(held_out)
-    )
 
 
 def run_sft(args: TrainArgs, before_training: BeforeTraining = None) -> dict[str, Any]:
@@ -94,8 +64,9 @@ def run_sft(args: TrainArgs, before_training: BeforeTraining = None) -> dict[str
     model_args, data_args, training_args = args.model, args.data, args.training
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_vocab_and_context(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
-    train, held_out, per_dataset_samples = get_sft_dataset(data_args, training_args.seed, tokenizer)
+    train, held_out, per_dataset_samples = get_dataset("sft", data_args, training_args.seed, tokenizer)
     stats = mixture_stats(train, data_args)
+    print0(format_mixture(stats, data_args))
     cut, dropped = train.pack_index.num_truncated, train.pack_index.num_dropped
     kept = "last answer and as many turns before it as fit" if data_args.mask_history else "beginning"
     print0(
@@ -104,131 +75,6 @@ def run_sft(args: TrainArgs, before_training: BeforeTraining = None) -> dict[str
     )
     metrics = _train(args, tokenizer, train, held_out, per_dataset_samples, before_training=before_training)
     return {**metrics, "data": stats, "num_truncated": cut, "num_dropped": dropped}
-
-
-def get_sft_dataset(
-    data_args: DataArguments, seed: int, tokenizer: Any
-) -> tuple[PackedDataset, PackedDataset, dict[str, PackedDataset]]:
-    """The sequences of dialogues to train on, those held out, and those of each data set; no model is loaded for them.
-
-    Raises:
-        UserError: as `load_tokenized_datasets`, and if a data set or the held-out part has no dialogue with a target token in reach.
-    """
-    template = Template.from_tokenizer(tokenizer) if data_args.mask_history else None
-
-    def pack(token_dataset: ConcatTokenDataset, order: numpy.ndarray, what: str) -> PackedDataset:
-        in_order = data_args.disable_shuffling
-        segments = pack_best_fit(order, token_dataset, data_args.cutoff_len, data_args.packing, in_order, template)
-        if len(order) and not len(segments.doc_ids):
-            raise UserError(
-                f"{what}: all {len(order):,} dialogues are dropped, because none has a target token within its first "
-                f"{data_args.cutoff_len:,} tokens (cutoff_len); the shortest has {token_dataset.lengths[order].min():,} tokens. "
-                "Raise cutoff_len, or set mask_history: true, which keeps the end of a dialogue instead of its beginning."
-            )
-        return PackedDataset(token_dataset, segments, block_diagonal=data_args.neat_packing)
-
-    token_dataset, trained, held_out = load_tokenized_datasets(data_args, "sft", tokenizer)
-    per_dataset_samples = {
-        one.name: pack(token_dataset, rows, f"data set {one.name}")
-        for one, rows in zip(token_dataset.datasets, trained, strict=False)
-    }
-    train = pack(token_dataset, sample_order(token_dataset, trained, data_args, seed), "training data")
-    return train, pack(token_dataset, numpy.concatenate(held_out), "held-out data"), per_dataset_samples
-
-
-def load_tokenized_datasets(
-    data_args: DataArguments, stage: str, tokenizer: Any
-) -> tuple[ConcatTokenDataset, list[numpy.ndarray], list[numpy.ndarray]]:
-    """All data sets of a run, tokenized, and of each the rows to train on and those held out.
-
-    No text that is held out of one data set, or stands in eval_dataset, is trained through another:
-    `token_dataset.held_out_elsewhere` counts the rows that are left out for that.
-
-    Raises:
-        UserError: if nothing is left to train on, or nothing to evaluate with.
-    """
-    sets: list[TokenizedDataset] = [
-        load_tokenized_dataset(name, stage, tokenizer, data_args)
-        for name in [*data_args.dataset, *data_args.eval_dataset]
-    ]
-    token_dataset = ConcatTokenDataset(sets)
-    trained, held_out = [], []
-    for place, (start, one) in enumerate(zip(token_dataset.offsets, sets, strict=False)):
-        if place < len(data_args.dataset):
-            train, held = one.split(data_args.val_size)
-            if not len(train):
-                raise UserError(
-                    f"data set {one.name}: val_size {data_args.val_size} leaves none of its {len(one):,} rows to "
-                    "train on. Make it smaller."
-                )
-            trained.append(train + start)
-            held_out.append(held + start)
-        else:
-            held_out.append(numpy.arange(len(one)) + start)
-    if (data_args.val_size or data_args.eval_dataset) and not sum(map(len, held_out)):
-        raise UserError(
-            f"val_size {data_args.val_size} holds out none of {sum(map(len, trained)):,} rows. Make it larger."
-        )
-    if data_args.val_size >= 1 or data_args.eval_dataset:  # a share is chosen by hash alone, so the same for all sets
-        _remove_eval_overlap(token_dataset, trained, held_out)
-    return token_dataset, trained, held_out
-
-
-def _remove_eval_overlap(
-    token_dataset: ConcatTokenDataset, trained: list[numpy.ndarray], held_out: list[numpy.ndarray]
-) -> None:
-    """Removes from `trained`, in place, the rows whose text is held out of any data set."""
-    hashes = numpy.concatenate([one.store.column("hash") for one in token_dataset.datasets])
-    excluded = numpy.unique(hashes[numpy.concatenate(held_out)])
-    for place, rows in enumerate(trained):
-        kept = rows[~numpy.isin(hashes[rows], excluded)]
-        if not len(kept):
-            raise UserError(
-                f"data set {token_dataset.datasets[place].name}: all {len(rows):,} rows that are left to train on are also held out of "
-                "another data set (by val_size, or as eval_dataset). Leave it out, or hold out less."
-            )
-        token_dataset.held_out_elsewhere[place] = len(rows) - len(kept)
-        trained[place] = kept
-
-
-def sample_order(
-    token_dataset: ConcatTokenDataset, trained: list[numpy.ndarray], data_args: DataArguments, seed: int
-) -> numpy.ndarray:
-    if data_args.interleave_unit == "tokens":
-        weights = token_dataset.lengths
-    elif data_args.interleave_unit == "bytes":
-        weights = numpy.concatenate([one.store.column("bytes") for one in token_dataset.datasets]).astype(numpy.int64)
-    else:
-        weights = numpy.ones(len(token_dataset.lengths), dtype=numpy.int64)
-    shares, shuffle = data_args.interleave_probs or [], not data_args.disable_shuffling
-    return interleave(trained, weights, shares, data_args.mix_strategy, seed, shuffle)
-
-
-def mixture_stats(train: PackedDataset, data_args: DataArguments) -> dict[str, Any]:
-    """Prints and returns what each data set gives to the run."""
-    token_dataset, own = train.token_dataset, train.pack_index
-    which = numpy.searchsorted(token_dataset.offsets, own.doc_ids, side="right") - 1
-    tokens = numpy.bincount(which, weights=own.lengths, minlength=len(token_dataset.datasets)).astype(int).tolist()
-    stats, lines = {}, []
-    for place, name in enumerate(data_args.dataset):
-        share, counts = tokens[place] / max(train.num_tokens, 1), token_dataset.datasets[place].counts
-        planned = data_args.interleave_probs[place] if data_args.interleave_probs else None
-        comparable = planned if data_args.interleave_unit == "tokens" else None  # with the share of tokens
-        stats[name] = {**counts, "target_ratio": comparable, "sampled_tokens": tokens[place], "ratio": round(share, 4)}
-        stats[name]["held_out_elsewhere"] = token_dataset.held_out_elsewhere[place]
-        names = ("kept", "invalid", "duplicates", "tokens")
-        lines.append(
-            [name, *(f"{counts[one]:,}" for one in names), f"{tokens[place]:,}", f"{share:.1%}"]
-            + ([f"{planned:.1%}"] if planned is not None else [])
-            + ([f"{token_dataset.held_out_elsewhere[place]:,}"] if any(token_dataset.held_out_elsewhere) else [])
-        )
-    header = ["data set", "rows", "invalid", "duplicates", "tokens", "in this run", "share"]
-    header += [f"planned, by {data_args.interleave_unit}"] if data_args.interleave_probs else []
-    header += ["held out elsewhere"] if any(token_dataset.held_out_elsewhere) else []
-    print0(format_table(header, lines))
-    if excluded := sum(token_dataset.held_out_elsewhere):
-        print0(f"{excluded:,} rows are not trained on: the same text is held out of another data set")
-    return stats
 
 
 def _train(

@@ -11,6 +11,7 @@ import yaml
 
 from llmtuner.__main__ import main
 from llmtuner.console import run_cli
+from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedDataCollator, PadToMultiple
 from llmtuner.data.preview import format_batch
 from llmtuner.data.template import IGNORE_INDEX
@@ -18,7 +19,6 @@ from llmtuner.hparams import get_train_args, read_args
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
-from llmtuner.train.workflow import get_pt_dataset, get_sft_dataset
 
 
 class Pieces:
@@ -56,20 +56,20 @@ def batch():
 
 
 PLAIN = """\
-⟦trained⟧, not trained; special tokens and single bytes stand by name: </s>, <0x0A>
+⟦target⟧, ignored; special tokens and single bytes are shown by name: </s>, <0x0A>
 
-sequence 1 of 3: 8 tokens, 5 trained, 2 documents
+sequence 1 of 3: 8 tokens, 5 targets, 2 documents
 -- a.jsonl, line 7
  柳树⟦<0xE3></s>⟧
 -- a.jsonl, line 1
 [gMASK]sop⟦ Hello  </s>⟧
 
-sequence 2 of 3: 6 tokens, 2 trained, 1 documents
+sequence 2 of 3: 6 tokens, 2 targets, 1 documents
 -- a.jsonl, line 30
 [gMASK]sop<|user|><0x0A>⟦<U+27E6><U+200B>⟧
 -- 2 tokens of padding
 
-sequence 3 of 3: 0 tokens, 0 trained, 0 documents
+sequence 3 of 3: 0 tokens, 0 targets, 0 documents
 -- 8 tokens of padding"""
 
 
@@ -91,9 +91,9 @@ def test_exact_text_in_colours(batch, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     shown = format_batch(batch, Pieces(PIECES), origin).splitlines()
     green, red, end = "\033[32m", "\033[31m", "\033[0m"
-    assert shown[0].startswith(f"{green}trained{end}{red}, not trained{end}; special tokens")
+    assert shown[0].startswith(f"{green}target{end}{red}, ignored{end}; special tokens")
     assert shown[2:7] == [
-        "sequence 1 of 3: 8 tokens, 5 trained, 2 documents",
+        "sequence 1 of 3: 8 tokens, 5 targets, 2 documents",
         "-- a.jsonl, line 7",
         f"{red} 柳树{end}{green}<0xE3></s>{end}",
         "-- a.jsonl, line 1",
@@ -124,10 +124,10 @@ def test_colours_where_they_are_wanted(batch, monkeypatch, terminal, wishes, col
 def test_documents_that_see_one_another_are_told_apart():
     batch = PackedDataCollator(0)([sequence([6, 3, 1, 2, 5, 3], ".*..**", range(6), [7, 1])])
     assert format_batch(batch, Pieces(PIECES), origin).splitlines()[2:] == [
-        "sequence 1 of 1: 6 tokens, 3 trained, 2 documents",
+        "sequence 1 of 1: 6 tokens, 3 targets, 2 documents",
         "-- a.jsonl, line 7",
         " 柳树⟦</s>⟧",
-        "-- a.jsonl, line 1 (sees what stands before it)",
+        "-- a.jsonl, line 1 (attends to what precedes it)",
         "[gMASK]sop⟦ Hello</s>⟧",
     ]
 
@@ -161,7 +161,7 @@ def settings(tiny_tokenizer_dir, tmp_path):
     )
 
 
-STAGES = [("pt", "documents", get_pt_dataset), ("sft", "dialogues", get_sft_dataset)]
+STAGES = [("pt", "documents"), ("sft", "dialogues")]
 
 
 @pytest.fixture
@@ -180,22 +180,22 @@ def call(monkeypatch, capsys, tmp_path):
     return call
 
 
-def batches(settings, stage, dataset, pack):
+def batches(settings, stage, dataset):
     """All batches of a run, by the parts that the trainer is given."""
     settings = {name: value for name, value in settings.items() if name != "deepspeed"}
     args = get_train_args({**settings, "stage": stage, "dataset": dataset})
     tokenizer = load_tokenizer(settings["model_name_or_path"])
-    train = pack(args.data, args.training.seed, tokenizer)[0]
+    train = get_dataset(stage, args.data, args.training.seed, tokenizer).train
     filled = PadToMultiple(train, 3)
     collator = PackedDataCollator(tokenizer.pad_token_id)
     return train, tokenizer, [collator([filled[i + k] for k in range(3)]) for i in range(0, len(filled), 3)]
 
 
-@pytest.mark.parametrize(("stage", "dataset", "pack"), STAGES)
-def test_command_shows_each_batch_and_loads_no_model(settings, call, tmp_path, stage, dataset, pack):
+@pytest.mark.parametrize(("stage", "dataset"), STAGES)
+def test_command_shows_each_batch_and_loads_no_model(settings, call, tmp_path, stage, dataset):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**settings, "stage": stage, "dataset": dataset}), encoding="utf-8")
-    train, tokenizer, wanted = batches(settings, stage, dataset, pack)
+    train, tokenizer, wanted = batches(settings, stage, dataset)
     assert len(wanted) > 2
     for number, batch in enumerate(wanted):
         text = format_batch(batch, tokenizer, train.token_dataset.describe_document)
@@ -211,13 +211,13 @@ def test_command_shows_each_batch_and_loads_no_model(settings, call, tmp_path, s
     assert re.findall(r"(\d+) documents", out) == ["1", "1", "1"]
 
 
-@pytest.mark.parametrize(("stage", "dataset", "pack"), STAGES)
+@pytest.mark.parametrize(("stage", "dataset"), STAGES)
 @pytest.mark.parametrize("colour", ["NO_COLOR", "FORCE_COLOR"])
-def test_ids_shown_as_trained_are_those_with_a_label(settings, monkeypatch, stage, dataset, pack, colour):
+def test_ids_shown_as_trained_are_those_with_a_label(settings, monkeypatch, stage, dataset, colour):
     """Ids are printed in the place of their pieces, and read again out of what is printed."""
     monkeypatch.setenv(colour, "1")
     span = r"\033\[32m(.*?)\033\[0m" if colour == "FORCE_COLOR" else "⟦(.*?)⟧"
-    train, tokenizer, all_batches = batches(settings, stage, dataset, pack)
+    train, tokenizer, all_batches = batches(settings, stage, dataset)
     pieces = [f"({number})" for number in range(len(tokenizer))]
     seen = 0
     for batch in all_batches:

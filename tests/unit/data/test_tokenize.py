@@ -17,13 +17,13 @@ import pytest
 from llmtuner.console import UserError
 from llmtuner.data import tokenize as tokenize_module
 from llmtuner.data.converter import to_messages
+from llmtuner.data.loader import get_dataset, load_tokenized_datasets
 from llmtuner.data.sources import get_dataset_attr, is_validation, read_texts
 from llmtuner.data.template import Template
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.hparams import DataArguments
 from llmtuner.tokenizer.fast import load_tokenizer, read_sentencepiece
 from llmtuner.tokenizer.merge_vocab import to_processor
-from llmtuner.train.workflow import get_sft_dataset, load_tokenized_datasets
 from tests.helpers import ROOT
 from tests.unit.data.datasets import ALPACA, DIALOGUES, DOCUMENTS, SHAREGPT, info, lines, settings, source, turns
 
@@ -157,7 +157,7 @@ def long_talk(corpus):
 
 def packed(corpus, tokenizer, **changed):
     data_args = DataArguments(dataset=["talks"], dataset_dir=str(corpus), cache_dir=str(corpus / "cache"), **changed)
-    return get_sft_dataset(data_args, 0, tokenizer)[0]
+    return get_dataset("sft", data_args, 0, tokenizer).train
 
 
 @pytest.mark.parametrize("options", [{}, {"train_on_prompt": True}])
@@ -185,7 +185,7 @@ def test_dialogues_that_are_all_dropped_are_refused(corpus, tokenizer, long_talk
     info(corpus, dialogues=DIALOGUES, wordy={**DIALOGUES, "file_name": "wordy.jsonl"})
     data_args = DataArguments(["dialogues"], ["wordy"], str(corpus), cache_dir=str(corpus / "cache"), cutoff_len=60)
     with pytest.raises(UserError, match="held-out data: all 1 dialogues are dropped"):
-        get_sft_dataset(data_args, 0, tokenizer)
+        get_dataset("sft", data_args, 0, tokenizer)
 
 
 @pytest.mark.parametrize("options", [{}, {"mask_history": True}, {"train_on_prompt": True}])

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from llmtuner.console import TrainingInterrupted, UserError
+from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedDataset
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train import workflow
 from llmtuner.train.trainer import EarlyStopping, PackedTrainer
 from llmtuner.train.tuner import run_exp
 from tests.training import NO_FIGURES, STAGES, log_of, losses_of
@@ -177,7 +177,7 @@ def test_each_dataset_has_an_eval_loss_and_together_they_make_eval_loss(tiny_run
     lines = [line for line in lines if "eval_loss" in line]
     assert len(lines) == 2
     args = get_train_args(settings)
-    _, held_out = workflow.get_pt_dataset(args.data, args.training.seed, load_tokenizer(tiny_run["model_name_or_path"]))
+    held_out = get_dataset("pt", args.data, args.training.seed, load_tokenizer(tiny_run["model_name_or_path"])).eval
     counts = [
         sum(int((part[number]["labels"][1:] != -100).sum()) for number in range(len(part)))
         for part in (held_out.select_dataset(0), held_out.select_dataset(1), held_out)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmtuner.console import TrainingInterrupted, UserError
+from llmtuner.data.loader import get_dataset
 from llmtuner.data.template import Template
 from llmtuner.hparams import GRADIENT_CHECKPOINTING, get_train_args
 from llmtuner.tokenizer.fast import load_tokenizer
@@ -25,7 +26,6 @@ from tests.training import NO_FIGURES, SFT, STAGES, ended_at
 def test_activations_are_computed_again_where_memory_asks_for_it(
     tiny_run, tmp_path, monkeypatch, capsys, free, disabled, chosen
 ):
-    import llmtuner.train.workflow as workflow
     from llmtuner.train.trainer import PackedTrainer
     from llmtuner.train.tuner import run_exp
 
@@ -192,7 +192,7 @@ def test_default_system_begins_dialogues_that_have_none(tiny_run, tmp_path):
 
     def ids(**changed):
         args = get_train_args(settings | changed)
-        train = workflow.get_sft_dataset(args.data, args.training.seed, tokenizer)[0]
+        train = get_dataset("sft", args.data, args.training.seed, tokenizer).train
         return [train[number]["input_ids"].tolist() for number in range(len(train))]
 
     template = Template.from_tokenizer(tokenizer)
