@@ -1,0 +1,580 @@
+"""Pages: their links, commands, settings and names exist, their figures are those of the results, in three languages alike."""
+
+import ast
+import dataclasses
+import json
+import re
+import shlex
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
+
+from llmtuner import hparams, hparams_compat
+from llmtuner.report.checks import percent
+from tests.helpers import ROOT
+
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix() for folder in (".", "docs", "benchmarks") for path in (ROOT / folder).glob("*.md")
+)
+READMES = ("README.md", "README_ja.md", "README_zh.md")
+TRAINING_STEPS = ("step5_train_pt_single_gpu.py", "step6_train_sft_single_gpu.py")
+# Commands that other projects bring, and variables that they read.
+OTHER_COMMANDS = {
+    "cd",
+    "mkdir",
+    "tail",
+    "curl",
+    "export",
+    "llama-server",
+    "vllm-env/bin/pip",
+    "vllm-env/bin/vllm",
+    "ssh",
+}
+OTHER_VARIABLES = {
+    "PIP_INDEX_URL",
+    "HF_ENDPOINT",
+    "LOGLEVEL",
+    "NCCL_DEBUG",
+    "NCCL_IB_DISABLE",
+    "NCCL_P2P_DISABLE",
+    "NCCL_SOCKET_IFNAME",
+}
+INSTALLED_ON_DEMAND = {"modelscope": "pip install modelscope"}  # console script -> what the page says before it
+OTHER_NAMES = set(["Qwen3", "GPT-NeoX", "load_dataset", "build_chat_input", "process_batch", "format_conversation", "low_cpu_mem_usage", "ChildFailedError", "TransformersForCausalLM", "_name_or_path", "enable_thinking", "galore_rank", "device_map", "tool_call"])  # fmt: skip
+PENDING = (
+    "benchmarks.tokenizer",
+    "benchmarks.training",
+    "--measure",
+    "test-fast",
+    "train_new_tokens_only",
+    "test_fast_paths",
+)
+PENDING_PAGES = ("benchmarks/README.md", "benchmarks/scaling.md", "docs/memory.md")
+COMMAND = re.compile(
+    r"(?:[A-Z][A-Z0-9_]*=\S+ )*(?:\.venv/bin/\S+|python3?|pip3?|make|bash|torchrun|hf|tensorboard)(?: .*)?"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading pages
+@cache
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def split_fences(page: str) -> tuple[str, list[tuple[str, str]]]:
+    """The text outside fenced blocks, and the blocks as (language, content)."""
+    fence = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+    return fence.sub("", text_of(page)), [(found[1], found[2]) for found in fence.finditer(text_of(page))]
+
+
+def code_spans(page: str) -> list[str]:
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", split_fences(page)[0])]
+
+
+@cache
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", split_fences(page)[0], re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return set(found)
+
+
+def table_below(page: str, first_column: str) -> dict[str, list[str]]:
+    """A table by its first column's title: first cell of each row -> the others, without bold type."""
+    lines = text_of(page).splitlines()
+    start = next(
+        i for i, line in enumerate(lines) if line.startswith("|") and line.split("|")[1].strip() == first_column
+    )
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip().replace("**", "") for cell in line.strip("|").split("|"))
+        rows[name] = cells
+    return rows
+
+
+def commands(page: str) -> list[str]:
+    """Every command of a page: the lines of its shell blocks, and spans of code that begin like one."""
+    found = []
+    for language, block in split_fences(page)[1]:
+        if language == "bash":
+            for line in re.sub(r"\\\n\s*", "", block).splitlines():
+                line = re.sub(r"(^|\s)#.*$", "", line).strip()
+                found += [part.strip() for part in re.split(r"&&", line) if part.strip()]
+    return found + [span for span in code_spans(page) if COMMAND.fullmatch(span)]
+
+
+def linked_pages(page: str) -> set[str]:
+    targets = {
+        urlsplit(target).path for target in re.findall(r"\]\(([^)\s]+)\)", split_fences(page)[0]) if "://" not in target
+    }
+    inside = {((ROOT / page).parent / target).resolve() for target in targets if target.endswith(".md")}
+    return {path.relative_to(ROOT).as_posix() for path in inside}
+
+
+# ----------------------------------------------------------------------------------------------------- what there is
+@cache
+def sources() -> str:
+    """All text of the project that is neither a page nor a test."""
+    kinds = (".py", ".sh", ".json", ".html", ".toml", ".txt", ".yaml", ".jinja", "Makefile", ".gitignore")
+    kept = [
+        name
+        for name in project_files()
+        if name.endswith(kinds) and not name.startswith("tests/") and "/results/" not in name
+    ]
+    return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in kept if (ROOT / name).is_file())
+
+
+@cache
+def project_files() -> tuple[str, ...]:
+    folders = (".ci", "benchmarks", "data", "docs", "llmtuner", "mini", "tests")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
+    return tuple(path.relative_to(ROOT).as_posix() for path in found if path.is_file())
+
+
+def file_names() -> set[str]:
+    return {Path(name).name for name in project_files()}
+
+
+@cache
+def words() -> frozenset[str]:
+    return frozenset(re.findall(r"[\w-]+", sources())) | frozenset(re.findall(r"\w+", sources()))
+
+
+@cache
+def settings() -> frozenset[str]:
+    groups = (hparams.ModelArguments, hparams.DataArguments, hparams.FinetuningArguments, TrainingArguments)
+    names = frozenset(field.name for group in groups for field in dataclasses.fields(group))
+    return names | {"batch", "warmup_ratio"}  # of `show` and, read as warmup_steps, of transformers before version 5
+
+
+@cache
+def flags(script: Path) -> frozenset[str]:
+    """The options of a script, and what it takes from the benchmarks' common ones."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    common = script.parent / "common.py"
+    if common.is_file() and script != common and "common" in script.read_text(encoding="utf-8"):
+        found |= flags(common)
+    return frozenset(flag for flag in found if re.fullmatch(r"--[a-z][\w-]*", flag)) | {"--help"}
+
+
+@cache
+def console_scripts() -> frozenset[str]:
+    return frozenset(
+        point.name for one in distributions() for point in one.entry_points if point.group == "console_scripts"
+    )
+
+
+def problem_of(command: str, page: str) -> str | None:
+    """Why a command of a page cannot be run as it stands."""
+    given = shlex.split(command)
+    while given and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", given[0]):
+        name = given.pop(0).partition("=")[0]
+        if name not in OTHER_VARIABLES and name not in words():
+            return f"nothing reads the variable {name}"
+    if not given:
+        return None
+    program, *arguments = given
+    if program == "export":
+        names = [argument.partition("=")[0] for argument in arguments]
+        return next((f"nothing reads {name}" for name in names if name not in OTHER_VARIABLES | words()), None)
+    if program in ("python", "python3", "pip", "hf", "tensorboard", "torchrun"):
+        return (
+            None
+            if arguments[:2] == ["-m", "venv"] or not arguments
+            else f"{program} names no environment: .venv/bin/{program}"
+        )
+    if program == "make":
+        missing = [name for name in arguments if not re.search(rf"^{re.escape(name)}:", text_of("Makefile"), re.M)]
+        return f"make has no target {missing[0]}" if missing else None
+    if program == "bash":
+        script = arguments[0].replace("multi_gpu.sh", "single_gpu.py")
+        if not (ROOT / arguments[0]).is_file():
+            return f"there is no {arguments[0]}"
+        return problem_of_options(arguments[1:], flags(ROOT / script), settings())
+    if not program.startswith(".venv/bin/"):
+        return None if program in OTHER_COMMANDS else f"{program} is unknown to this test"
+    tool = program.removeprefix(".venv/bin/")
+    if tool != "python":
+        installed = INSTALLED_ON_DEMAND.get(tool)
+        return (
+            None
+            if tool in console_scripts() or (installed and installed in text_of(page))
+            else f"{tool} is not installed"
+        )
+    if not arguments:
+        return None
+    if arguments[0] == "-m":
+        return problem_of_module(arguments[1], arguments[2:])
+    script = ROOT / arguments[0]
+    if not script.is_file():
+        return f"there is no {arguments[0]}"
+    return problem_of_options(
+        arguments[1:], flags(script), settings() if arguments[0] in TRAINING_STEPS else frozenset()
+    )
+
+
+def problem_of_module(module: str, arguments: list[str]) -> str | None:
+    if module in ("pip", "venv", "pytest"):
+        return None
+    if module == "llmtuner":
+        from llmtuner.__main__ import USAGE
+
+        if arguments and not re.search(rf"^  {re.escape(arguments[0])}\b", USAGE, re.M):
+            return f"llmtuner has no command {arguments[0]}"
+        return problem_of_options(arguments[1:], frozenset({"--help"}), settings())
+    script = ROOT / f"{module.replace('.', '/')}.py"
+    return problem_of_options(arguments, flags(script)) if script.is_file() else f"there is no module {module}"
+
+
+def problem_of_options(arguments: list[str], known: frozenset[str], names: frozenset[str] = frozenset()) -> str | None:
+    given = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    wrong = [flag for flag in given if flag not in known and flag.removeprefix("--") not in names]
+    return f"unknown option {wrong[0]}" if wrong else None
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", split_fences(page)[0]):
+        link = urlsplit(target)
+        if link.scheme:
+            assert link.scheme == "https", target
+            assert "." in link.netloc, target
+            continue
+        path = (ROOT / page).parent / link.path if link.path else ROOT / page
+        assert path.exists(), f"{page}: {target} does not exist"
+        if link.fragment:
+            name = path.resolve().relative_to(ROOT).as_posix()
+            assert link.fragment in anchors(name), f"{page}: {name} has no heading for #{link.fragment}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_can_be_pasted(page):
+    problems = {command: problem for command in commands(page) if (problem := problem_of(command, page))}
+    assert not {c for c in problems if page not in PENDING_PAGES and not any(p in c for p in PENDING)}
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("python step7_eval_chat.py", "names no environment"),
+        (".venv/bin/python step8.py", "there is no step8.py"),
+        (".venv/bin/python step7_eval_chat.py --chats", "unknown option --chats"),
+        (".venv/bin/python step5_train_pt_single_gpu.py --learning_rates 1e-4", "unknown option --learning_rates"),
+        (".venv/bin/python -m llmtuner merge FILE.yaml", "no command merge"),
+        (".venv/bin/python -m benchmarks.nothing", "no module"),
+        ("WORKDIR=x make demo", "nothing reads the variable WORKDIR"),
+        ("make demos", "no target demos"),
+        ("bash step5_train_pt_multi_gpu.sh --lora_ranks 8", "unknown option --lora_ranks"),
+        (".venv/bin/modelscopes download", "modelscopes is not installed"),
+    ],
+)  # fmt: skip
+def test_a_command_that_does_not_exist_is_noticed(command, problem):
+    assert problem in (problem_of(command, "README.md") or "")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_exist(page):
+    from llmtuner.data.sources import DatasetAttr
+
+    known = settings() | {field.name for field in dataclasses.fields(DatasetAttr)} | set(vars(GenerationConfig()))
+    named = {found[1] for span in code_spans(page) if (found := re.fullmatch(r"([a-z][a-z0-9_]*): \S.*", span))}
+    known |= {*hparams_compat.known_names(), *OTHER_NAMES}
+    assert named <= known | set(PENDING)
+    if page == "docs/settings.md":
+        first = [cell for cell in table_below(page, "setting") for cell in re.findall(r"`(\w+)", cell)]
+        assert len(first) > 20
+        assert set(first) <= settings() | set(PENDING)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_exist(page):
+    """Identifiers, files and paths in code spans occur in the project; so nothing keeps a name that was changed."""
+    for span in code_spans(page):
+        if any(p in span for p in PENDING):
+            continue
+        if re.fullmatch(r"(llmtuner|tests|docs|benchmarks|mini|data)/[\w./-]*", span):
+            assert (ROOT / span).exists(), f"{page}: {span} does not exist"
+        elif re.fullmatch(r"[\w<>-]+(/[\w<>.-]+)*/?", span) and "/" in span:
+            last = span.rstrip("/").rpartition("/")[2]
+            assert set(re.findall(r"[\w-]+", last)) <= words() | {"PROFILE"}, f"{page}: nothing writes {span}"
+        elif re.fullmatch(r"\w+\.(py|sh|json|jsonl|html|png|md|txt|jinja|model)", span):
+            assert span in sources() or span in file_names(), f"{page}: nothing is called {span}"
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", span) and re.search(r"_|[a-z][A-Z]|\.", span):
+            missing = [part for part in span.split(".") if part not in words() | settings() | OTHER_NAMES]
+            assert not missing, f"{page}: nothing is called {span}"
+
+
+def test_the_ten_tasks_are_as_near_as_the_index_says():
+    rows = [
+        line.strip("|").split("|") for line in text_of("docs/README.md").splitlines() if re.search(r"\| \d \|$", line)
+    ]
+    assert len(rows) == 10
+    for task, answer, steps in rows:
+        target = re.findall(r"\]\(([\w-]+\.md)", answer)[-1]
+        assert distance(f"docs/{target}") == int(steps), task
+
+
+def distance(page: str) -> int:
+    """Links from the README to a page."""
+    reached, steps = {"README.md"}, 0
+    while page not in reached:
+        reached |= {target for one in reached for target in linked_pages(one)}
+        steps += 1
+        assert steps < 5, f"{page} cannot be reached"
+    return steps
+
+
+def test_the_index_names_every_page():
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= linked_pages("docs/README.md") | {
+        "docs/README.md"
+    }
+
+
+def test_the_contents_of_the_decisions_are_its_headings():
+    page = split_fences("docs/decisions.md")[0]
+    headings = re.findall(r"^##+ (.+)$", page, re.M)
+    assert re.findall(r"^ *- \[(.+)\]\(#", page, re.M) == headings
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_a_readme_is_short(page):
+    assert len(text_of(page).splitlines()) <= 170
+
+
+@pytest.mark.parametrize("page", READMES[1:])
+def test_the_readmes_say_the_same(page):
+    def shape(name: str) -> Any:
+        prose, blocks = split_fences(name)
+        tables = re.findall(r"(?:^\|.*\n)+", prose, re.M)
+        return {
+            "headings": re.findall(r"^(#+) ", prose, re.M),
+            "commands": [command for command in commands(name) if "PIP_INDEX_URL" not in command],
+            "blocks": [language for language, _ in blocks],
+            "tables": [(table.count("\n"), table.splitlines()[0].count("|")) for table in tables],
+            "links": {re.sub(r"_(ja|zh)\.md$", ".md", target) for target in re.findall(r"\]\(([^)\s]+)\)", prose)},
+            "numbers": set(re.findall(r"\d[\d.,]*\d|\d", re.sub(r"\]\([^)]*\)", "", prose))),
+        }
+
+    ours, english = shape(page), shape("README.md")
+    for what in ("headings", "commands", "blocks", "tables"):
+        assert ours[what] == english[what], what
+    assert ours["links"] >= english["links"]
+    assert ours["numbers"] >= english["numbers"]
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+METHODS = {
+    "the original's (20,000 tokens, score 0)": "original",
+    "the same under the base's rules (digits stay single)": "original, base's rules",
+    "its tokens filtered and ranked below (no continued BPE)": "the same pieces, filtered, below",
+    "steps 1 and 2": "continued BPE, as many as original",
+    "the original's list, its method": "seed list, original",
+    "the original's list, filtered and filled up (`--start`)": "seed list, filtered, filled up by continued BPE",
+}
+
+
+def test_the_table_of_merges_is_the_measured_one():
+    merges, rows = results("merge_methods")["merges"], table_below("docs/tokenizer-merge.md", "method")
+    assert rows.keys() == METHODS.keys()
+    for name, cells in rows.items():
+        one = merges[METHODS[name]]
+        unreachable = one.get("unreachable", one.get("dead"))
+        changed = [one[text]["beyond_quotes"] for text in ("zh", "en", "code")]
+        ratios = [one["ja"][text] for text in ("ja_aozora", "ja_guides", "ja_wiki")]
+        assert cells == [
+            f"{one['added']:,}",
+            *(f"{ratio:.3f}" for ratio in ratios),
+            *(f"{n:,}" for n in changed),
+            str(unreachable),
+        ]
+
+
+def test_the_readme_tells_what_the_merge_changes():
+    merges = results("merge_methods")["merges"]
+    ours, original = merges["continued BPE, as many as original"], merges["original"]
+    ratios = ours["ja"].values()
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times" in text_of("README.md")
+    assert [ours[text]["beyond_quotes"] for text in ("zh", "en", "code")] == [0, 0, 0]
+    zh, en, code = (f"{original[text]['beyond_quotes']:,}" for text in ("zh", "en", "code"))
+    assert f"changes {zh}, {en} and {code}" in " ".join(text_of("README.md").split())
+
+
+def test_the_readme_tells_the_measured_speed():
+    def speedup(job: str, name: str) -> str:
+        return f"{results('compare_trainers')[job]['results'][name]['speedup']:.2f} times"
+
+    text = " ".join(text_of("README.md").split())
+    assert f"{speedup('pt', 'Trainer + peft')} transformers' Trainer" in text
+    assert f"{speedup('pt', 'LLaMA-Factory, no checkpointing')} LLaMA-Factory without gradient checkpointing" in text
+    assert f"{speedup('sft', 'LLaMA-Factory, neat packing, no checkpointing')} LLaMA-Factory with packing" in text
+
+
+def test_zero2_traffic_is_that_of_the_formula():
+    measured, rows = results("zero2_traffic"), table_below("docs/zero2-traffic.md", "trained")
+    for cells, count in zip(rows.values(), measured["trained"].values(), strict=True):
+        sent = [f"{sent_gb(count, gpus, 1):.2f} GB" for gpus in (2, 4, 8)]
+        assert cells == [f"{count / 1e6:.0f} M", *sent, *(f"{12 * count / gpus / 1e9:.1f} GB" for gpus in (1, 4))]
+    one, four = measured["measured"]
+    counted = " ".join(text_of("docs/zero2-traffic.md").split())
+    assert f"{one['counted'] / 1e6:.2f} MB a step against {one['formula'] / 1e6:.2f} by the formula" in counted
+    assert f"{four['counted'] / 1e6:.2f} against {four['formula'] / 1e6:.2f}" in counted
+
+
+def sent_gb(parameters: int, gpus: int, micro_batches: int) -> float:
+    """What ZeRO-2 sends per step and GPU: all-reduced gradients of each micro-batch, gathered parameters once; 2 bytes each."""
+    return (2 * micro_batches + 1) * (gpus - 1) / gpus * parameters * 2 / 1e9
+
+
+def test_hours_on_four_cards_are_those_of_the_formula():
+    trained = results("zero2_traffic")["trained"]["LoRA + embeddings"]
+    row = next(
+        line
+        for line in text_of("benchmarks/scaling.md").splitlines()
+        if line.startswith("| RTX 4090, PCIe") and ".8 |" in line
+    )
+    tokens_per_second = float(row.split("|")[2].replace(",", ""))
+    for name, cells in table_below("docs/multi-gpu.md", "micro-batch x accumulation").items():
+        accumulation = int(name.split()[2])
+        sent = sent_gb(trained, 4, accumulation)
+        hours = 1e9 / 4 * (16_384 / tokens_per_second + sent / 8) / 16_384 / 3600
+        assert cells[0] == f"{sent:.1f} GB"
+        assert float(cells[1]) == pytest.approx(hours, abs=0.1)  # the speed is rounded there
+
+
+def test_what_chatglm3_takes_is_what_was_measured():
+    jobs = {one["job"]: one for one in results("full_size_checkpoint")["results"]}
+    rows = table_below("docs/chatglm3-6b.md", "")
+    resized = jobs.get("resize, converted") or jobs["grow, converted"]
+    for name, job in {
+        "copying the files, to compare": jobs["cp"],
+        "`.venv/bin/python -m llmtuner convert`": jobs["convert"],
+        "step 3": resized,
+        "merging an adapter, at the end of steps 5 and 6": jobs["merge"],
+    }.items():
+        disk, memory, seconds, source = rows[name]
+        assert (disk, seconds, source) == (f"{job['gigabytes']:.1f} GB", f"{job['seconds']:.0f} s", "measured")
+        assert memory == ("" if name.startswith("copying") else f"{job['peak_megabytes'] / 1e3:.1f} GB")
+    for card in ("RTX 4090", "RTX 3090"):
+        table = [
+            line.split("|")
+            for line in text_of("benchmarks/scaling.md").splitlines()
+            if line.startswith(f"| {card}, PCIe")
+        ]
+        assert rows[f"step 5 on one {card}"][2] == f"{float(table[-1][3]):.0f} h for 1B tokens"
+    assert f"| {peak('LoRA and both matrices, 8-bit Adam'):.1f} GB of the GPU |" in text_of("docs/chatglm3-6b.md")
+    assert f"{peak('LoRA and new rows'):.1f} GB even with the" in text_of("docs/chatglm3-6b.md")
+
+
+def peak(recipe: str) -> float:
+    """GB of a step with one sequence a micro-batch and gradient checkpointing, followed operation by operation."""
+    kinds = {one["trained"]: one for one in reversed(results("memory_budget")["bytes"])}
+    return max(kinds[recipe]["followed"].values()) / 1e9
+
+
+def test_real_text_is_learned_as_measured():
+    runs = {one["recipe"]: one for one in results("recipes")["corpora"]["runs"]}
+    text = " ".join(text_of("docs/your-texts.md").split())
+    before, after = (runs["joint"]["bits_per_byte"][when]["ja"] for when in ("before", "after"))
+    assert f"from {before:.2f} to {after:.2f} bits per byte in {runs['joint']['tokens']:,} tokens" in text
+    assert f"{runs['staged']['bits_per_byte']['after']['ja']:.2f}: `" in text
+
+
+def test_a_killed_run_ends_as_the_page_says():
+    for name, one in results("crash_resume").items():
+        assert len(one["kills"]) == 10, name
+        assert set(one["largest_difference"].values()) == {0.0}
+        assert not one["problems"]
+
+
+DEMO, FRESH = (ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("demo", "fresh_questions"))
+
+
+@pytest.mark.skipif(not DEMO.is_file(), reason="no results of make demo: .venv/bin/python -m benchmarks.demo_results")
+def test_the_tables_of_the_demo_are_those_of_its_results():
+    metrics = results("demo")["step7"]
+    generation = metrics["generation"]["candidates"]
+    rows = [
+        [name, *map(percent, metrics["accuracy"][name].values()),
+         *(f"{metrics['bits_per_byte'][name][code]:.3f}" for code in ("ja", "zh", "en")), percent(metrics["repetition"][name]["ja"])]
+        for name in metrics["accuracy"]
+    ]  # fmt: skip
+    tried = [
+        [name, percent(one["repeated_4gram_ratio"]), f"{one['longest_loop']} characters", percent(one["finished_ratio"]), percent(one["accuracy"])]
+        for name, one in generation.items()
+    ]  # fmt: skip
+    for page in READMES:
+        assert cells_of(page, "bits/byte") == rows
+    assert [cells[:-1] for cells in cells_of("docs/evaluation.md", "longest loop")] == tried  # speed is the machine's
+
+
+def test_the_three_readmes_show_one_table():
+    assert (
+        cells_of("README.md", "bits/byte")
+        == cells_of("README_ja.md", "bits/byte")
+        == cells_of("README_zh.md", "bits/byte")
+    )
+
+
+def cells_of(page: str, title: str) -> list[list[str]]:
+    """The rows of a table in a block of text, below its header."""
+    block = next(block for _, block in split_fences(page)[1] if title in block)
+    return [re.split(r"  +", line.strip()) for line in block.splitlines()[2:]]
+
+
+def quoted_answers(page: str) -> list[tuple[str, str, str]]:
+    """Question, base's answer and chat model's in a README, without what it says about them in brackets."""
+    lines = [line.strip("|").split("|") for line in text_of(page).splitlines() if re.match(r"\| [^|]*[。？]", line)]
+    return [tuple(re.sub(r" ?[(（].*", "", cell).strip() for cell in cells) for cells in lines]
+
+
+def test_quoted_answers_of_the_base_are_its_own(opened_base):
+    for page in READMES:
+        assert len(quoted_answers(page)) == 2
+        for question, answer, _ in quoted_answers(page):
+            assert opened_base(question) == answer
+
+
+@pytest.fixture(scope="module")
+def opened_base():
+    """Greedy answers of the miniature's base model."""
+    tokenizer, model = (kind.from_pretrained(ROOT / "mini" / "base") for kind in (AutoTokenizer, AutoModelForCausalLM))
+
+    def answer(question: str) -> str:
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    return answer
+
+
+def test_quoted_answers_of_the_chat_model_are_those_of_the_other_pages():
+    for page in READMES:
+        for question, _, answer in quoted_answers(page):
+            where = [name for name in ("docs/serving.md", "docs/decisions.md") if question in text_of(name)]
+            assert any(answer in text_of(name) for name in where), question
+
+
+@pytest.mark.skipif(not FRESH.is_file(), reason="no results of benchmarks.fresh_questions")
+def test_fresh_questions_are_answered_as_measured():
+    groups = results("fresh_questions")["results"]["greedy"]["groups"]
+    for page in READMES:
+        for group in ("zh", "en", "ja"):
+            one = groups[group]
+            assert f"{100 * one['right'] / one['asked']:.1f} %" in text_of(page)
