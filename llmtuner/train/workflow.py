@@ -1,4 +1,4 @@
-"""The two stages, each read from top to bottom: data, model, training, adapter, figures."""
+"""Runs the two stages, continued pretraining and supervised fine-tuning: data, model, training, adapter, metrics."""
 
 import shutil
 import zlib
@@ -10,19 +10,19 @@ from typing import Any
 import numpy
 import torch
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from transformers import TrainerState, TrainingArguments, set_seed
 
 from llmtuner.console import TrainingInterrupted, UserError, is_rank_zero, print0
-from llmtuner.data.loader import format_mixture, get_dataset, mixture_stats
+from llmtuner.data.loader import DatasetModule, format_mixture, get_dataset, mixture_stats
 from llmtuner.data.packing import ConcatTokenDataset, PackedDataCollator, PackedDataset, PadToMultiple
 from llmtuner.eval.bits_per_byte import Windows
 from llmtuner.files import atomic_write_json, checksum
-from llmtuner.hparams import ATTN_IMPLEMENTATIONS, DataArguments, FinetuningArguments, TrainArgs, serialize_settings
+from llmtuner.hparams import ATTN_IMPLEMENTATIONS, DataArguments, TrainArgs, serialize_settings
 from llmtuner.model.adapters import init_adapter, save_adapter
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import check_vocab_and_context, default_attention, load_model
+from llmtuner.report.figures import plot_losses
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.callbacks import GracefulStopSignal
 from llmtuner.train.checkpointing import (
@@ -37,181 +37,194 @@ from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.trainer import InitialLossCallback, PackedTrainer, TrainBeginCallback, is_training_finished
 from llmtuner.weights.merge_lora import adapter_checksum
 
-WEIGHTS_ONLY_HINT = "save_only_model: true: it holds weights only, and the run cannot be resumed from it."
-INITIAL_LOSS_SAMPLES = 8  # per data set; more would cost time and change little
-
-
+INITIAL_LOSS_SAMPLES = 8  # per dataset; more would cost time and change little
 BeforeTraining = Callable[[], None] | None
 
 
 def run_pt(
     args: TrainArgs, texts: dict[str, list[str]] | None = None, before_training: BeforeTraining = None
 ) -> dict[str, Any]:
-    """Continued pretraining on packed documents; returns what was measured, at every evaluation also on held-out texts."""
-    model_args, data_args, training_args = args.model, args.data, args.training
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    check_vocab_and_context(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
-    train, held_out, _ = get_dataset("pt", data_args, training_args.seed, tokenizer)
-    stats = mixture_stats(train, data_args)
-    print0(format_mixture(stats, data_args))
-    print0(f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; no tokens dropped")
-    metrics = _train(args, tokenizer, train, held_out, texts=texts, before_training=before_training)
-    return {**metrics, "data": stats}
+    """Runs continued pretraining on packed documents; arguments and result as of `run_exp`."""
+    tokenizer, dataset, stats = _load_data(args, "pt")
+    print0(f"{len(dataset.train):,} sequences of up to {args.data.cutoff_len:,} tokens; no tokens dropped")
+    return {**_train(args, tokenizer, dataset, texts or {}, before_training), "data": stats}
 
 
 def run_sft(args: TrainArgs, before_training: BeforeTraining = None) -> dict[str, Any]:
-    """Instruction tuning on packed dialogues; returns what was measured, each data set's initial loss included."""
-    model_args, data_args, training_args = args.model, args.data, args.training
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    check_vocab_and_context(model_args.model_name_or_path, tokenizer, data_args.cutoff_len)
-    train, held_out, per_dataset_samples = get_dataset("sft", data_args, training_args.seed, tokenizer)
-    stats = mixture_stats(train, data_args)
-    print0(format_mixture(stats, data_args))
-    cut, dropped = train.pack_index.num_truncated, train.pack_index.num_dropped
-    kept = "last answer and as many turns before it as fit" if data_args.mask_history else "beginning"
+    """Runs supervised fine-tuning on packed dialogues; arguments and result as of `run_exp`."""
+    tokenizer, dataset, stats = _load_data(args, "sft")
+    truncated, dropped = dataset.train.pack_index.num_truncated, dataset.train.pack_index.num_dropped
+    kept = "last answer and as many turns before it as fit" if args.data.mask_history else "beginning"
     print0(
-        f"{len(train):,} sequences of up to {data_args.cutoff_len:,} tokens; {cut:,} longer dialogues keep their {kept}; "
-        f"{dropped:,} of them are dropped because no target token is left"
+        f"{len(dataset.train):,} sequences of up to {args.data.cutoff_len:,} tokens; {truncated:,} longer dialogues keep "
+        f"their {kept}; {dropped:,} of them are dropped because no target token is left"
     )
-    metrics = _train(args, tokenizer, train, held_out, per_dataset_samples, before_training=before_training)
-    return {**metrics, "data": stats, "num_truncated": cut, "num_dropped": dropped}
+    metrics = _train(args, tokenizer, dataset, {}, before_training)
+    return {**metrics, "data": stats, "num_truncated": truncated, "num_dropped": dropped}
+
+
+def _load_data(args: TrainArgs, stage: str) -> tuple[Any, DatasetModule, dict[str, dict[str, Any]]]:
+    """Loads the tokenizer and the packed datasets, and prints the mixture; returns its statistics too."""
+    tokenizer = load_tokenizer(args.model.model_name_or_path)
+    check_vocab_and_context(args.model.model_name_or_path, tokenizer, args.data.cutoff_len)
+    dataset = get_dataset(stage, args.data, args.training.seed, tokenizer)
+    stats = mixture_stats(dataset.train, args.data)
+    print0(format_mixture(stats, args.data))
+    return tokenizer, dataset, stats
 
 
 def _train(
     args: TrainArgs,
     tokenizer: Any,
-    train: PackedDataset,
-    held_out: PackedDataset,
-    per_dataset_samples: dict[str, Any] | None = None,
-    texts: dict[str, list[str]] | None = None,
-    before_training: BeforeTraining = None,
+    dataset: DatasetModule,
+    texts: dict[str, list[str]],
+    before_training: BeforeTraining,
 ) -> dict[str, Any]:
-    model_args, data_args = args.model, args.data
-    training_args, finetuning_args = args.training, args.finetuning
-    output_dir = Path(training_args.output_dir or ".")
-    settings = run_fingerprint(args, train)
-    checkpoint = find_resume_checkpoint(output_dir, training_args, finetuning_args.overwrite_output_dir, settings)
-    if training_args.save_only_model and training_args.save_strategy != "no":
+    """Trains, or only evaluates if do_train is false; saves the adapter and returns the metrics."""
+    output_dir, overwrite = Path(args.training.output_dir or "."), args.finetuning.overwrite_output_dir
+    settings = run_fingerprint(args, dataset.train)
+    checkpoint = find_resume_checkpoint(args, settings)
+    if args.training.save_only_model and args.training.save_strategy != "no":
         print0("save_only_model: true: checkpoints hold weights only; a run that stops early cannot be resumed")
-
-    set_seed(training_args.seed)  # before the adapter draws its first weights
-    whole = finetuning_args.finetuning_type == "full"
-    dtype = torch.float32 if whole else compute_dtype(training_args)
-    attention = ATTN_IMPLEMENTATIONS[model_args.flash_attn] or default_attention(model_args.model_name_or_path)
-    model = load_model(model_args.model_name_or_path, dtype, attention)
-    model.config.use_cache = False
-    adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
-    trained = init_adapter(model, finetuning_args, adapter, model_args.create_new_adapter)
-    if finetuning_args.fused_ops:
-        apply_fused_ops(trained)
-    if model_args.disable_gradient_checkpointing is None and needs_gradient_checkpointing(
-        trained, data_args, training_args
-    ):
-        training_args.gradient_checkpointing = training_args.activation_checkpointing = True
+    model = _prepare_model(args)
     settings |= serialize_settings(args)  # with what was decided just now
-    trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-    print0(f"training {trainable:,} parameters of {sum(p.numel() for p in trained.parameters()):,}")
-
-    windows = {
-        language: Windows.from_texts(
-            tokenizer, own[training_args.process_index :: training_args.world_size], data_args.cutoff_len
-        )
-        for language, own in (texts or {}).items()
-    }
-    if training_args.do_train and data_args.disable_shuffling:
-        training_args.train_sampling_strategy = "sequential"
+    if args.training.do_train and args.data.disable_shuffling:
+        args.training.train_sampling_strategy = "sequential"
     with GracefulStopSignal() as stop:
-        trainer = PackedTrainer(
-            finetuning_args,
-            PackedDataCollator(tokenizer.pad_token_id),
-            settings,
-            train.token_dataset.describe_document,
-            stop,
-            windows,
-            model=trained,
-            args=training_args,
-            train_dataset=PadToMultiple(train, global_batch_size(training_args)),
-            eval_dataset=even_subset(held_out, data_args.max_eval_samples) if len(held_out) else None,
-        )
-        if data_args.eval_on_each_dataset:
-            parts = {one.name: held_out.select_dataset(place) for place, one in enumerate(train.token_dataset.datasets)}
-            trainer.eval_subsets = {
-                name: even_subset(part, data_args.max_eval_samples) for name, part in parts.items() if len(part)
-            }
-        check = SelfCheckCallback(trainer, tokenizer, packed=data_args.packing and data_args.neat_packing)
-        if not training_args.do_train:
-            check.run()
-            losses = trainer.evaluate()
-            return {name: loss for name, loss in losses.items() if name.endswith("_loss")}
-        small = {name: even_subset(one, INITIAL_LOSS_SAMPLES) for name, one in (per_dataset_samples or {}).items()}
-        begin = TrainBeginCallback(
+        trainer = _build_trainer(args, model, tokenizer, dataset, settings, texts, stop)
+        self_check = SelfCheckCallback(trainer, tokenizer, args.data.packing and args.data.neat_packing)
+        if not args.training.do_train:
+            self_check.run()
+            return {name: loss for name, loss in trainer.evaluate().items() if name.endswith("_loss")}
+        on_train_begin = TrainBeginCallback(
             *([before_training] if before_training else []),
-            partial(prepare_output_dir, output_dir, finetuning_args.overwrite_output_dir and checkpoint is None),
-            partial(_collect_invalid_rows, train.token_dataset, output_dir),
+            partial(prepare_output_dir, output_dir, overwrite and checkpoint is None),
+            partial(_collect_invalid_rows, dataset.train.token_dataset, output_dir),
         )
-        for callback in (check, begin, InitialLossCallback(trainer, small)):
+        samples = {name: even_subset(part, INITIAL_LOSS_SAMPLES) for name, part in dataset.per_dataset.items()}
+        for callback in (self_check, on_train_begin, InitialLossCallback(trainer, samples)):
             trainer.add_callback(callback)
         if checkpoint:
             trainer.resume_from_checkpoint(checkpoint)
         else:
             trainer.train()
         trainer.flush_token_counts()
-        step = trainer.state.global_step
-        if trainer.should_stop and step < trainer.state.max_steps:
-            raise TrainingInterrupted(
-                f"stopped after step {step:,} of {trainer.state.max_steps:,}, with {output_dir}/checkpoint-{step}. "
-                + _resume_hint(training_args, finetuning_args),
-                stop.received,
-            )
-        if step < trainer.state.max_steps and (patience := finetuning_args.early_stopping_steps):
-            print0(f"finished early, after step {step:,}: eval_loss has not improved for {patience} evaluations")
+    step, max_steps = trainer.state.global_step, trainer.state.max_steps
+    if trainer.should_stop and step < max_steps:
+        raise TrainingInterrupted(
+            f"stopped after step {step:,} of {max_steps:,}, with {output_dir}/checkpoint-{step}. {_resume_hint(args)}",
+            stop.received,
+        )
+    if step < max_steps and (patience := args.finetuning.early_stopping_steps):
+        print0(f"finished early, after step {step:,}: eval_loss has not improved for {patience} evaluations")
     if is_rank_zero():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir, Path(model_args.model_name_or_path))
+        base = Path(args.model.model_name_or_path)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir, base)
         atomic_write_json(output_dir / "training_args.json", settings)
-        if finetuning_args.plot_loss:
-            from llmtuner.report.figures import plot_losses
-
+        if args.finetuning.plot_loss:
             plot_losses(trainer.state.log_history, output_dir)
-    history, meter = trainer.state.log_history, trainer.meter
-    initial = {
-        name.removeprefix("initial_loss/"): loss
-        for entry in history
-        for name, loss in entry.items()
-        if name.startswith("initial_loss/")
+    return _collect_metrics(args.training, trainer, dataset)
+
+
+def _prepare_model(args: TrainArgs) -> torch.nn.Module:
+    """Loads the model, adds the adapter and decides on gradient checkpointing."""
+    set_seed(args.training.seed)  # before the adapter draws its first weights
+    path, finetuning = args.model.model_name_or_path, args.finetuning
+    dtype = torch.float32 if finetuning.finetuning_type == "full" else compute_dtype(args.training)
+    base = load_model(path, dtype, ATTN_IMPLEMENTATIONS[args.model.flash_attn] or default_attention(path))
+    base.config.use_cache = False
+    adapter = Path(args.model.adapter_name_or_path) if args.model.adapter_name_or_path else None
+    model = init_adapter(base, finetuning, adapter, args.model.create_new_adapter)
+    if finetuning.fused_ops:
+        apply_fused_ops(model)
+    if args.model.disable_gradient_checkpointing is None and needs_gradient_checkpointing(
+        model, args.data, args.training
+    ):
+        args.training.gradient_checkpointing = args.training.activation_checkpointing = True
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print0(f"training {count_trainable(model):,} parameters of {total:,}")
+    return model
+
+
+def count_trainable(model: torch.nn.Module) -> int:
+    """Counts the parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _build_trainer(
+    args: TrainArgs,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    dataset: DatasetModule,
+    settings: dict[str, Any],
+    texts: dict[str, list[str]],
+    stop: GracefulStopSignal,
+) -> PackedTrainer:
+    rank, world_size, max_samples = args.training.process_index, args.training.world_size, args.data.max_eval_samples
+    windows = {
+        language: Windows.from_texts(tokenizer, documents[rank::world_size], args.data.cutoff_len)
+        for language, documents in texts.items()
     }
+    trainer = PackedTrainer(
+        args.finetuning,
+        PackedDataCollator(tokenizer.pad_token_id),
+        settings,
+        dataset.train.token_dataset.describe_document,
+        stop,
+        windows,
+        model=model,
+        args=args.training,
+        train_dataset=PadToMultiple(dataset.train, global_batch_size(args.training)),
+        eval_dataset=even_subset(dataset.eval, max_samples) if len(dataset.eval) else None,
+    )
+    if args.data.eval_on_each_dataset:
+        for index, source in enumerate(dataset.train.token_dataset.datasets):
+            if len(part := dataset.eval.select_dataset(index)):
+                trainer.eval_subsets[source.name] = even_subset(part, max_samples)
+    return trainer
+
+
+def _collect_metrics(
+    training_args: TrainingArguments, trainer: PackedTrainer, dataset: DatasetModule
+) -> dict[str, Any]:
+    """Returns what `run_exp` documents."""
+    history, meter, prefix = trainer.state.log_history, trainer.meter, "initial_loss/"
+    initial = {
+        name.removeprefix(prefix): loss for entry in history for name, loss in entry.items() if name.startswith(prefix)
+    }
+    steps_per_epoch = -(-len(dataset.train) // global_batch_size(training_args))
     return {
-        "steps": step,
-        "cut_short": _is_stopped_by_max_steps(training_args, train),
+        "steps": trainer.state.global_step,
+        "cut_short": 0 < training_args.max_steps < training_args.num_train_epochs * steps_per_epoch,
         "tokens": meter.total_tokens,
         "tokens_per_second": round(meter.total_tokens / max(meter.total_seconds, 1e-9), 1),
         "padding_ratio": round(meter.total_padding / max(meter.total_tokens, 1), 5),
-        "lengths": length_histogram(train),
-        "trainable_parameters": trainable,
+        "lengths": length_histogram(dataset.train),
+        "trainable_parameters": count_trainable(trainer.model),
         "train_loss": _first_and_last(history, "loss"),
         "eval_loss": _first_and_last(history, "eval_loss"),
-        **({"initial_loss": initial} if per_dataset_samples else {}),
+        **({"initial_loss": initial} if dataset.per_dataset else {}),
     }
 
 
-def _resume_hint(training_args: TrainingArguments, finetuning_args: FinetuningArguments) -> str:
-    if training_args.save_only_model:
-        return WEIGHTS_ONLY_HINT
-    if finetuning_args.overwrite_output_dir:
+def _first_and_last(history: list[dict[str, Any]], name: str) -> dict[str, float | None]:
+    values = [round(entry[name], 4) for entry in history if name in entry]
+    return {"first": values[0] if values else None, "last": values[-1] if values else None}
+
+
+def _resume_hint(args: TrainArgs) -> str:
+    if args.training.save_only_model:
+        return "save_only_model: true: it holds weights only, and the run cannot be resumed from it."
+    if args.finetuning.overwrite_output_dir:
         return "Run it again without overwrite_output_dir (steps: without OVERWRITE=1) to resume."
     return "The same command resumes from there."
 
 
-def _is_stopped_by_max_steps(training_args: TrainingArguments, train: PackedDataset) -> bool:
-    """Whether max_steps ended the run before num_train_epochs would have."""
-    planned = training_args.num_train_epochs * -(-len(train) // global_batch_size(training_args))
-    return 0 < training_args.max_steps < planned
-
-
 def needs_gradient_checkpointing(model: Any, data_args: DataArguments, training_args: TrainingArguments) -> bool:
-    """Whether activations have to be computed again in the backward pass; the first process decides for all."""
-    short = [False]
+    """Tells whether a step without gradient checkpointing would not fit into GPU memory; rank 0 decides for all."""
+    decision = [False]
     if is_rank_zero() and (free := free_memory()) is not None:
-        needed = estimate_step_memory(
+        estimate = estimate_step_memory(
             model,
             training_args.per_device_train_batch_size,
             data_args.cutoff_len,
@@ -220,16 +233,16 @@ def needs_gradient_checkpointing(model: Any, data_args: DataArguments, training_
             optimizer_bytes=2 if "8bit" in str(training_args.optim) else 8,
             processes=training_args.world_size if training_args.deepspeed else 1,
         )
-        short = [needed.total > MEMORY_FRACTION * free]
-        how = "are computed again in the backward pass" if short[0] else "are kept"
-        print0(f"a step needs about {needed}; {free / 1e9:.1f} GB are free: activations {how}")
+        decision = [estimate.total > MEMORY_FRACTION * free]
+        state = "on" if decision[0] else "off"
+        print0(f"estimated step memory: {estimate}; {free / 1e9:.1f} GB are free: gradient checkpointing {state}")
     if training_args.world_size > 1:
-        broadcast_object_list(short)
-    return short[0]
+        broadcast_object_list(decision)
+    return decision[0]
 
 
 def length_histogram(train: PackedDataset) -> dict[str, list[int]]:
-    """How many of the documents or dialogues of a run have edges[i] <= tokens < edges[i + 1]."""
+    """Counts the documents of a run by length: `counts[i]` of them have edges[i] <= tokens < edges[i + 1]."""
     lengths = train.token_dataset.lengths[numpy.unique(train.pack_index.doc_ids)]
     counts = numpy.bincount(numpy.log2(numpy.maximum(lengths, 1)).astype(int))
     first = int(numpy.flatnonzero(counts)[0])
@@ -237,10 +250,12 @@ def length_histogram(train: PackedDataset) -> dict[str, list[int]]:
 
 
 def run_fingerprint(args: TrainArgs, train: PackedDataset) -> dict[str, Any]:
-    """What shapes a run: its settings, how many processes share it, its data and the weights that it starts from."""
+    """Returns what determines the result of a run: settings, number of processes, data, and the weights it starts from."""
     data = {
-        f"data set {one.name}": f"{len(one):,} rows, checksum {zlib.crc32(one.store.column('hash').tobytes()):08x}"
-        for one in train.token_dataset.datasets
+        f"data set {dataset.name}": (
+            f"{len(dataset):,} rows, checksum {zlib.crc32(dataset.store.column('hash').tobytes()):08x}"
+        )
+        for dataset in train.token_dataset.datasets
     }
     if args.model.create_new_adapter and (earlier := args.model.adapter_name_or_path):
         data["merged adapter"] = f"sha256 {adapter_checksum(Path(earlier))[:8]}"
@@ -248,57 +263,52 @@ def run_fingerprint(args: TrainArgs, train: PackedDataset) -> dict[str, Any]:
     return {**serialize_settings(args), "processes": args.training.world_size, **data, **model}
 
 
-def find_resume_checkpoint(
-    output_dir: Path, training_args: TrainingArguments, overwrite: bool, settings: dict[str, Any]
-) -> Path | None:
-    """The newest whole checkpoint of this very run; the first process looks for all."""
+def find_resume_checkpoint(args: TrainArgs, settings: dict[str, Any]) -> Path | None:
+    """Returns the latest valid checkpoint of this run, or the one that is named; rank 0 looks for all.
+
+    Raises:
+        UserError: if the named one is damaged, or the checkpoint holds weights only or belongs to another run.
+    """
     found: list[Path | None] = [None]
-    named = training_args.resume_from_checkpoint
+    named = args.training.resume_from_checkpoint
     if is_rank_zero():
         if not isinstance(named, str):
-            found = [None if overwrite else latest_valid_checkpoint(output_dir)]
+            output_dir = Path(args.training.output_dir or ".")
+            found = [None if args.finetuning.overwrite_output_dir else latest_valid_checkpoint(output_dir)]
         elif damage := verify_checkpoint(Path(named)):
-            raise UserError(
-                f"resume_from_checkpoint {named} cannot be resumed from: {damage}. Name another one, or none."
-            )
+            raise UserError(f"resume_from_checkpoint {named} cannot be resumed: {damage}. Name another one, or none.")
         else:
             found = [Path(named)]
         if found[0] is not None:
             state = TrainerState.load_from_json(str(found[0] / "trainer_state.json"))
-            if not is_training_finished(state, settings.get("early_stopping_steps")):
+            if not is_training_finished(state, args.finetuning.early_stopping_steps):
                 check_resumable(found[0])
             check_resume_settings(found[0], settings)
             print0(f"resuming from {found[0]}")
-    if training_args.world_size > 1:
+    if args.training.world_size > 1:
         broadcast_object_list(found)
     return found[0]
 
 
 def _collect_invalid_rows(token_dataset: ConcatTokenDataset, output_dir: Path) -> None:
-    """Puts the unusable rows of all data sets, by file and line, into output_dir/invalid_rows.jsonl."""
-    if is_rank_zero():
-        with (output_dir / "invalid_rows.jsonl").open("wb") as collected:
-            for one in token_dataset.datasets:
-                with (one.directory / "invalid_rows.jsonl").open("rb") as rejected:
-                    shutil.copyfileobj(rejected, collected)
+    """Writes the invalid rows of all datasets, by file and line, into output_dir/invalid_rows.jsonl."""
+    with (output_dir / "invalid_rows.jsonl").open("wb") as collected:
+        for dataset in token_dataset.datasets:
+            with (dataset.directory / "invalid_rows.jsonl").open("rb") as rows:
+                shutil.copyfileobj(rows, collected)
 
 
 def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """Frozen weights are held in the precision in which they are multiplied."""
+    """Returns the dtype of matrix products, in which frozen weights are held too."""
     return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 
 
 def global_batch_size(training_args: TrainingArguments) -> int:
-    """Sequences of one step, over accumulation and all processes."""
+    """Returns the number of sequences of a step, over gradient accumulation and all processes."""
     return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 
 
-def even_subset(dataset: Any, count: int) -> TorchDataset:
-    """An even sample of a packed data set: neighbours in a list of bins are alike in length."""
+def even_subset(dataset: Any, count: int) -> Dataset:
+    """Samples a packed dataset at even intervals: neighbouring bins are of similar length."""
     size = len(dataset)
     return Subset(dataset, [index * size // count for index in range(count)]) if size > count else dataset
-
-
-def _first_and_last(history: list[dict[str, Any]], name: str) -> dict[str, float | None]:
-    values = [round(entry[name], 4) for entry in history if name in entry]
-    return {"first": values[0] if values else None, "last": values[-1] if values else None}

@@ -76,7 +76,7 @@ def test_named_checkpoint_is_gone_on_from_or_refused(saving_run, tmp_path, capsy
     run_exp({**second, "resume_from_checkpoint": str(first / "checkpoint-8")})
     assert f"resuming from {first}/checkpoint-8" in capsys.readouterr().out
     assert log_of(tmp_path / "second") == log_of(first)
-    with pytest.raises(UserError, match="nowhere cannot be resumed from"):
+    with pytest.raises(UserError, match="nowhere cannot be resumed:"):
         run_exp({**second, "overwrite_output_dir": False, "resume_from_checkpoint": str(tmp_path / "nowhere")})
 
 
