@@ -16,10 +16,10 @@ import constants
 import pipeline
 from constants import JA_TOKENIZER, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
 from llmtuner.console import UserError, command, format_table, print0, print_header, progress, run_cli
+from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
 
-LANGUAGES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
 EXAMPLES = 5  # changed texts that are shown and saved for each language
 
 

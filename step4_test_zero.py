@@ -12,10 +12,10 @@ import constants
 import pipeline
 from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
 from llmtuner.console import command, format_table, print0, print_header, run_cli
+from llmtuner.eval.language import LANGUAGES
 
 QUESTIONS_PER_GROUP = 60
 SHOWN = 3
-LANGUAGES = ("ja", "zh", "en")
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
             language: round(sum(map(len, encode_batch(tokenizer, own))) / sum(map(len, own)), 4)
             for language, own in texts.items()
         }
-        answers[name] = generate_answers(model, tokenizer, [one.question for one in questions], name=name).texts
+        answers[name] = generate_answers(model, tokenizer, [one.question for one in questions]).texts
         bits[name] = bpb_by_language(model, tokenizer, texts, PROFILE.context_length, name)
         del model  # before the other is loaded
 

@@ -1,14 +1,14 @@
-"""Step 7: what was gained and what was kept, over base, Zero, pretrained and chat model; then a chat.
+"""Step 7: evaluates base, Zero, pretrained and chat model, then chats.
 
     python step7_eval_chat.py                the before/after table; on a terminal, a chat with the chat model
-    python step7_eval_chat.py --chat         the chat alone
+    python step7_eval_chat.py --chat         only the chat
     python step7_eval_chat.py --web          the chat in a browser, base and chat model side by side (needs gradio)
-    python step7_eval_chat.py --suite ja     standard suites: ja, zh or en (needs lm_eval)
-    python step7_eval_chat.py --report       makes WORK_DIR/report.html anew, as every step does
+    python step7_eval_chat.py --suite ja     standard benchmarks: ja, zh or en (needs lm_eval)
+    python step7_eval_chat.py --report       writes WORK_DIR/report.html again, as every step does
 
-Counts right answers in Chinese, English and Japanese, in Japanese also about what was never described in Japanese, and
-answers in another language than their question's; measures bits per byte, agreement with the base model, and repetition; chooses by these the chat model's own generation
-settings and writes them, and a model card, into its directory. All answers go to WORK_DIR/answers.jsonl.
+Measures accuracy in Chinese, English and Japanese, in Japanese also on facts that no Japanese text states; answers in another
+language than the question's; bits per byte; agreement with the base model; and repetition. Selects the chat model's
+generation settings by these, and writes them and a model card into its directory. All answers go to WORK_DIR/answers.jsonl.
 """
 
 import argparse
@@ -18,22 +18,25 @@ import sys
 from contextlib import suppress
 from getpass import getpass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
-from llmtuner.console import Timer, UserError, command, format_table, print0, print_header, run_cli
-from llmtuner.files import atomic_write_text
+from llmtuner.console import Timer, UserError, command, format_table, print0, print_header, progress_bar, run_cli
+from llmtuner.eval.language import LANGUAGES
+from llmtuner.files import atomic_write_json, atomic_write_text, check_writable
+
+if TYPE_CHECKING:
+    from llmtuner.eval.questions import Question
 
 MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR, "chat": CHAT_MODEL_DIR}
-LANGUAGES = ("ja", "zh", "en")
 QUESTIONS_PER_GROUP = 200
-SHOWN = 2
-RATES = ("response_pass_rate", "line_pass_rate")
+NUM_EXAMPLES = 2  # answers of each group that are printed
+PASS_RATES = ("response_pass_rate", "line_pass_rate")
 LOOPBACK = "127.0.0.1"
-# What an option goes with, and its default.
-BELONGS_TO: dict[str, dict[str, Any]] = {
+# The options of each mode, and their defaults.
+MODE_OPTIONS: dict[str, dict[str, Any]] = {
     "suite": dict(model="chat", tasks=None, task_dir=None, limit=None, num_fewshot=None, batch_size=16),
     "web": dict(port=7860, host=LOOPBACK),
 }
@@ -44,7 +47,7 @@ def main() -> None:
     if options.report:
         pipeline.make_report()
     elif options.suite:
-        run_suite(options)
+        evaluate_suite(options)
     elif options.web:
         chat_in_browser(options)
     elif options.chat:
@@ -57,35 +60,39 @@ def main() -> None:
             evaluate()
         else:
             pipeline.check_lineage("step7")
-        show(pipeline.load_metrics("step7"))
+        print_results(pipeline.load_metrics("step7"))
         if sys.stdin.isatty():
             chat()
 
 
 def read_options() -> argparse.Namespace:
-    """What this command was asked for."""
-    parser = argparse.ArgumentParser(description="Evaluates and chats.", allow_abbrev=False)
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--chat", action="store_true", help="a chat on the terminal")
-    task.add_argument("--web", action="store_true", help="a chat in the browser, on this machine only")
-    task.add_argument("--suite", metavar="LANGUAGE", help="standard suites: ja, zh or en")
-    task.add_argument("--report", action="store_true", help="makes report.html anew")
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--chat", action="store_true", help="chat in the terminal")
+    mode.add_argument("--web", action="store_true", help="chat in a browser on this machine")
+    mode.add_argument("--suite", metavar="LANGUAGE", help="standard benchmarks: ja, zh or en")
+    mode.add_argument("--report", action="store_true", help="write report.html again")
     parser.add_argument("--model", choices=MODELS, help="with --suite: which model (default: chat)")
-    parser.add_argument("--tasks", help="with --suite: these tasks of the harness instead, with commas between")
-    parser.add_argument("--task_dir", type=Path, help="with --suite: a directory with task files of your own")
-    parser.add_argument("--limit", type=int, help="with --suite: so many questions of each task")
-    parser.add_argument("--num_fewshot", type=int, help="with --suite: examples before each question")
-    parser.add_argument("--batch_size", type=int, help="with --suite: requests read at once (default: 16)")
+    parser.add_argument("--tasks", help="with --suite: other tasks of the harness, comma-separated")
+    parser.add_argument("--task_dir", type=Path, help="with --suite: a directory of additional task files")
+    parser.add_argument("--limit", type=int, help="with --suite: questions per task (default: all)")
+    parser.add_argument(
+        "--num_fewshot", type=int, help="with --suite: examples before each question (default: the task's own)"
+    )
+    parser.add_argument("--batch_size", type=int, help="with --suite: requests in one forward pass (default: 16)")
     parser.add_argument("--port", type=int, help="with --web: the port (default: 7860)")
-    parser.add_argument("--host", help="with --web: an address of this machine, to let others in; "
-                        "asks for a password, or takes it from CHAT_PASSWORD")  # fmt: skip
+    parser.add_argument("--host", help="with --web: an address of this machine, to admit other machines; "
+                        "prompts for a password unless CHAT_PASSWORD is set")  # fmt: skip
     options = parser.parse_args()
-    for task, defaults in BELONGS_TO.items():
+    for mode_name, defaults in MODE_OPTIONS.items():
         for name, default in defaults.items():
             if getattr(options, name) is None:
                 setattr(options, name, default)
-            elif getattr(options, task) in (None, False):
-                parser.error(f"--{name} goes with --{task}")
+            elif getattr(options, mode_name) in (None, False):
+                parser.error(f"--{name} requires --{mode_name}")
     for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -94,78 +101,87 @@ def read_options() -> argparse.Namespace:
 
 
 def evaluate() -> None:
-    """Examines the four models, gives the chat model its settings and its card, and saves metrics and answers."""
-    from llmtuner.eval.evaluate import (
-        FREE_FORM,
-        agreement_by_language,
-        evaluate_model,
-        save_generation_config,
-        select_generation_config,
-    )
-    from llmtuner.eval.questions import is_correct, read_questions
+    """Evaluates the four models, completes the chat model's directory, and saves metrics and answers."""
+    from llmtuner.eval import evaluate
+    from llmtuner.eval.questions import read_questions
     from llmtuner.model.loading import choose_placement, load_for_evaluation
     from llmtuner.weights.lazy_checkpoint import open_checkpoint
 
     timer = Timer()
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
-    if not any(one.group == FREE_FORM for one in questions):
-        raise UserError(
-            f"{constants.QUESTIONS} has no request of the group {FREE_FORM}, by which repetition is measured."
-        )
-    if constants.QUESTIONS.suffix == ".jsonl" and not any(one.subject for one in questions):
-        print0(
-            f"{constants.QUESTIONS} names no subjects: an answer about something else than its question is not noticed."
-        )
+    if not any(question.group == evaluate.FREE_FORM for question in questions):
+        raise UserError(f"{constants.QUESTIONS} has no group {evaluate.FREE_FORM}, on which repetition is measured.")
+    if constants.QUESTIONS.suffix == ".jsonl" and not any(question.subject for question in questions):
+        print0(f"{constants.QUESTIONS} names no subjects: answers about another subject are not detected.")
     for directory in MODELS.values():  # before time is spent on the first
         choose_placement(directory)
         open_checkpoint(directory)
     texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers: dict[str, list[str]] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for name, directory in MODELS.items():
-        model, tokenizer = load_for_evaluation(directory)
-        found[name], answers[name] = evaluate_model(
-            model, tokenizer, questions, texts, PROFILE.context_length, PROFILE.max_new_tokens, name
-        )
-        found[name]["agreement"] = agreement_by_language(questions, answers[name], answers["base"])
-        if name == "chat":
-            generation = select_generation_config(model, tokenizer, questions, PROFILE.max_new_tokens)
-        del model  # before the next is loaded
-    save_generation_config(CHAT_MODEL_DIR, generation["candidates"][generation["chosen"]]["settings"])
-
-    lines = []
-    for index, one in enumerate(questions):
-        row: dict[str, Any] = {
-            "group": one.group,
-            "language": one.language,
-            "question": one.question,
-            "right": one.value,
-        }
-        row |= {"wrong_values": one.wrong_values, "subject": one.subject}
-        row |= {name: answers[name][index] for name in MODELS}
-        if one.value is not None:
-            row["correct"] = {name: is_correct(one, answers[name][index]) for name in MODELS}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    atomic_write_text(WORK_DIR / "answers.jsonl", "".join(lines))
-
-    print_header("the same questions to all four")
-    for group in dict.fromkeys(one.group for one in questions):
-        for index in [index for index, one in enumerate(questions) if one.group == group][:SHOWN]:
-            print0(f"{group}  {questions[index].question}")
-            for name in MODELS:
-                print0(f"    {name:<11}{answers[name][index]}")
-    # model -> figure becomes figure -> model
-    metrics = {figure: {name: own[figure] for name, own in found.items()} for figure in found["base"]}
+    by_model: dict[str, dict[str, Any]] = {}
+    with progress_bar(evaluate.num_progress_items(questions, texts, len(MODELS)), "evaluating") as bar:
+        for name, directory in MODELS.items():
+            bar.set_description(f"evaluating {name}")
+            model, tokenizer = load_for_evaluation(directory)
+            by_model[name], answers[name] = evaluate.evaluate_model(
+                model, tokenizer, questions, texts, PROFILE.context_length, PROFILE.max_new_tokens, bar.update
+            )
+            by_model[name]["agreement"] = evaluate.agreement_by_language(questions, answers[name], answers["base"])
+            if name == "chat":
+                bar.set_description("selecting generation settings")
+                generation = evaluate.select_generation_config(
+                    model, tokenizer, questions, PROFILE.max_new_tokens, bar.update
+                )
+            del model  # before the next one is loaded
+    evaluate.save_generation_config(CHAT_MODEL_DIR, generation["candidates"][generation["chosen"]]["settings"])
+    write_answers(questions, answers)
+    print_examples(questions, answers)
+    # {model: {metric: value}} becomes {metric: {model: value}}
+    metrics: dict[str, Any] = {
+        metric: {name: values[metric] for name, values in by_model.items()} for metric in by_model["base"]
+    }
     metrics |= {"generation": generation, "seconds": timer.seconds()}
     pipeline.write_card(CHAT_MODEL_DIR, metrics)
     pipeline.finish_step("step7", metrics)
 
 
-def show(metrics: dict[str, Any]) -> None:
-    """Prints the before/after table, the language of the answers and the settings that were tried."""
+def write_answers(questions: "list[Question]", answers: dict[str, list[str]]) -> None:
+    """Writes WORK_DIR/answers.jsonl: each question with all models' answers, and which of them are correct."""
+    from llmtuner.eval.questions import is_correct
+
+    lines = []
+    for index, question in enumerate(questions):
+        own = {name: answers[name][index] for name in MODELS}
+        row: dict[str, Any] = {
+            "group": question.group,
+            "language": question.language,
+            "question": question.question,
+            "right": question.value,
+            "wrong_values": question.wrong_values,
+            "subject": question.subject,
+            **own,
+        }
+        if question.value is not None:
+            row["correct"] = {name: is_correct(question, answer) for name, answer in own.items()}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    atomic_write_text(WORK_DIR / "answers.jsonl", "".join(lines))
+
+
+def print_examples(questions: "list[Question]", answers: dict[str, list[str]]) -> None:
+    """Prints the first questions of each group with all models' answers."""
+    print_header("the same questions to all four models")
+    for group in dict.fromkeys(question.group for question in questions):
+        for index in [index for index, question in enumerate(questions) if question.group == group][:NUM_EXAMPLES]:
+            print0(f"{group}  {questions[index].question}")
+            for name in MODELS:
+                print0(f"    {name:<11}{answers[name][index]}")
+
+
+def print_results(metrics: dict[str, Any]) -> None:
+    """Prints the before/after table, language confusion and the generation settings that were tried."""
     from llmtuner.report.checks import percent
 
-    def share(value: float | None) -> str:
+    def ratio(value: float | None) -> str:
         return "-" if value is None else percent(value)
 
     print_header("before and after")
@@ -173,47 +189,42 @@ def show(metrics: dict[str, Any]) -> None:
     rows = [
         [
             name,
-            *(share(metrics["accuracy"][name][group]) for group in groups),
+            *(ratio(metrics["accuracy"][name][group]) for group in groups),
             *(f"{metrics['bits_per_byte'][name][language]:.3f}" for language in LANGUAGES),
-            share(metrics["repetition"][name]["ja"]),
+            ratio(metrics["repetition"][name]["ja"]),
         ]
         for name in MODELS
     ]
-    named = [group.replace("_", " ") for group in groups]
-    header = ["right answers in", *named, "bits/byte ja", "zh", "en", "ja repeated"]
-    print0(format_table(header, rows))
-    print0(
-        "ja unseen: asked in Japanese about what only Chinese and English texts describe. ja repeated: 4-grams of free"
-    )
-    print0("Japanese answers that occurred before in the same answer.")
+    columns = [group.replace("_", " ") for group in groups]
+    print0(format_table(["right answers in", *columns, "bits/byte ja", "zh", "en", "ja repeated"], rows))
+    print0("ja unseen: asked in Japanese about facts that only Chinese and English texts state. ja repeated: share of")
+    print0("4-grams of free-form Japanese replies that occurred before in the same reply.")
 
-    confusion = metrics.get("language_confusion")
-    if confusion:  # runs of earlier versions have not measured it
-        print_header("answers in the language of their question")
+    if confusion := metrics.get("language_confusion"):  # not measured by earlier versions
+        print_header("answers in the language of the question")
         groups = list(confusion["base"])
-        rows = [[name, *(share(confusion[name][group][rate]) for rate in RATES for group in groups)] for name in MODELS]
-        named = [group.replace("_", " ") for group in groups]
-        print0(format_table(["share of answers in", *named, "of lines in " + named[0], *named[1:]], rows))
-        print0(
-            "Answers without a line in another language, and lines; those whose characters do not tell are left out."
-        )
+        rows = [
+            [name, *(ratio(confusion[name][group][rate]) for rate in PASS_RATES for group in groups)] for name in MODELS
+        ]
+        columns = [group.replace("_", " ") for group in groups]
+        print0(format_table(["share of answers in", *columns, "of lines in " + columns[0], *columns[1:]], rows))
+        print0("Answers without a line in another language, and lines in the language; undecided ones are left out.")
 
-    print_header("free Japanese answers of the chat model")
-    tried = metrics["generation"]["candidates"]
+    print_header("free-form Japanese replies of the chat model")
     rows = [
         [
             name,
-            share(one["repeated_4gram_ratio"]),
-            f"{one['longest_loop']} characters",
-            share(one["finished_ratio"]),
-            share(one["accuracy"]),
-            f"{one['tokens_per_second']:,.0f}",
+            ratio(candidate["repeated_4gram_ratio"]),
+            f"{candidate['longest_loop']} characters",
+            ratio(candidate["finished_ratio"]),
+            ratio(candidate["accuracy"]),
+            f"{candidate['tokens_per_second']:,.0f}",
         ]
-        for name, one in tried.items()
+        for name, candidate in metrics["generation"]["candidates"].items()
     ]
     print0(format_table(["settings", "repeated", "longest loop", "ended", "right", "tokens/s"], rows))
     chosen = metrics["generation"]["chosen"]
-    print0(f"The chat model's own settings are now: {chosen} (least repetition for at most 2 points of right answers).")
+    print0(f"Selected: {chosen} (least repetition at a cost of at most 2 points of accuracy).")
     print0(
         f"\nstep 7 done: everything is in {WORK_DIR} (report.html, metrics/, answers.jsonl, chat_model/). "
         f"Chat: {command('step7_eval_chat.py')} --chat, or --web"
@@ -221,7 +232,7 @@ def show(metrics: dict[str, Any]) -> None:
 
 
 def chat() -> None:
-    """A dialogue on the terminal with the chat model."""
+    """Chats with the chat model in the terminal."""
     pipeline.require_artifacts(CHAT_MODEL_DIR)
     from llmtuner.chat.cli import run_chat
 
@@ -229,33 +240,34 @@ def chat() -> None:
 
 
 def chat_in_browser(options: argparse.Namespace) -> None:
-    """A page with base and chat model side by side, for this machine unless --host says otherwise."""
+    """Serves a chat page with base and chat model side by side."""
     pipeline.require_artifacts(CHAT_MODEL_DIR)
     pipeline.require_base_model()
     from llmtuner.chat.web import serve
 
     password = os.environ.get("CHAT_PASSWORD")
     if options.host != LOOPBACK and not password and sys.stdin.isatty():
-        with suppress(EOFError):  # Ctrl-D: none
+        with suppress(EOFError):  # Ctrl-D: no password
             password = getpass("password for the page: ")
     serve(
         {"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, PROFILE.max_new_tokens, options.host, options.port, password
     )
 
 
-def run_suite(options: argparse.Namespace) -> None:
-    """Scores of one model in standard suites, to WORK_DIR/metrics and the report."""
+def evaluate_suite(options: argparse.Namespace) -> None:
+    """Evaluates one model on standard benchmarks, for WORK_DIR/metrics and the report."""
     directory = MODELS[options.model]
     if options.model == "base":
         pipeline.require_base_model()
     else:
         pipeline.require_artifacts(directory)
+    check_writable(constants.METRICS_DIR)
     from llmtuner.eval.lm_eval_adapter import USES_CHAT_TEMPLATE, run_suite
+    from llmtuner.eval.scores import format_scores
 
-    run_suite(
+    result = run_suite(
         options.suite,
         directory,
-        constants.METRICS_DIR / f"suite_{options.suite}_{options.model}.json",
         tasks=options.tasks.split(",") if options.tasks else None,
         include_path=options.task_dir,
         limit=options.limit,
@@ -263,6 +275,10 @@ def run_suite(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
     )
+    print0(format_scores(result["tasks"]))
+    if result["truncated_requests"]:
+        print0(f"{result['truncated_requests']:,} requests exceeded the model's context and lost their beginning.")
+    atomic_write_json(constants.METRICS_DIR / f"suite_{options.suite}_{options.model}.json", result)
     if pipeline.load_metrics("step1"):
         pipeline.make_report()
 

@@ -167,12 +167,12 @@ def measure_old_languages(
     asked = [one["question"] for one in questions(build_generators(FRESH)) if one["group"] in OLD_LANGUAGES]
     windows = token_windows(tokenizer, fresh)
     hidden = torch.cat([hidden_states(grown.model, torch.tensor([ids])) for ids in windows])
-    before = generate_answers(grown.model, base_tokenizer, asked, name="base").texts
+    before = generate_answers(grown.model, base_tokenizer, asked).texts
     results = {"base": bits_of(grown.model, base_tokenizer, texts, OLD_LANGUAGES)}
     grown.grow("input", "mean")
     for choice in CHOICES:
         head = grown.grow("output", choice)
-        after = generate_answers(grown.model, tokenizer, asked, name=choice).texts
+        after = generate_answers(grown.model, tokenizer, asked).texts
         results[choice] = {
             **bits_of(grown.model, tokenizer, texts, OLD_LANGUAGES),
             "answers_changed": sum(one != other for one, other in zip(before, after, strict=True)),
@@ -200,7 +200,7 @@ def measure_old_languages(
 
 def bits_of(model: Any, tokenizer: Any, texts: dict[str, list[str]], languages: Iterable[str]) -> dict[str, float]:
     """Bits per byte of some languages' texts."""
-    return {language: bits_per_byte(model, tokenizer, texts[language], WINDOW, language) for language in languages}
+    return {language: bits_per_byte(model, tokenizer, texts[language], WINDOW) for language in languages}
 
 
 def token_windows(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:

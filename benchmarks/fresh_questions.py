@@ -52,9 +52,7 @@ def main() -> None:
     if {**GENERATION_DEFAULTS, **candidates["own settings"]} == {**GENERATION_DEFAULTS, **GREEDY}:
         del candidates["own settings"]
     for name, settings in candidates.items():
-        told = generate_answers(
-            model, tokenizer, [one.question for one in questions], QA_MAX_NEW_TOKENS, settings, name=name
-        )
+        told = generate_answers(model, tokenizer, [one.question for one in questions], QA_MAX_NEW_TOKENS, settings)
         results[name] = {"settings": settings, "groups": graded(questions, told.texts)}
     print_header(f"{len(questions)} fresh questions to {directory}")
     rows = [

@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from benchmarks.full_size_checkpoint import environment
 from llmtuner.console import UserError, format_table, print0, print_header, run_cli
+from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
 from llmtuner.train.checkpointing import list_checkpoints
@@ -36,7 +37,6 @@ RECIPES = {
     "no_neat_packing": "--neat_packing false",
     "new_rows": "--embedding_rows new",
 }
-LANGUAGES = ("ja", "zh", "en")
 TOLERANCE = 0.01  # by which the tokens of two runs may differ
 
 

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Item = TypeVar("Item")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -155,6 +155,14 @@ def progress(items: Iterable[Item], description: str, total: int | None = None, 
     from tqdm import tqdm
 
     return tqdm(items, desc=description, total=total, unit=unit, disable=not is_rank_zero(), mininterval=0.5)
+
+
+def progress_bar(total: float, description: str) -> Any:
+    """A progress bar on rank 0's standard error, to be advanced by `update`; it shows percent, not what is counted."""
+    from tqdm import tqdm
+
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    return tqdm(total=total, desc=description, bar_format=layout, disable=not is_rank_zero(), mininterval=0.5)
 
 
 class Timer:

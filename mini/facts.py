@@ -11,7 +11,6 @@ alone, and show how much a model carries over to a language in which it never re
 import random
 from dataclasses import dataclass, field
 
-LANGUAGES = ("ja", "zh", "en")
 DESCRIBED_IN_JAPANESE = 0.7
 
 

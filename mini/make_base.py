@@ -203,7 +203,7 @@ def make_base(destination: Path) -> None:
         exam = {}
         for group in ("zh", "en", "ja"):
             asked = [question for question in questions if question.group == group][:EXAM_QUESTIONS]
-            answers = generate_answers(model, tokenizer, [question.question for question in asked], name=group).texts
+            answers = generate_answers(model, tokenizer, [question.question for question in asked]).texts
             right = [is_correct(question, answer) for question, answer in zip(asked, answers, strict=True)]
             exam[group] = sum(right) / len(right)
             for question, answer, good in list(zip(asked, answers, right, strict=True))[:6]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from llmtuner.eval.language import LANGUAGES
 from mini import code_tasks, phrases_en, phrases_ja, phrases_zh
-from mini.facts import LANGUAGES, RELATIONS, Entity, build_world
+from mini.facts import RELATIONS, Entity, build_world
 
 SEED = 20240601
 PHRASES: dict[str, ModuleType] = {"ja": phrases_ja, "zh": phrases_zh, "en": phrases_en}

@@ -1,1 +1,1 @@
-"""Talking with a model: a dialogue whose answers come piece by piece, on the terminal and as a page in the browser."""
+"""Chatting with a model: a session whose answers stream, in the terminal and on a web page."""

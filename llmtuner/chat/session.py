@@ -1,4 +1,4 @@
-"""A dialogue with a model: what was said so far, and answers that come piece by piece and can be stopped."""
+"""A chat session: the dialogue so far, and answers that stream and can be stopped."""
 
 import json
 import queue
@@ -15,70 +15,75 @@ from llmtuner.console import UserError
 from llmtuner.data.template import Message, Template
 from llmtuner.eval.generation import GENERATION_DEFAULTS, GREEDY, generation_config
 
-REPLACEMENT_CHARACTER = "\ufffd"  # what each byte decodes to while others of its character are missing
-MAX_PARTIAL_BYTES = 3  # bytes of a character, all but its last
-SAMPLING_ARGS = ("temperature", "top_p", "top_k")  # transformers warns of these where nothing is sampled
+REPLACEMENT_CHARACTER = "\ufffd"  # what an incomplete character decodes to
+MAX_PARTIAL_BYTES = 3  # of a UTF-8 character
+SAMPLING_ARGS = ("temperature", "top_p", "top_k")  # transformers warns about these under greedy decoding
 
 
 def load_generation_settings(directory: Path | str) -> dict[str, Any]:
-    """The generation settings that a model's directory names as its own; greedy where it names none.
+    """A model directory's own generation settings; greedy decoding if it has none.
 
     Raises:
         UserError: if its generation_config.json cannot be read.
     """
     path = Path(directory) / "generation_config.json"
     try:
-        named = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Mend it, or take it away to be answered greedily.") from error
-    return {**GREEDY, **{name: named[name] for name in (*GREEDY, *GENERATION_DEFAULTS) if named.get(name) is not None}}
+        raise UserError(f"{path} cannot be read: {error}. Fix it, or delete it for greedy decoding.") from error
+    return {
+        **GREEDY,
+        **{name: config[name] for name in (*GREEDY, *GENERATION_DEFAULTS) if config.get(name) is not None},
+    }
 
 
 class ChatSession:
-    """Questions and answers of one person and one model, answers being streamed.
+    """A dialogue of one user with one model.
 
     Args:
         model, tokenizer: as from `load_for_evaluation`.
-        system: what the model is told before the dialogue; empty for nothing.
+        system: the system message; empty for none.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, system: str = "") -> None:
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.template = Template.from_tokenizer(tokenizer)
         self.messages: list[Message] = []  # user and assistant in turn
-        self._stopped = False  # no Event: a signal handler may set this at any moment, and must not wait for a lock
+        self._stopped = False  # not an Event: a signal handler sets it, and must not wait for a lock
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model can read at most."""
+        """The model's context length in tokens."""
         return int(self.model.config.max_position_embeddings)
 
     def remaining_tokens(self, question: str = "") -> int:
-        """Tokens that are left for an answer to `question`; not above 0 if there is no room for one."""
+        """Tokens left for an answer to `question`; 0 or less if the context is full."""
         return self.context_length - len(self._prompt(question))
 
     def ask(self, question: str, settings: Mapping[str, Any], max_new_tokens: int) -> Iterator[str]:
-        """Yields the answer as far as it has come, again and again; what was said stays in the dialogue, also if stopped.
+        """Yields the answer so far, again and again; it stays in the dialogue even if it is stopped.
 
-        A question to which nothing was said is forgotten. The answer ends early where the model can read no more.
+        A question that gets no answer is dropped. An answer ends early where the context is full.
 
         Args:
-            settings: transformers' names; those of sampling may stay where do_sample is false.
+            settings: transformers' names; those of sampling are ignored if do_sample is false.
 
         Raises:
-            UserError: before anything is said, if the dialogue does not leave room for an answer.
+            UserError: at once, if the context has no room for an answer.
         """
         self._stopped = False
         prompt = self._prompt(question)
-        room = self.context_length - len(prompt)
-        if room <= 0:
+        remaining = self.context_length - len(prompt)
+        if remaining <= 0:
             raise UserError(
-                f"the dialogue with this question is {len(prompt):,} tokens long, and the model reads at most "
-                f"{self.context_length:,}. Ask more briefly, or forget what was said before."
+                f"the dialogue with this question has {len(prompt):,} tokens, and the model's context is "
+                f"{self.context_length:,}. Shorten the question, or clear the dialogue."
             )
         if not settings.get("do_sample"):
             settings = {name: value for name, value in settings.items() if name not in SAMPLING_ARGS}
-        return self._answer(question, prompt, generation_config(self.template, settings, min(max_new_tokens, room)))
+        return self._answer(
+            question, prompt, generation_config(self.template, settings, min(max_new_tokens, remaining))
+        )
 
     def _prompt(self, question: str) -> list[int]:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
@@ -87,68 +92,68 @@ class ChatSession:
         )
 
     def _answer(self, question: str, prompt: list[int], config: GenerationConfig) -> Iterator[str]:
-        asked: Message = {"role": "user", "content": question}
-        said: Message = {"role": "assistant", "content": ""}
-        self.messages += [asked, said]
-        tokens = TokenStreamer(len(prompt))
-        worker = threading.Thread(target=self._generate, args=(prompt, config, tokens), daemon=True)
+        answer: Message = {"role": "assistant", "content": ""}
+        turn: list[Message] = [{"role": "user", "content": question}, answer]
+        self.messages += turn
+        streamer = TokenStreamer(len(prompt))
+        worker = threading.Thread(target=self._generate, args=(prompt, config, streamer), daemon=True)
         worker.start()
         ids: list[int] = []
         try:
-            for new in tokens:
-                ids += [one for one in new if one not in self.template.stop_token_ids]
+            for tokens in streamer:
+                ids += [token for token in tokens if token not in self.template.stop_token_ids]
                 text = self._decode(ids)
-                if text != said["content"]:
-                    said["content"] = text
+                if text != answer["content"]:
+                    answer["content"] = text
                     yield text
-        finally:  # also when whoever listens has gone
+        finally:  # also if the reader stops reading
             self.stop()
             worker.join()
-            if not said["content"]:
-                self.messages[:] = [one for one in self.messages if one is not asked and one is not said]
+            if not answer["content"] and self.messages[-1:] == [answer]:
+                del self.messages[-2:]
 
     def _decode(self, ids: list[int]) -> str:
-        """The text of an answer without the bytes at its end that are no character yet."""
+        """The text of an answer, without an incomplete character at its end."""
         for missing in range(MAX_PARTIAL_BYTES + 1):
             text = self.tokenizer.decode(ids[: len(ids) - missing], skip_special_tokens=True)
             if not text.endswith(REPLACEMENT_CHARACTER):
                 return text.strip()
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()  # bytes that will never be one
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()  # not UTF-8 at all
 
     @torch.no_grad()
-    def _generate(self, prompt: list[int], config: GenerationConfig, tokens: "TokenStreamer") -> None:
+    def _generate(self, prompt: list[int], config: GenerationConfig, streamer: "TokenStreamer") -> None:
         try:
             ids = torch.tensor([prompt], device=self.model.device)
             self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
-                streamer=tokens,
+                streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([StopOnRequest(lambda: self._stopped)]),
             )
-        except Exception as error:  # raised again where the answer is read
-            tokens.fail(error)
+        except Exception as error:  # raised again in the reader
+            streamer.fail(error)
 
     def stop(self) -> None:
-        """Ends the answer that is being given, after the token at hand; may be called from another thread or a signal handler."""
+        """Stops the current answer after its next token; may be called from other threads and signal handlers."""
         self._stopped = True
 
     def undo(self) -> bool:
-        """Forgets the last question and its answer; false if there was none."""
+        """Removes the last question and its answer; false if there is none."""
         had = bool(self.messages)
         del self.messages[-2:]
         return had
 
     def clear(self) -> None:
-        """Forgets what was said; what the model was told before stays."""
+        """Removes all messages; the system message stays."""
         self.messages.clear()
 
 
 class TokenStreamer(BaseStreamer):
-    """Tokens on their way from the thread that generates them to the one that reads them."""
+    """Passes tokens from the generating thread to the reading one."""
 
     def __init__(self, prompt_length: int) -> None:
-        self.to_skip = prompt_length  # generate hands over the prompt first
+        self.to_skip = prompt_length  # generate passes the prompt first
         self.queue: queue.SimpleQueue[list[int] | Exception | None] = queue.SimpleQueue()
 
     def put(self, value: torch.Tensor) -> None:
@@ -165,14 +170,14 @@ class TokenStreamer(BaseStreamer):
         self.queue.put(error)
 
     def __iter__(self) -> Iterator[list[int]]:
-        while (one := self.queue.get()) is not None:
-            if isinstance(one, Exception):
-                raise one
-            yield one
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
 
 
 class StopOnRequest(StoppingCriteria):
-    """Stops a generation once it is asked to."""
+    """Stops generation once `requested` returns true."""
 
     def __init__(self, requested: Callable[[], bool]) -> None:
         self.requested = requested

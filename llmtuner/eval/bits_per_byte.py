@@ -1,7 +1,7 @@
-"""Bits per byte: how well a model predicts a text, comparable across vocabularies."""
+"""Bits per byte: how well a model predicts text, comparable across tokenizers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,126 +10,137 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from llmtuner.console import format_table, progress
+from llmtuner.console import format_table, progress_bar
 from llmtuner.data.template import Template
+from llmtuner.eval.language import LANGUAGES
 from llmtuner.tokenizer.fast import encode_batch
 
 NUM_RESAMPLES = 2000
 
 
+@torch.no_grad()
+def padded_logits(model: Any, sequences: Sequence[Sequence[int]], first: int = 0) -> torch.Tensor:
+    """Logits of one right-padded batch.
+
+    Padding on the right is invisible to a causal model, so no attention mask is needed.
+
+    Args:
+        sequences: token ids.
+        first: the first position whose logits are needed.
+
+    Returns:
+        [len(sequences), longest - first, vocab_size]
+    """
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], device=model.device)
+    positions = torch.arange(longest, device=model.device).expand_as(ids)
+    partial = {"logits_to_keep": longest - first} if first else {}
+    return model(input_ids=ids, position_ids=positions, use_cache=False, **partial).logits
+
+
 @dataclass(frozen=True)
 class Windows:
-    """Documents, tokenized and cut into windows that know nothing of one another; every token is predicted."""
+    """Documents, tokenized and cut into independent windows; every token is predicted once."""
 
-    ids: list[list[int]]
-    """Of each context_length: the prefix, then at most `context_length` minus the prefix's length tokens of one document."""
+    input_ids: list[list[int]]
+    """Of each window: the prefix, then tokens of one document. Sorted by length."""
     doc_ids: list[int]
     """The document of each window."""
     prefix_length: int
-    """Ids at the start of a window that are not predicted."""
+    """Tokens at the start of a window that are not predicted."""
     num_bytes: numpy.ndarray
     """UTF-8 bytes of each document."""
 
     @classmethod
     def from_texts(cls, tokenizer: Any, texts: Sequence[str], context_length: int) -> "Windows":
-        """Cuts `texts` for a model that reads `context_length` tokens at once."""
+        """Cuts `texts` into windows of at most `context_length` tokens, prefix included."""
         prefix = Template.from_tokenizer(tokenizer).prefix
         step = context_length - len(prefix)
-        pieces = [
-            (prefix + ids[start : start + step], number)
-            for number, ids in enumerate(encode_batch(tokenizer, texts))
+        windows = [
+            (prefix + ids[start : start + step], document)
+            for document, ids in enumerate(encode_batch(tokenizer, texts))
             for start in range(0, len(ids), step)
         ]
-        pieces.sort(key=lambda piece: len(piece[0]))  # a batch shall be as long as its last
+        windows.sort(key=lambda window: len(window[0]))  # little padding in each batch
         return cls(
-            [ids for ids, _ in pieces],
-            [number for _, number in pieces],
+            [ids for ids, _ in windows],
+            [document for _, document in windows],
             len(prefix),
             numpy.array([len(text.encode("utf-8")) for text in texts], dtype=numpy.int64),
         )
 
 
-@torch.no_grad()
-def document_bits(model: Any, windows: Windows, name: str | None = "", tokens_per_batch: int = 4096) -> numpy.ndarray:
-    """Bits that the model needs for each document, the end mark not counted: it has no bytes.
+def document_bits(
+    model: Any,
+    windows: Windows,
+    tokens_per_batch: int = 4096,
+    on_progress: Callable[[float], Any] | None = None,
+) -> numpy.ndarray:
+    """Information content of each document in bits, without the end mark, which has no bytes.
 
     Args:
-        name: stands on the progress bar; None for no bar.
+        tokens_per_batch: tokens in one forward pass, padding included.
+        on_progress: called with the number of documents scored since the last call, a fraction for parts of one.
     """
     batches: list[list[int]] = []
-    for number, own in enumerate(windows.ids):
-        if not batches or (len(batches[-1]) + 1) * len(own) > tokens_per_batch:
+    for index, ids in enumerate(windows.input_ids):
+        if not batches or (len(batches[-1]) + 1) * len(ids) > tokens_per_batch:
             batches.append([])
-        batches[-1].append(number)
+        batches[-1].append(index)
     bits = numpy.zeros(len(windows.num_bytes))
-    shown: Iterable[list[int]] = batches
-    if name is not None:
-        shown = progress(batches, f"bits per byte {name}".strip(), unit="batch")
-    for batch in shown:
-        rows = [windows.ids[number] for number in batch]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-        # Padding stands on the right, where a causal model cannot see it from inside a text: no mask is needed.
-        positions = torch.arange(longest, device=model.device).expand_as(ids)
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        sums = [
-            cross_entropy(
-                logits[place, windows.prefix_length - 1 : len(row) - 1].float(),
-                ids[place, windows.prefix_length : len(row)],
-                reduction="sum",
-            )
-            for place, row in enumerate(rows)
-        ]
-        for number, nats in zip(batch, torch.stack(sums).tolist(), strict=True):
-            bits[windows.doc_ids[number]] += nats / math.log(2)
+    for batch in batches:
+        logits = padded_logits(model, [windows.input_ids[index] for index in batch])
+        nats = []
+        for row, index in enumerate(batch):
+            targets = torch.tensor(windows.input_ids[index][windows.prefix_length :], device=logits.device)
+            predictions = logits[row, windows.prefix_length - 1 :][: len(targets)].float()
+            nats.append(cross_entropy(predictions, targets, reduction="sum"))
+        for index, value in zip(batch, torch.stack(nats).tolist(), strict=True):
+            bits[windows.doc_ids[index]] += value / math.log(2)
+        if on_progress:
+            on_progress(len(batch) / len(windows.input_ids) * len(bits))
     return bits
 
 
 def bits_per_byte(
     model: PreTrainedModel,
     tokenizer: Any,
-    texts: list[str],
+    texts: Sequence[str],
     context_length: int,
-    name: str = "",
     tokens_per_batch: int = 4096,
+    on_progress: Callable[[float], Any] | None = None,
 ) -> float:
-    """Bits that the model needs per UTF-8 byte of `texts`.
-
-    Every token of a text is predicted, the first one from the prefix alone. A text longer than `context_length` tokens is read
-    in windows that know nothing of one another.
-    """
+    """Bits per UTF-8 byte of `texts`, see `Windows` and `document_bits`."""
     windows = Windows.from_texts(tokenizer, texts, context_length)
-    return float(document_bits(model, windows, name, tokens_per_batch).sum() / windows.num_bytes.sum())
+    return float(document_bits(model, windows, tokens_per_batch, on_progress).sum() / windows.num_bytes.sum())
 
 
 def bootstrap_ci(
-    bits: numpy.ndarray, num_bytes: numpy.ndarray, share: float = 0.95, seed: int = 0
+    bits: numpy.ndarray, num_bytes: numpy.ndarray, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Bounds of bits per byte: the percentile bootstrap over documents (Efron 1979), drawn `NUM_RESAMPLES` times.
+    """Confidence interval of bits per byte: percentile bootstrap over documents (Efron 1979), `NUM_RESAMPLES` resamples.
 
     Args:
         bits, num_bytes: of each document.
-        share: how much of the resampled figures lies between the bounds.
     """
-    drawn = numpy.random.default_rng(seed).integers(0, len(bits), (NUM_RESAMPLES, len(bits)))
-    figures = bits[drawn].sum(axis=1) / num_bytes[drawn].sum(axis=1)
-    low, high = numpy.quantile(figures, [(1 - share) / 2, (1 + share) / 2])
+    resamples = numpy.random.default_rng(seed).integers(0, len(bits), (NUM_RESAMPLES, len(bits)))
+    values = bits[resamples].sum(axis=1) / num_bytes[resamples].sum(axis=1)
+    low, high = numpy.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return round(float(low), 4), round(float(high), 4)
 
 
 def bpb_by_language(
     model: PreTrainedModel, tokenizer: Any, texts: dict[str, list[str]], context_length: int, name: str
 ) -> dict[str, float]:
-    """`bits_per_byte` of each language's texts."""
-    return {
-        language: round(bits_per_byte(model, tokenizer, own, context_length, f"{name} {language}"), 4)
-        for language, own in texts.items()
-    }
+    """`bits_per_byte` of each language, under one progress bar called `name`."""
+    with progress_bar(sum(map(len, texts.values())), f"bits per byte, {name}") as bar:
+        return {
+            language: round(bits_per_byte(model, tokenizer, documents, context_length, on_progress=bar.update), 4)
+            for language, documents in texts.items()
+        }
 
 
 def format_bpb_table(bits: dict[str, dict[str, float]]) -> str:
-    """Lays out bits per byte, one model a line."""
-    languages = ("ja", "zh", "en")
-    return format_table(
-        ["bits per byte", *languages], [[name, *(f"{own[one]:.3f}" for one in languages)] for name, own in bits.items()]
-    )
+    """A table of bits per byte: {model: {language: value}}, one model a line."""
+    rows = [[name, *(f"{values[language]:.3f}" for language in LANGUAGES)] for name, values in bits.items()]
+    return format_table(["bits per byte", *LANGUAGES], rows)

@@ -1,24 +1,24 @@
-"""What one model is asked and measured by, and which generation settings suit it."""
+"""Evaluates one model on questions and held-out texts, and selects the generation config that suits a chat model."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmtuner.eval.bits_per_byte import Windows, bootstrap_ci, document_bits
 from llmtuner.eval.generation import GREEDY, generate_answers
-from llmtuner.eval.language import language_confusion
+from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES, language_confusion
 from llmtuner.eval.questions import Question, accuracy, agreement
 from llmtuner.eval.repetition import repetition_metrics
 from llmtuner.files import atomic_write_json
 
 QA_GROUPS = ("zh", "en", "ja", "ja_unseen")
-FREE_FORM = "ja_free"  # requests for a longer reply
-RETAINED_LANGUAGES = ("zh", "en")  # languages whose answers are compared with the base model's
-QA_MAX_NEW_TOKENS = 64  # room for a sentence, also for one whose Japanese is spelled in bytes
+FREE_FORM = "ja_free"  # requests for a reply of several sentences
+QA_MAX_NEW_TOKENS = 64  # one sentence, even if its Japanese takes a token per byte
 
-# Among these a chat model's own settings are chosen. "sampled" is what ChatGLM3 comes with.
+# Candidates for the chat model's generation_config.json. "sampled" is what ChatGLM3 ships with.
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.8}
 GENERATION_CANDIDATES: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
@@ -28,9 +28,9 @@ GENERATION_CANDIDATES: dict[str, dict[str, Any]] = {
     "sampled, penalty 1.05": {**SAMPLED, "repetition_penalty": 1.05},
     "sampled, penalty 1.1": {**SAMPLED, "repetition_penalty": 1.1},
 }
-QUESTIONS_PER_CANDIDATE = 100  # of each language
-NUM_SAMPLES = 4  # answers to each request where answers are drawn at random
-MAX_ACCURACY_DROP = 0.02  # right answers, at most, that less repetition may cost
+QUESTIONS_PER_CANDIDATE = 100  # in each language
+NUM_SAMPLES = 4  # replies to each free-form request under sampling
+MAX_ACCURACY_DROP = 0.02  # accuracy that less repetition may cost, against greedy decoding
 
 
 def evaluate_model(
@@ -40,101 +40,146 @@ def evaluate_model(
     texts: Mapping[str, list[str]],
     context_length: int,
     max_new_tokens: int,
-    name: str,
+    on_progress: Callable[[float], Any] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Greedy answers to all questions and bits per byte of held-out texts; returns what was measured, and the answers.
+    """Answers all questions greedily and measures bits per byte.
 
     Args:
-        texts: of each language.
-        context_length: tokens that are read at once.
-        max_new_tokens: room for the reply to a free request.
-        name: stands on the progress bars.
+        texts: held-out documents of each language.
+        context_length: tokens in one window of a document.
+        max_new_tokens: length limit of a free-form reply.
+        on_progress: called with the number of questions and documents processed since the last call.
+
+    Returns:
+        Metrics, and the answer to each question.
     """
-    answers = [""] * len(questions)
-    told = {}
-    for kind, room in (("free", max_new_tokens), ("short", QA_MAX_NEW_TOKENS)):
-        chosen = [index for index, one in enumerate(questions) if (one.group == FREE_FORM) == (kind == "free")]
-        asked = [questions[index].question for index in chosen]
-        told[kind] = generate_answers(model, tokenizer, asked, room, name=f"{name}, {kind}")
-        for index, text in zip(chosen, told[kind].texts, strict=True):
-            answers[index] = text
-    windows = {language: Windows.from_texts(tokenizer, own, context_length) for language, own in texts.items()}
-    bits = {language: document_bits(model, own, f"{name} {language}") for language, own in windows.items()}
-    free = repetition_metrics(told["free"])
+    free_form, qa = (
+        generate_answers(
+            model,
+            tokenizer,
+            [question.question for question in questions if (question.group == FREE_FORM) == is_free_form],
+            limit,
+            on_progress=on_progress,
+        )
+        for is_free_form, limit in ((True, max_new_tokens), (False, QA_MAX_NEW_TOKENS))
+    )
+    free_texts, qa_texts = iter(free_form.texts), iter(qa.texts)
+    answers = [next(free_texts if question.group == FREE_FORM else qa_texts) for question in questions]
+    bits_per_byte, intervals = {}, {}
+    for language, documents in texts.items():
+        windows = Windows.from_texts(tokenizer, documents, context_length)
+        bits = document_bits(model, windows, on_progress=on_progress)
+        bits_per_byte[language] = round(float(bits.sum() / windows.num_bytes.sum()), 4)
+        intervals[language] = bootstrap_ci(bits, windows.num_bytes)
+    free_form_metrics = repetition_metrics(free_form)
     metrics = {
         "accuracy": {group: accuracy(questions, answers, group) for group in QA_GROUPS},
         "language_confusion": language_confusion_by_group(questions, answers),
-        "bits_per_byte": {one: round(float(bits[one].sum() / windows[one].num_bytes.sum()), 4) for one in texts},
-        "bits_per_byte_interval": {one: bootstrap_ci(bits[one], windows[one].num_bytes) for one in texts},
-        "repetition": {"ja": free["repeated_4gram_ratio"]},
-        "free_answers": free,
-        "tokens_per_second": told["short"].tokens_per_second,
+        "bits_per_byte": bits_per_byte,
+        "bits_per_byte_interval": intervals,
+        "repetition": {"ja": free_form_metrics["repeated_4gram_ratio"]},
+        "free_answers": free_form_metrics,
+        "tokens_per_second": qa.tokens_per_second,
     }
     return metrics, answers
 
 
 def language_confusion_by_group(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`language_confusion` of the answers to each group of questions."""
-    found = {}
-    for group in (*QA_GROUPS, FREE_FORM):
-        pairs = [(answer, one) for one, answer in zip(questions, answers, strict=True) if one.group == group]
-        if pairs:
-            found[group] = language_confusion(
-                [answer for answer, _ in pairs], [question.language_of_answer for _, question in pairs]
-            )
-    return found
+    pairs = list(zip(questions, answers, strict=True))
+    return {
+        group: language_confusion(
+            [answer for question, answer in pairs if question.group == group],
+            [question.language_of_answer for question in questions if question.group == group],
+        )
+        for group in (*QA_GROUPS, FREE_FORM)
+        if any(question.group == group for question in questions)
+    }
 
 
 def agreement_by_language(
     questions: Sequence[Question], answers: Sequence[str], reference: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """`agreement` of two models' answers in each of the languages that were to be kept."""
-    found = {}
-    for group in RETAINED_LANGUAGES:
-        asked = [index for index, one in enumerate(questions) if one.group == group]
-        if asked:
-            found[group] = agreement([answers[index] for index in asked], [reference[index] for index in asked])
-    return found
+    """`agreement` of two models' answers in each language that the base model already speaks."""
+    groups = {
+        language: [index for index, question in enumerate(questions) if question.group == language]
+        for language in RETAINED_LANGUAGES
+    }
+    return {
+        language: agreement([answers[index] for index in indices], [reference[index] for index in indices])
+        for language, indices in groups.items()
+        if indices
+    }
+
+
+def _selection_questions(questions: Sequence[Question]) -> tuple[list[str], list[Question]]:
+    """Free-form requests, and the questions with a known answer on which `select_generation_config` measures accuracy."""
+    requests = [question.question for question in questions if question.group == FREE_FORM]
+    counts: Counter[str] = Counter()
+    known = []
+    for question in questions:
+        if question.value is not None and question.group in LANGUAGES:
+            counts[question.group] += 1
+            if counts[question.group] <= QUESTIONS_PER_CANDIDATE:
+                known.append(question)
+    return requests, known
 
 
 def select_generation_config(
-    model: PreTrainedModel, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    on_progress: Callable[[float], Any] | None = None,
 ) -> dict[str, Any]:
-    """Tries `GENERATION_CANDIDATES`; chosen is the one that repeats least among those that cost at most `MAX_ACCURACY_DROP` right answers.
+    """Selects the candidate that repeats least, among those that lose at most `MAX_ACCURACY_DROP` against greedy decoding.
 
-    Right answers are counted over all questions whose answer is known, and compared with greedy decoding's; where none is
-    known, repetition alone decides.
+    Accuracy is the mean over groups of questions with a known answer; without such questions repetition alone decides.
+
+    Returns:
+        candidates {name: {settings, accuracy, metrics of repetition}} and the name of the chosen one.
     """
-    known, taken = [], dict.fromkeys(QA_GROUPS, 0)
-    for one in questions:
-        if one.value is not None and one.group in ("zh", "en", "ja") and taken[one.group] < QUESTIONS_PER_CANDIDATE:
-            taken[one.group] += 1
-            known.append(one)
-    requests = [one.question for one in questions if one.group == FREE_FORM]
+    requests, known = _selection_questions(questions)
     candidates: dict[str, dict[str, Any]] = {}
     for name, settings in GENERATION_CANDIDATES.items():
-        num_samples = NUM_SAMPLES if settings["do_sample"] else 1
-        free = generate_answers(model, tokenizer, requests * num_samples, max_new_tokens, settings, name=name)
-        told = generate_answers(
-            model, tokenizer, [one.question for one in known], QA_MAX_NEW_TOKENS, settings, name=name
+        repeated_requests = requests * (NUM_SAMPLES if settings["do_sample"] else 1)
+        free_form, qa = (
+            generate_answers(model, tokenizer, prompts, limit, settings, on_progress=on_progress)
+            for prompts, limit in (
+                (repeated_requests, max_new_tokens),
+                ([question.question for question in known], QA_MAX_NEW_TOKENS),
+            )
         )
-        groups = [accuracy(known, told.texts, group) for group in QA_GROUPS]
-        shares = [share for share in groups if share is not None]
-        right = round(sum(shares) / len(shares), 4) if shares else None
-        candidates[name] = {"settings": settings, **repetition_metrics(free), "accuracy": right}
-    enough = (candidates["greedy"]["accuracy"] or 0) - MAX_ACCURACY_DROP
-    allowed = [name for name, one in candidates.items() if one["accuracy"] is None or one["accuracy"] >= enough]
+        by_group = [accuracy(known, qa.texts, group) for group in QA_GROUPS]
+        measured = [value for value in by_group if value is not None]
+        candidates[name] = {
+            "settings": settings,
+            **repetition_metrics(free_form),
+            "accuracy": round(sum(measured) / len(measured), 4) if measured else None,
+        }
+    required = (candidates["greedy"]["accuracy"] or 0) - MAX_ACCURACY_DROP
+    allowed = [
+        name
+        for name, candidate in candidates.items()
+        if candidate["accuracy"] is None or candidate["accuracy"] >= required
+    ]
     chosen = min(allowed, key=lambda name: candidates[name]["repeated_4gram_ratio"])
     return {"candidates": candidates, "chosen": chosen}
 
 
-def save_generation_config(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Makes generation settings a model's own: transformers' `generate` takes them from its directory by default."""
-    from transformers import GenerationConfig
+def num_progress_items(questions: Sequence[Question], texts: Mapping[str, list[str]], num_models: int) -> int:
+    """What `on_progress` counts to while `num_models` models are evaluated and one generation config is selected."""
+    requests, known = _selection_questions(questions)
+    samples = sum(NUM_SAMPLES if settings["do_sample"] else 1 for settings in GENERATION_CANDIDATES.values())
+    selection = samples * len(requests) + len(GENERATION_CANDIDATES) * len(known)
+    return num_models * (len(questions) + sum(map(len, texts.values()))) + selection
 
+
+def save_generation_config(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Writes generation settings into a model directory, where `generate` of transformers, vLLM and others read them."""
     config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
-    own = {"do_sample": False, "temperature": None, "top_p": None, "repetition_penalty": None, **settings}
-    for name, value in own.items():
+    unset = dict.fromkeys(("temperature", "top_p", "repetition_penalty"))
+    for name, value in {"do_sample": False, **unset, **settings}.items():
         setattr(config, name, value)
     config.validate()
     atomic_write_json(directory / "generation_config.json", config.to_diff_dict())

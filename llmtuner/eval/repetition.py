@@ -1,57 +1,56 @@
-"""Whether texts repeat themselves: n-grams that occur again, and loops."""
+"""Repetition in generated text: repeated n-grams and loops."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch is not needed to look at a text
+if TYPE_CHECKING:  # the report reads answers without importing torch
     from llmtuner.eval.generation import GeneratedAnswers
 
-MIN_LOOP_LENGTH = (
-    8  # characters that repeat what stands directly before; fewer are words such as さまざま, or a row of dots
-)
+MIN_LOOP_LENGTH = 8  # characters; shorter ones are words such as さまざま, or a row of dots
 
 
-def repeated_ngrams(texts: Sequence[str], n: int = 4) -> float:
+def repeated_ngram_ratio(texts: Sequence[str], n: int = 4) -> float:
     """Share of character n-grams that occurred before in the same text, over all texts."""
-    seen_again = total = 0
+    repeated = total = 0
     for text in texts:
-        grams = [text[start : start + n] for start in range(len(text) - n + 1)]
-        total += len(grams)
-        seen_again += len(grams) - len(set(grams))
-    return seen_again / total if total else 0.0
+        ngrams = [text[start : start + n] for start in range(len(text) - n + 1)]
+        total += len(ngrams)
+        repeated += len(ngrams) - len(set(ngrams))
+    return repeated / total if total else 0.0
 
 
 def find_loops(text: str) -> list[tuple[int, int]]:
-    """Spans [start, stop) of at least `MIN_LOOP_LENGTH` characters that repeat what stands directly before them.
+    """Spans [start, stop) of at least `MIN_LOOP_LENGTH` characters that repeat what directly precedes them.
 
-    In "abcabcabc" the loop is the last two thirds: with the period p, every character of it is the one p places earlier,
-    and it is at least p long. Overlapping spans of several periods are one.
+    In "abcabcabc" the loop is the last two thirds: with period p, each of its characters equals the one p positions earlier,
+    and it is at least p long. Overlapping spans of different periods are merged.
     """
     spans = []
     for period in range(1, len(text) // 2 + 1):
         start = period
-        for place in range(period, len(text) + 1):
-            if place == len(text) or text[place] != text[place - period]:
-                if place - start >= max(period, MIN_LOOP_LENGTH):
-                    spans.append((start, place))
-                start = place + 1
+        for position in range(period, len(text) + 1):
+            if position == len(text) or text[position] != text[position - period]:
+                if position - start >= max(period, MIN_LOOP_LENGTH):
+                    spans.append((start, position))
+                start = position + 1
     merged: list[tuple[int, int]] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
-            merged.append((begin, end))
+            merged.append((start, stop))
     return merged
 
 
 def repetition_metrics(answers: "GeneratedAnswers") -> dict[str, Any]:
-    """What is measured of free answers: repetition, loops in characters, ends, and speed."""
+    """Metrics of free-form answers: repeated 4-grams, longest and mean loop in characters, share finished, throughput."""
     texts = answers.texts
-    longest = [max((stop - start for start, stop in find_loops(text)), default=0) for text in texts]
+    loop_lengths = [max((stop - start for start, stop in find_loops(text)), default=0) for text in texts]
+    finished = sum(answer.finished for answer in answers.answers)
     return {
-        "repeated_4gram_ratio": round(repeated_ngrams(texts), 4),
-        "longest_loop": max(longest, default=0),
-        "mean_loop": round(sum(longest) / max(len(longest), 1), 1),
-        "finished_ratio": round(sum(answer.finished for answer in answers.answers) / max(len(texts), 1), 4),
+        "repeated_4gram_ratio": round(repeated_ngram_ratio(texts), 4),
+        "longest_loop": max(loop_lengths, default=0),
+        "mean_loop": round(sum(loop_lengths) / max(len(texts), 1), 1),
+        "finished_ratio": round(finished / max(len(texts), 1), 4),
         "tokens_per_second": answers.tokens_per_second,
     }

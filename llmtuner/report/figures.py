@@ -1,11 +1,13 @@
 """Figures of what was measured: plain data in, drawings out, readable on a telephone and the same on every machine."""
 
+import functools
 import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,26 +15,42 @@ from xml.sax.saxutils import quoteattr
 
 import matplotlib.style
 import numpy
-from matplotlib import ticker
+from matplotlib import font_manager, ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 
-from llmtuner.console import UserError
+from llmtuner.console import UserError, print0
+from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import translate_disk_errors
-from llmtuner.report.fonts import fonts, label
 
 Log = list[dict[str, Any]]
 Series = tuple[numpy.ndarray, numpy.ndarray]  # steps and values
 
 WIDTH, HEIGHT = 5.0, 3.1  # inches; shown 360 pixels wide, text of 10 points is 10 pixels high
-# Told apart by people with any colour vision, and dark enough on white (4.5 : 1) for text.
-LANGUAGES = {"ja": ("Japanese", "#B84A00"), "zh": ("Chinese", "#00795A"), "en": ("English", "#0067A3")}
+# Distinguishable with any colour vision, and dark enough on white (4.5 : 1) for text.
+COLORS = {"ja": "#B84A00", "zh": "#00795A", "en": "#0067A3"}
 TRAIN, EVAL, BEFORE, INK, GRID = "#3B4A5C", "#AA3377", "#AEB9C6", "#222222", "#E3E6EA"
 UNIT: dict[str, Any] = {"loc": "left", "size": 9.5, "color": "#55606C"}
 LOG_SCALE_FROM = 10  # a range of values by more than this factor is drawn on a logarithmic axis
 PLATEAU_EXPONENT = (
     0.0145  # twice the steps lower the loss by 1 % (2 ** -0.0145 = 0.99); runs that learn have 0.05 and more
+)
+MAX_NAME_WIDTH = 24  # columns; a longer name loses its middle
+CJK_FAMILIES = (
+    *(
+        "Noto Sans CJK JP",
+        "Noto Sans JP",
+        "Source Han Sans JP",
+        "IPAexGothic",
+        "IPAGothic",
+        "TakaoGothic",
+        "TakaoPGothic",
+    ),
+    *("VL Gothic", "Hiragino Sans", "Hiragino Kaku Gothic ProN", "Yu Gothic", "Meiryo", "MS Gothic", "BIZ UDGothic"),
+    *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("Droid Sans Fallback", "PingFang SC", "Microsoft YaHei", "SimHei"),
 )
 STEPS = {"step4": "Tokenizer", "step5": "Continued pretraining", "step6": "Instruction tuning"}
 TEXTS = {  # title and caption of each figure
@@ -160,6 +178,46 @@ def plot_losses(log_history: Log, directory: Path) -> None:
         if figure is not None:
             with _style(), translate_disk_errors(directory / name):
                 figure.savefig(directory / name, dpi=160)
+
+
+# --------------------------------------------------------------------------------------------------------------- fonts
+@functools.cache
+def fonts() -> dict[str, FT2Font]:
+    """matplotlib's fallback list: DejaVu Sans, which it ships, and installed families with Japanese and Chinese glyphs."""
+    manager = font_manager.fontManager
+    if not {entry.name for entry in manager.ttflist}.intersection(CJK_FAMILIES):  # its cached list may be outdated
+        for path in {*font_manager.findSystemFonts()} - {entry.fname for entry in manager.ttflist}:
+            with suppress(OSError, RuntimeError):  # not a font that can be drawn
+                manager.addfont(path)
+    found = {}
+    for family in ("DejaVu Sans", *CJK_FAMILIES):
+        for entry in (entry for entry in manager.ttflist if entry.name == family):
+            with suppress(OSError, RuntimeError):  # deleted or damaged since it was listed
+                found[family] = font_manager.get_font(entry.fname)
+    return found
+
+
+def drawable(name: str) -> str:
+    """A name as it can be drawn: U+XXXX for characters without a glyph; a long name loses its middle."""
+    characters = [
+        char if any(font.get_char_index(ord(char)) for font in fonts().values()) else f"U+{ord(char):04X} "
+        for char in name
+    ]
+    if any(len(char) > 1 for char in characters):
+        _warn_of_missing_glyphs()
+    text, kept = "".join(characters), len(characters)
+    while sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text) > MAX_NAME_WIDTH:
+        kept -= 1
+        text = "".join([*characters[: kept - kept // 2], "…", *characters[len(characters) - kept // 2 :]])
+    return text.strip()
+
+
+@functools.cache
+def _warn_of_missing_glyphs() -> None:
+    print0(
+        "Some characters of names are written as U+XXXX in the figures: no installed font has them. For Japanese and "
+        "Chinese install one, such as Debian's package fonts-noto-cjk."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the look
@@ -356,7 +414,7 @@ def bits_per_byte(log: Log) -> Figure | None:
         ", ".join(f"{language} {_from_to(line)}" for language, line in lines.items()), "bits per byte"
     )
     for language, line in lines.items():
-        axes.plot(*line, "o-", markersize=3.5, color=LANGUAGES[language][1])
+        axes.plot(*line, "o-", markersize=3.5, color=COLORS[language])
     values = numpy.concatenate([line[1] for line in lines.values()])
     if values.max() > LOG_SCALE_FROM * values.min():
         _logarithmic(axes, "y", values)
@@ -377,9 +435,8 @@ def _label_line_ends(axes: Axes, lines: dict[str, Series]) -> None:
     for place, (height, language) in enumerate(ends):
         highest = 1 - room * (len(ends) - 1 - place)
         lowest = min(max(height, lowest), highest)
-        name, color = LANGUAGES[language]
-        text = f"{name} {_digits(lines[language][1][-1])}"
-        axes.text(1.02, lowest, text, transform=axes.transAxes, color=color, va="center")
+        text = f"{LANGUAGES[language]} {_digits(lines[language][1][-1])}"
+        axes.text(1.02, lowest, text, transform=axes.transAxes, color=COLORS[language], va="center")
         lowest += room
 
 
@@ -439,7 +496,7 @@ def _bar_figure(title: str, names: list[str], *groups: Bars) -> tuple[Figure, Ax
         heights = numpy.arange(len(names)) + (place - (len(groups) - 1) / 2) * thickness
         drawn = axes.barh(heights, group.lengths, 0.92 * thickness, color=group.color, label=group.name)
         axes.bar_label(drawn, group.texts, padding=3, fontsize=9.5)
-    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.set_yticks(range(len(names)), [drawable(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)  # first name on top
     axes.tick_params(left=False)
     axes.grid(False)
@@ -458,13 +515,13 @@ def tokens_per_character(tokens: dict[str, dict[str, float]]) -> Figure | None:
     factors = {language: before[language] / after[language] for language in found}
     most = max(found, key=lambda language: abs(math.log(factors[language])))
     figure, axes = _bar_figure(
-        f"{LANGUAGES[most][0]} takes {_format_factor(factors[most])} tokens",
-        [LANGUAGES[language][0] for language in found],
+        f"{LANGUAGES[most]} takes {_format_factor(factors[most])} tokens",
+        [LANGUAGES[language] for language in found],
         Bars([before[one] for one in found], [f"{before[one]:.2f}" for one in found], BEFORE),
         Bars(
             [after[one] for one in found],
             [f"{after[one]:.2f} ({_format_factor(factors[one])})" for one in found],
-            [LANGUAGES[one][1] for one in found],
+            [COLORS[language] for language in found],
         ),
     )
     axes.set_title("tokens per character: before (grey), after", **UNIT)

@@ -1,4 +1,4 @@
-"""README.md of a model directory: the card that the Hugging Face hub shows, made from what was measured."""
+"""Model card: README.md of a model directory, as the Hugging Face hub shows it, written from the metrics."""
 
 import json
 import re
@@ -9,13 +9,15 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmtuner.console import UserError
+from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES
+from llmtuner.eval.scores import score_rows
 from llmtuner.files import atomic_write_text
-from llmtuner.report.checks import LANGUAGES, get_nested, percent
+from llmtuner.report.checks import get_nested, percent
 from llmtuner.report.environment import versions
 
 MODELS = {"base": "base", "zero": "Zero", "pretrained": "pretrained", "chat": "chat"}
-GROUPS = {"zh": "Chinese", "en": "English", "ja": "Japanese", "ja_unseen": "Japanese, described elsewhere only"}
-STAGES = {"step5": "Continued pretraining:", "step6": "Instructions:"}
+GROUPS = {"zh": "Chinese", "en": "English", "ja": "Japanese", "ja_unseen": "Japanese, unseen facts"}
+STAGES = {"step5": "Continued pretraining:", "step6": "Instruction tuning:"}
 PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 LICENCE_LINK = "https://huggingface.co/THUDM/chatglm3-6b/blob/main/MODEL_LICENSE"
 LICENCE_FILES = ("MODEL_LICENSE", "LICENSE")
@@ -32,7 +34,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True).strip())"""
 
 
 class SafeMarkdown(str):
-    """Markdown that needs no escaping."""
+    """Markdown that is not escaped."""
 
 
 def write_model_card(
@@ -42,23 +44,23 @@ def write_model_card(
     data: dict[str, dict[str, Any]],
     question: str = "日本で一番高い山は何ですか？",
 ) -> Path:
-    """Writes `model_dir`/README.md from the metrics; a part whose metrics are missing is left out.
+    """Writes `model_dir`/README.md; sections without metrics are left out.
 
     Args:
-        metrics: content of the metrics files by name: "step1" to "step7", "suite_ja_chat" and so on.
-        base: the base model's id on the hub, such as "THUDM/chatglm3-6b", or any other text about one that is not there.
-            Weights of a base with "chatglm" in its name stay under ChatGLM3's licence.
-        data: data set -> its entry in dataset_info.json; one that was read from files must have no "hf_hub_url" here.
-        question: what the example asks.
+        metrics: {name of the metrics file: its content}: "step1" to "step7", "suite_ja_chat", ...
+        base: the base model's id on the hub, such as "THUDM/chatglm3-6b", or a description of one that is not there. If it
+            contains "chatglm", the weights stay under ChatGLM3's licence.
+        data: {data set: its entry in dataset_info.json}, without "hf_hub_url" for one that was read from files.
+        question: the example's question.
 
     Raises:
-        UserError: if it is no model directory, or the card cannot be written.
+        UserError: if `model_dir` is no model directory, or the card cannot be written.
     """
     if not (model_dir / "config.json").is_file():
-        raise UserError(f"{model_dir} is not a model directory: it has no config.json. There is nothing to describe.")
+        raise UserError(f"{model_dir} is not a model directory: it has no config.json.")
     destination = model_dir / "README.md"
-    used = {"NAME": model_dir.resolve().name, "QUESTION": question}
-    snippet = re.sub("|".join(used), lambda found: json.dumps(used[found[0]], ensure_ascii=False), SNIPPET)
+    values = {"NAME": model_dir.resolve().name, "QUESTION": question}
+    snippet = re.sub("|".join(values), lambda name: json.dumps(values[name[0]], ensure_ascii=False), SNIPPET)
     content = {"snippet": SafeMarkdown(snippet), **_content(model_dir.resolve(), metrics, base, data)}
     card = _template().render(content)
     atomic_write_text(destination, re.sub(r"\n{3,}", "\n\n", card), errors="replace")
@@ -66,7 +68,7 @@ def write_model_card(
 
 
 def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the template speaks of; None or nothing stands for what was not measured."""
+    """The template's variables; None or empty for what was not measured."""
     mixes = [(title, _mix(get_nested(metrics, step, "data") or {}, data)) for step, title in STAGES.items()]
     mixes = [(title, rows) for title, rows in mixes if rows]
     hubs = list(dict.fromkeys(row["hub"] for _, rows in mixes for row in rows if row["hub"]))
@@ -76,9 +78,9 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
     chosen = get_nested(metrics, "step7", "generation", "chosen")
     candidates = get_nested(metrics, "step7", "generation", "candidates")
     agreement = {
-        LANGUAGES[language]: share
-        for language in ("zh", "en")
-        if (share := get_nested(metrics, "step7", "agreement", "chat", language, "identical")) is not None
+        LANGUAGES[language]: identical
+        for language in RETAINED_LANGUAGES
+        if (identical := get_nested(metrics, "step7", "agreement", "chat", language, "identical")) is not None
     }
     return {
         "front_matter": SafeMarkdown(_front_matter(base if on_hub else None, licence, hubs)),
@@ -93,7 +95,7 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
         "tokens": _tokens(metrics),
         "chosen": chosen,
         "candidates": candidates if chosen else None,
-        "suites": [_suite(own) for name, own in sorted(metrics.items()) if re.fullmatch(r"suite_\w+_chat", name)],
+        "suites": [_suite(suite) for name, suite in sorted(metrics.items()) if re.fullmatch(r"suite_\w+_chat", name)],
         "unseen": get_nested(metrics, "step7", "accuracy", "chat", "ja_unseen"),
         "repeated": get_nested(metrics, "step7", "repetition", "chat", "ja"),
         "licence": licence,
@@ -104,7 +106,7 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
 
 
 def _front_matter(base: str | None, licence: str | None, hubs: list[str]) -> str:
-    """What the hub reads: YAML."""
+    """The hub's metadata, as YAML."""
     front = {
         "language": list(LANGUAGES),
         "base_model": base,
@@ -132,23 +134,23 @@ def _mix(counts: dict[str, Any], data: dict[str, dict[str, Any]]) -> list[dict[s
 
 
 def _before_after(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per figure, one column per model; a figure that no model has is left out."""
+    """One row per metric, one column per model; metrics that no model has are left out."""
     kinds = [
-        *((f"right answers, {name}", ("accuracy", group), percent) for group, name in GROUPS.items()),
+        *((f"accuracy, {name}", ("accuracy", group), percent) for group, name in GROUPS.items()),
         *(
             (f"in the language of the question, {name}", ("language_confusion", group, "response_pass_rate"), percent)
             for group, name in GROUPS.items()
         ),
         *((f"bits per byte, {name}", ("bits_per_byte", code), _decimals) for code, name in LANGUAGES.items()),
-        ("Japanese answers: 4-grams repeated", ("repetition", "ja"), percent),
-        ("free answers: ended by themselves", ("free_answers", "finished_ratio"), percent),
-        ("free answers: longest loop, characters", ("free_answers", "longest_loop"), _count),
+        ("free-form replies: repeated 4-grams", ("repetition", "ja"), percent),
+        ("free-form replies: finished", ("free_answers", "finished_ratio"), percent),
+        ("free-form replies: longest loop, characters", ("free_answers", "longest_loop"), _count),
     ]
     rows = []
     for name, (kind, *path), shown in kinds:
         figures = [get_nested(metrics, "step7", kind, model, *path) for model in MODELS]
         if any(figure is not None for figure in figures):
-            rows.append({"name": name, "figures": [UNKNOWN if one is None else shown(one) for one in figures]})
+            rows.append({"name": name, "figures": [UNKNOWN if figure is None else shown(figure) for figure in figures]})
     return rows
 
 
@@ -161,18 +163,8 @@ def _tokens(metrics: dict[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def _suite(suite: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "language": LANGUAGES.get(suite.get("suite", ""), UNKNOWN),
-            "task": task,
-            "metric": metric,
-            "value": value,
-            "error": values.get(f"{metric}_stderr"),
-        }
-        for task, values in suite.get("tasks", {}).items()
-        for metric, value in values.items()
-        if not metric.endswith("_stderr")
-    ]
+    language = LANGUAGES.get(suite.get("suite", ""), UNKNOWN)
+    return [{"language": language, **row} for row in score_rows(suite.get("tasks", {}))]
 
 
 # ------------------------------------------------------------------------------------------------------------- template
@@ -186,7 +178,7 @@ def _template() -> Any:
         keep_trailing_newline=True,
     )
     templates.filters |= {
-        "percent": lambda share: UNKNOWN if share is None else percent(share),
+        "percent": lambda ratio: UNKNOWN if ratio is None else percent(ratio),
         "count": _count,
         "decimals": _decimals,
         "settings": lambda settings: ", ".join(f"{name} {value}" for name, value in (settings or {}).items()),
@@ -196,7 +188,7 @@ def _template() -> Any:
 
 
 def _escaped(value: Any) -> str:
-    """Text that Markdown shows as it is, on one line, also in the cell of a table."""
+    """Text that Markdown shows literally, on one line, even in a table cell."""
     if isinstance(value, SafeMarkdown):
         return value
     text = " ".join(str(value).split())

@@ -1,9 +1,9 @@
-"""report.html: everything a run measured on one page, which needs nothing but itself."""
+"""report.html: everything a run measured, on one self-contained page."""
 
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,15 +12,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmtuner.console import UserError
-from llmtuner.eval.language import HAN, KANA
+from llmtuner.eval.language import HAN, KANA, LANGUAGES
 from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
+from llmtuner.eval.scores import score_rows
 from llmtuner.files import atomic_write_text
-from llmtuner.report.checks import LANGUAGES, get_nested, percent, run_checks
+from llmtuner.report.checks import get_nested, percent, run_checks
 from llmtuner.report.figures import build_figures, read_log
 
-RUNS = {"step5": "step5_pt_adapter", "step6": "step6_sft_adapter"}  # step -> directory of its log and settings
-# The soft hyphen is for a telephone, where the column is narrow.
+RUNS = {
+    "step5": "step5_pt_adapter",
+    "step6": "step6_sft_adapter",
+}  # step -> directory of its log and training arguments
+# The soft hyphen is for narrow columns on a phone.
 MODELS = {"base": "Base", "zero": "Zero", "pretrained": "Pre\u00adtrained", "chat": "Chat"}
 QUESTIONS_PER_GROUP = 3
 BYTE_TOKEN = re.compile(r"‹[0-9A-F]{2}›")
@@ -29,7 +33,7 @@ VISIBLE = str.maketrans({" ": "␣", "\u3000": "␣", "\n": "↵", "\t": "⇥"})
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the pipeline as the report draws it."""
+    """A step of the pipeline as the report shows it."""
 
     name: str
     """Also the name of its metrics file: "step1"."""
@@ -37,35 +41,33 @@ class Step:
     does: str
     """What it does, in a few words: "learns Japanese pieces"."""
     takes: tuple[str, ...]
-    """Short names of what it reads; what another step gives has the same name there."""
+    """Short names of its inputs; the output of another step has the same name there."""
     gives: str
 
 
 def write_report(
     work_dir: Path, steps: list[Step], facts: dict[str, dict[str, str]], warnings: Sequence[str] = ()
 ) -> Path:
-    """Makes `work_dir`/report.html anew from the metrics, logs and answers that lie there.
+    """Writes `work_dir`/report.html from the metrics, logs and answers in `work_dir`.
 
     Args:
-        steps: all steps of the pipeline in their order, finished or not.
-        facts: sections of further facts to list; the headline names `PROFILE` of the section "profile".
-        warnings: what a reader has to know before anything else.
+        steps: all steps of the pipeline in order, finished or not.
+        facts: sections of further facts to list; `PROFILE` of the section "profile" is shown at the top.
+        warnings: shown before anything else.
 
     Raises:
-        UserError: if no step has finished, a file that is read is damaged, or the page cannot be written.
+        UserError: if no step has finished, an input file is damaged, or the page cannot be written.
     """
     metrics = {path.stem: _read_json(path) for path in sorted((work_dir / "metrics").glob("*.json"))}
     if not any(step.name in metrics for step in steps):
         raise UserError(f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first.")
     runs = {step: work_dir / name for step, name in RUNS.items()}
-    # A run that is still going on is drawn as far as it has come; its settings are written at its end.
-    logs = {
-        step: read_log(run / "trainer_log.jsonl") for step, run in runs.items() if (run / "trainer_log.jsonl").is_file()
-    }
+    # A run in progress is shown up to its last log line; its training arguments are written at the end.
+    logs = {step: read_log(log) for step, run in runs.items() if (log := run / "trainer_log.jsonl").is_file()}
     settings = {
-        step: _read_json(run / "training_args.json")
+        step: _read_json(file)
         for step, run in runs.items()
-        if step in metrics and (run / "training_args.json").is_file()
+        if step in metrics and (file := run / "training_args.json").is_file()
     }
     page = _page().render(
         checks=run_checks(metrics),
@@ -96,14 +98,14 @@ def _page() -> Any:
     )
     templates.globals |= {"MODELS": MODELS, "LANGUAGES": LANGUAGES}
     templates.filters |= {
-        "percent": lambda share: "–" if share is None else percent(share),
+        "percent": lambda ratio: "–" if ratio is None else percent(ratio),
         "count": lambda number: "–" if number is None else f"{number:,}",
         "decimals": _decimals,
         "score": lambda score: f"{score:.3f}" if isinstance(score, float) else str(score),
         "value": _value,
         "number": lambda step: step.removeprefix("step"),
-        "is_byte": lambda piece: BYTE_TOKEN.fullmatch(piece) is not None,
-        "visible": lambda piece: piece.translate(VISIBLE),
+        "is_byte": lambda token: BYTE_TOKEN.fullmatch(token) is not None,
+        "visible": lambda token: token.translate(VISIBLE),
         "language": _language,
     }
     return templates.get_template("page.html")
@@ -114,33 +116,33 @@ def _decimals(number: float | None, places: int = 3) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting as text: no quotes around a plain string, JSON for everything else."""
+    """A setting as text: strings as they are, everything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _language(text: str) -> str:
-    """Which language's letterforms a text is set in: Chinese and Japanese share characters and write them differently."""
+    """The language whose glyphs a text is set in: Chinese and Japanese draw shared characters differently."""
     return "ja" if KANA.search(text) else "zh" if HAN.search(text) else "en"
 
 
 def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps in their order, each with its state, what it takes from outside, and who uses its result.
+    """The steps in order, each with its state, external inputs, and the steps that use its output.
 
-    A step is "aside" if no later one takes its result: the line of the drawing passes it by.
+    A step is "aside" if no other step uses its output: the line of the drawing passes it by.
     """
-    given = {step.gives for step in steps}
-    following = next((step for step in steps if step.name not in metrics), None)
+    outputs = {step.gives for step in steps}
+    next_step = next((step for step in steps if step.name not in metrics), None)
 
     def state(step: Step) -> str:
         if step.name in metrics:
             return "cut" if metrics[step.name].get("cut_short") else "done"
-        return "next" if step is following else "open"
+        return "next" if step is next_step else "open"
 
     return [
         {
             "step": step,
             "state": state(step),
-            "outside": [name for name in step.takes if name not in given],
+            "outside": [name for name in step.takes if name not in outputs],
             "users": [other for other in steps if step.gives in other.takes],
             "aside": step is not steps[-1] and not any(step.gives in other.takes for other in steps),
         }
@@ -149,34 +151,37 @@ def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    """A few questions of each group with what every model answered.
+    """A few questions of each group with every model's answer.
 
-    First come those at which the chat model runs into a loop, then those on which the models differ most.
+    First those on which the chat model runs into a loop, then those on which the models differ most.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in _read_lines(path):
         groups.setdefault(row["group"], []).append(row)
-    chosen = {group: sorted(rows, key=_interest, reverse=True)[:QUESTIONS_PER_GROUP] for group, rows in groups.items()}
+
+    def interest(row: dict[str, Any]) -> tuple[bool, int]:
+        return bool(find_loops(row.get("chat") or "")), len({row.get(model) for model in MODELS})
+
     return [
-        {"group": group, "total": len(groups[group]), "questions": [_question(row) for row in rows]}
-        for group, rows in chosen.items()
+        {
+            "group": group,
+            "total": len(rows),
+            "questions": [_question(row) for row in sorted(rows, key=interest, reverse=True)[:QUESTIONS_PER_GROUP]],
+        }
+        for group, rows in groups.items()
     ]
-
-
-def _interest(row: dict[str, Any]) -> tuple[bool, int]:
-    return bool(find_loops(row.get("chat") or "")), len({row.get(model) for model in MODELS})
 
 
 def _question(row: dict[str, Any]) -> dict[str, Any]:
     language = row.get("language") or row["group"][:2]
     question = Question(row["group"], language, row["question"], row.get("right"), tuple(row.get("wrong_values") or ()))
-    marks = row.get("correct") or {}  # as they were counted; not in runs of earlier versions
+    grades = row.get("correct") or {}  # not in runs of earlier versions
     answers = [
         {
             "model": model,
             "text": row[model],
             "parts": _parts(row[model]),
-            "right": marks[model] if model in marks else is_correct(question, row[model]),
+            "correct": grades[model] if model in grades else is_correct(question, row[model]),
         }
         for model in MODELS
         if row.get(model) is not None
@@ -185,7 +190,7 @@ def _question(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(text: str) -> list[tuple[str, bool]]:
-    """A text cut into (part, whether it is a loop)."""
+    """A text split into (part, whether it is a loop)."""
     parts, end = [], 0
     for start, stop in find_loops(text):
         parts += [(text[end:start], False), (text[start:stop], True)]
@@ -194,26 +199,14 @@ def _parts(text: str) -> list[tuple[str, bool]]:
 
 
 def _suites(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The scores of each standard suite that was run: one row per task and metric."""
+    """The scores of each standard suite that was run, one row per task and metric."""
     return [
         {
             "suite": suite.get("suite", ""),
             "model": Path(suite.get("model", "")).name,
             "limit": suite.get("limit"),
             "harness": suite.get("harness"),
-            "rows": [
-                {
-                    "task": task,
-                    "n": scores.get("n"),
-                    "few_shot": scores.get("few_shot"),
-                    "metric": metric,
-                    "score": score,
-                    "error": scores.get(f"{metric}_stderr"),
-                }
-                for task, scores in suite.get("tasks", {}).items()
-                for metric, score in scores.items()
-                if metric not in ("n", "few_shot") and not metric.endswith("_stderr")
-            ],
+            "rows": score_rows(suite.get("tasks", {})),
         }
         for name, suite in sorted(metrics.items())
         if name.startswith("suite_")
@@ -221,15 +214,16 @@ def _suites(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}). Run the step that makes it again.") from error
+    return _parse(path, json.loads)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    # not splitlines: an answer may contain U+2028
+    return _parse(path, lambda text: [json.loads(line) for line in text.split("\n") if line]) if path.is_file() else []
+
+
+def _parse(path: Path, parser: Callable[[str], Any]) -> Any:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        return [json.loads(line) for line in lines if line]  # not splitlines: an answer may hold U+2028
+        return parser(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}). Run the step that makes it again.") from error
+        raise UserError(f"cannot read {path} ({error}). Run the step that writes it again.") from error

@@ -272,7 +272,7 @@ class PackedTrainer(Trainer):
         with self.meter.paused():
             self.model.eval()
             with self.compute_loss_context_manager():
-                bits = document_bits(self.model, windows, name=None, tokens_per_batch=2048)
+                bits = document_bits(self.model, windows, tokens_per_batch=2048)
             sums = torch.tensor([bits.sum(), windows.num_bytes.sum()], dtype=torch.float64, device=self.args.device)
             total, total_bytes = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / max(total_bytes, 1)

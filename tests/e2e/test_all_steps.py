@@ -188,7 +188,7 @@ def test_evaluation_finishes_the_chat_model(run_of_all_steps):
 
 def test_table_of_an_earlier_run_and_100_percent(capsys):
     """Metrics from before language confusion was measured; 99.5 % is not rounded up."""
-    from step7_eval_chat import MODELS, show
+    from step7_eval_chat import MODELS, print_results
 
     tried = {
         "repeated_4gram_ratio": 0.1,
@@ -203,13 +203,13 @@ def test_table_of_an_earlier_run_and_100_percent(capsys):
         "repetition": {model: {"ja": 0.1} for model in MODELS},
         "generation": {"candidates": {"greedy": tried}, "chosen": "greedy"},
     }
-    show(metrics)
+    print_results(metrics)
     table = capsys.readouterr().out
     assert re.search(r"^base +100% +99\.5% +- ", table, re.MULTILINE)
     assert re.search(r"^greedy +10% .* 99\.9% +99\.5% ", table, re.MULTILINE)
     assert "language" not in table
     rates = {"response_pass_rate": 0.9996, "line_pass_rate": None}
-    show(metrics | {"language_confusion": {model: {"zh": rates, "ja_free": rates} for model in MODELS}})
+    print_results(metrics | {"language_confusion": {model: {"zh": rates, "ja_free": rates} for model in MODELS}})
     assert re.search(r"^chat +99\.9% +99\.9% +- +-$", capsys.readouterr().out, re.MULTILINE)
 
 

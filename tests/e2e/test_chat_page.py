@@ -134,11 +134,11 @@ def wait_until(tab, condition):
 def wait_for_text(tab, longer_than=0, sides=("base", "chat")):
     """Waits until all sides show an answer that is coming and longer than so many characters."""
     for side in sides:
-        wait_until(tab, f"(document.querySelector('#{side} .coming')?.textContent.length ?? 0) > {longer_than}")
+        wait_until(tab, f"(document.querySelector('#{side} .streaming')?.textContent.length ?? 0) > {longer_than}")
 
 
 def wait_for_end(tab):
-    wait_until(tab, "!document.querySelector('.coming') && document.querySelector('.cost')")
+    wait_until(tab, "!document.querySelector('.streaming') && document.querySelector('.cost')")
     tab.get_by_role("button", name="Stop", exact=True).and_(tab.locator(":disabled")).wait_for()
     tab.get_by_role("button", name="Send", exact=True).and_(tab.locator(":enabled")).wait_for()
 
@@ -252,7 +252,7 @@ def test_a_question_that_is_too_long_is_given_back(new_tab):
     said = answers(tab, "chat")
     box(tab).fill(QUESTION * 20)
     box(tab).press("Enter")
-    tab.get_by_text("base: the dialogue with this question is").wait_for()
+    tab.get_by_text("base: the dialogue with this question has").wait_for()
     wait_for_end(tab)
     assert box(tab).input_value() == QUESTION * 20
     assert answers(tab, "chat") == said
@@ -264,11 +264,11 @@ def test_the_chat_model_alone_with_other_settings(new_tab, running):
     tab = new_tab()
     ask_and_stop(tab, "二人へ")
     tab.get_by_text("Settings").click()
-    tab.get_by_label("Ask the chat model alone").check()
+    tab.get_by_label("Ask only the chat model").check()
     tab.locator("#base").wait_for(state="hidden")
-    tab.get_by_label("Sampled").check()
+    tab.get_by_label("Sample").check()
     tab.get_by_label("System message").fill("簡潔に。")
-    for name, value in {"Temperature": "2", "Answer length": "5"}.items():
+    for name, value in {"Temperature": "2", "Max new tokens": "5"}.items():
         tab.get_by_label(f"number input for {name}").fill(value)
         tab.get_by_label(f"number input for {name}").press("Tab")
     box(tab).fill("一人へ")
@@ -277,11 +277,11 @@ def test_the_chat_model_alone_with_other_settings(new_tab, running):
     wait_for_end(tab)
     session = newest(running)
     assert [list(turn.answers) for turn in session.turns] == [["base", "chat"], ["chat"]]
-    assert session.dialogues["chat"].system == "簡潔に。"
+    assert session.chats["chat"].system == "簡潔に。"
     assert "stopped" not in tab.locator("#chat .cost").last.text_content()
     press(tab, "Undo")
     wait_until(tab, "document.querySelectorAll('#chat .question').length == 1")
-    assert [len(session.dialogues[name].messages) for name in ("base", "chat")] == [2, 2]
+    assert [len(session.chats[name].messages) for name in ("base", "chat")] == [2, 2]
 
 
 def test_closing_the_tab_stops_its_answer(new_tab, running):
@@ -314,7 +314,7 @@ def test_a_model_that_fails_leaves_the_question_and_the_dialogue(new_tab, runnin
     wait_for_end(tab)
     assert box(tab).input_value() == "二つ目"
     session = newest(running)
-    assert [len(session.dialogues[name].messages) for name in ("base", "chat")] == [2, 2]
+    assert [len(session.chats[name].messages) for name in ("base", "chat")] == [2, 2]
     assert len(session.turns) == 1
     assert "RuntimeError" in capfd.readouterr().err
 
@@ -397,7 +397,7 @@ def test_refusal_after_wrong_passwords_says_when_to_try_again(locked, monkeypatc
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=10)
     assert refused.value.headers["Retry-After"].isdigit()
-    assert "too many wrong passwords" in refused.value.read().decode()
+    assert "Too many wrong passwords" in refused.value.read().decode()
 
 
 def test_tab_that_keeps_an_old_password_is_no_guesser():
@@ -488,7 +488,7 @@ def test_ctrl_c_ends_the_page_quietly(tiny_model_dir):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             line = process.stdout.readline()
-            address = re.fullmatch(r"the chat page is at (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)\n", line)[1]
+            address = re.fullmatch(r"the chat page is at (http://127\.0\.0\.1:\d+) \(Ctrl-C to stop\)\n", line)[1]
             with urllib.request.urlopen(address, timeout=20) as response:
                 assert b"gradio" in response.read()
             process.send_signal(signal.SIGINT)

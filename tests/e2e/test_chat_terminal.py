@@ -172,16 +172,16 @@ def test_keys(start):
     assert program.screen.column == len("you> /system ") + 2
     program.type("\r")
     program.line("you>")
-    assert "The model is told from the next question on: 日語\r\n" in program.output
+    assert "System message from the next question on: 日語\r\n" in program.output
 
     program.type(UP)
     program.line("you> /system 日語")
     program.type(CTRL_C)
-    program.wait(lambda: program.output.count("Ctrl-C again ends") == 1 and program.screen.last == "you>")
+    program.wait(lambda: program.output.count("Ctrl-C again quits") == 1 and program.screen.last == "you>")
     program.type("山")
     program.line("you> 山")
     program.type(CTRL_C)  # clears a line again, so it does not end
-    program.wait(lambda: program.output.count("Ctrl-C again ends") == 2 and program.screen.last == "you>")
+    program.wait(lambda: program.output.count("Ctrl-C again quits") == 2 and program.screen.last == "you>")
 
     assert "\x1b[?2004h" in program.output  # asks the terminal to mark what is pasted
     program.type("\x1b[200~一座山？\r/clear\x1b[201~")  # two lines pasted
@@ -192,7 +192,7 @@ def test_keys(start):
     program.type("/tokens\r")
     program.wait(lambda: re.search(r"(\d+) tokens, \d+ characters", program.output) and program.screen.last == "you>")
     assert 0 < int(re.search(r"(\d+) tokens, ", program.output)[1]) < 120
-    assert "forgotten" not in program.output
+    assert "cleared" not in program.output
     program.type("/undo\r")
     program.wait(lambda: "The dialogue is empty now." in program.output and program.screen.last == "you>")
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from llmtuner.eval.language import LANGUAGES
 from llmtuner.eval.questions import Question, is_correct, read_questions
 from mini import phrases_en, phrases_ja, phrases_zh, world
-from mini.facts import KINDS, LANGUAGES, RELATIONS, build_world
+from mini.facts import KINDS, RELATIONS, build_world
 
 PHRASES = {"ja": phrases_ja, "zh": phrases_zh, "en": phrases_en}
 KEYS = [f"{kind}.{relation}" for kind, relations in RELATIONS.items() for relation in relations]

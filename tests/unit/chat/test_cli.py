@@ -58,7 +58,7 @@ def test_commands_are_not_asked(converse, monkeypatch):
     )
     assert asked == ["/etc/hosts?", "a /b"]
     assert "unknown command /clera; did you mean /clear?" in output
-    assert "/clear stands alone" in output
+    assert "/clear takes no argument" in output
     assert "(no answer)" in output
     assert all(usage in output for usage in cli.COMMANDS)
     assert "after" not in output
@@ -69,7 +69,7 @@ def test_undo_clear_and_tokens(converse, script):
     output = converse(
         "/undo", "/tokens", "山？", "河？", "/tokens", "/undo", "/undo", "/undo", "树？", "/clear", "/undo"
     )
-    assert output[1] == "There is nothing to forget."
+    assert output[1] == "There is nothing to undo."
     assert output[3] == "There is no answer yet."
     pieces = output[9].split("│")
     assert "".join(pieces[:-4]).strip() == "一条河"
@@ -77,8 +77,8 @@ def test_undo_clear_and_tokens(converse, script):
     assert output[10] == f"{len(pieces)} tokens, 4 characters"
     assert output[12:15] == ["The last question is now:", "you> 山？", "model> 一条河🐟"]
     assert output[16] == "The dialogue is empty now."
-    assert output[18] == "There is nothing to forget."
-    assert output[-3:] == ["The dialogue is forgotten.", "you> /undo", "There is nothing to forget."]
+    assert output[18] == "There is nothing to undo."
+    assert output[-3:] == ["The dialogue is cleared.", "you> /undo", "There is nothing to undo."]
 
 
 def test_system_message(converse, monkeypatch):
@@ -86,8 +86,8 @@ def test_system_message(converse, monkeypatch):
     monkeypatch.setattr(ChatSession, "ask", lambda self, *_: (told.append(self.system), iter([]))[1])
     output = converse("/system", "a", "/system 短く　答えて。", "b", "/clear", "/system", "c", "/system -", "d")
     assert told == ["", "短く　答えて。", "短く　答えて。", ""]
-    assert output[1] == "The model is told nothing before the dialogue."
-    assert "The model is told: 短く　答えて。" in output
+    assert output[1] == "System message: none"
+    assert "System message: 短く　答えて。" in output
 
 
 def test_settings(converse, script):
@@ -100,14 +100,14 @@ def test_settings(converse, script):
     )
     replies = [line for line in output if not line.startswith(("you> ", "model> "))]
     assert "did you mean temperature?" in replies[0]
-    assert "there are do_sample, temperature" in replies[1]
+    assert "known are do_sample, temperature" in replies[1]
     assert "unknown setting" in replies[2]
     assert all("it must be a number from 0.01 to 100" in reply for reply in replies[3:5])
     assert "0.001 to 1" in replies[5]
-    assert all("a whole number from 1 up" in reply for reply in replies[6:8])
+    assert all("an integer from 1 up" in reply for reply in replies[6:8])
     assert all("true or false" in reply for reply in replies[8:10])
     assert replies[10:14] == [
-        "temperature is now 0.7 (counts only where do_sample is true)",
+        "temperature is now 0.7 (used only if do_sample is true)",
         "do_sample is now true",
         "max_new_tokens is now 3",
         "top_p is now 0.9",
@@ -149,14 +149,14 @@ def test_only_what_is_new_is_printed_and_a_changed_beginning_anew(loaded, tiny_m
 def test_errors_are_told_and_the_dialogue_goes_on(loaded, converse, script):
     script("河")
     output = converse("山？", "山" * 300, "河？", "/undo", max_new_tokens=12)
-    error = next(line for line in output if "tokens long" in line)
-    assert error.endswith("/clear and /undo do that.")
+    error = next(line for line in output if "the model's context" in line)
+    assert error.endswith("/clear and /undo make room.")
     assert output[-2:] == ["you> 山？", "model> 河"]
     assert "/clear" not in converse("山" * 300)[1]  # nothing could be forgotten
 
     script(*encode(loaded[1], "河"), RuntimeError("no memory"))
     output = converse("山？", "/undo")
-    assert "the answer broke off: RuntimeError: no memory" in output
+    assert "the answer was interrupted: RuntimeError: no memory" in output
     assert output[-1] == "The dialogue is empty now."
 
 
@@ -164,7 +164,9 @@ def test_little_room_is_told(converse, script):
     script("河" * 60)
     output = converse("山？", "山？", "山" * 60, "/undo", max_new_tokens=99)
     assert "left" not in "".join(output[:3])
-    assert any(re.match(r"\(\d+ of the 256 tokens .* /undo or /clear makes room\)", line) for line in output[3:])
+    assert any(
+        re.match(r"\(\d+ of the context's 256 tokens .* /undo or /clear makes room\)", line) for line in output[3:]
+    )
 
 
 def test_an_interrupt_while_an_answer_comes_raises_nothing(converse, monkeypatch, dialogue):

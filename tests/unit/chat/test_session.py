@@ -162,7 +162,7 @@ def test_an_answer_has_the_room_that_is_left(loaded, dialogue):
 
     dialogue.messages += [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     before = list(dialogue.messages)
-    with pytest.raises(UserError, match=r"tokens long.*at most 256"):
+    with pytest.raises(UserError, match=r"tokens, and the model's context is 256"):
         dialogue.ask("山" * 300, GREEDY, 9)
     assert dialogue.messages == before
 

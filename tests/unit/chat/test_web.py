@@ -52,9 +52,9 @@ def test_throttle_remembers_only_so_many_addresses():
     for number in range(3 * web.MAX_ADDRESSES):
         throttle.record_failure(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", b"x" * 100_000)
         throttle.record_success(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-    assert len(throttle._tries) == len(throttle._known) == web.MAX_ADDRESSES
+    assert len(throttle._failed) == len(throttle._known) == web.MAX_ADDRESSES
     assert len(throttle._all) == web.GLOBAL_ATTEMPTS
-    assert all(len(tries.header) <= web.MAX_HEADER_BYTES for tries in throttle._tries.values())
+    assert all(len(failed.header) <= web.MAX_HEADER_BYTES for failed in throttle._failed.values())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "", "example.org", "127.0.0.1.example.org"])

@@ -35,8 +35,8 @@ def test_bits_are_those_of_each_document(tiny_model_dir):
     windows = Windows.from_texts(tokenizer, texts, context_length=8)
     assert windows.num_bytes.tolist() == [90, 25, 3]
     alone = [bits_per_byte(model, tokenizer, [text], 8) * len(text.encode()) for text in texts]
-    assert document_bits(model, windows, name=None).tolist() == pytest.approx(alone, rel=1e-5)
-    assert document_bits(model, Windows.from_texts(tokenizer, [], 8), name=None).tolist() == []
+    assert document_bits(model, windows).tolist() == pytest.approx(alone, rel=1e-5)
+    assert document_bits(model, Windows.from_texts(tokenizer, [], 8)).tolist() == []
 
 
 def test_interval_covers_what_other_documents_would_have_given():

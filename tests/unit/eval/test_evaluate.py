@@ -1,12 +1,18 @@
 """Evaluation of a model: what is counted, and the choice of generation settings."""
 
+import json
 import shutil
+
+import pytest
+import torch
 
 from llmtuner.eval import evaluate
 from llmtuner.eval.evaluate import save_generation_config, select_generation_config
 from llmtuner.eval.generation import GeneratedAnswer, GeneratedAnswers
 from llmtuner.eval.questions import Question
 from llmtuner.eval.repetition import repetition_metrics
+from llmtuner.model.loading import load_model
+from llmtuner.tokenizer.fast import load_tokenizer
 
 
 def test_free_answers_are_described_by_repetition_loops_ends_and_speed():
@@ -30,28 +36,45 @@ def test_settings_are_chosen_by_repetition_among_those_that_cost_little(monkeypa
         "sampled, penalty 1.05": (0.25, 0.88),
         "sampled, penalty 1.1": (0.1, 0.5),
     }
-    asked = {}
+    names = {json.dumps(settings): name for name, settings in evaluate.GENERATION_CANDIDATES.items()}
+    num_prompts, progress = {}, []
 
-    def answer(model, tokenizer, asked_for, room, settings, name):
-        asked.setdefault(name, []).append(len(asked_for))
-        return GeneratedAnswers([GeneratedAnswer(name, 1, True)] * len(asked_for), 1.0)
+    def answer(model, tokenizer, prompts, max_new_tokens, settings, on_progress):
+        name = names[json.dumps(settings)]
+        num_prompts.setdefault(name, []).append(len(prompts))
+        on_progress(len(prompts))
+        return GeneratedAnswers([GeneratedAnswer(name, 1, True)] * len(prompts), 1.0)
 
     monkeypatch.setattr(evaluate, "generate_answers", answer)
     monkeypatch.setattr(
-        evaluate, "repetition_metrics", lambda told: {"repeated_4gram_ratio": measured[told.texts[0]][0]}
+        evaluate, "repetition_metrics", lambda answers: {"repeated_4gram_ratio": measured[answers.texts[0]][0]}
     )
     monkeypatch.setattr(
         evaluate, "accuracy", lambda known, texts, group: measured[texts[0]][1] if group == "zh" else None
     )
-    found = select_generation_config(None, None, questions, 9)
-    assert found["chosen"] == "sampled, penalty 1.05"
-    assert found["candidates"]["sampled"] == {
+    selection = select_generation_config(None, None, questions, 9, progress.append)
+    assert selection["chosen"] == "sampled, penalty 1.05"
+    assert selection["candidates"]["sampled"] == {
         "settings": evaluate.SAMPLED,
         "repeated_4gram_ratio": 0.3,
         "accuracy": 0.91,
     }
-    assert asked["greedy"] == [1, 1]
-    assert asked["sampled"] == [evaluate.NUM_SAMPLES, 1]
+    assert num_prompts["greedy"] == [1, 1]
+    assert num_prompts["sampled"] == [evaluate.NUM_SAMPLES, 1]
+    assert sum(progress) == evaluate.num_progress_items(questions, {}, num_models=0)
+
+
+def test_progress_of_an_evaluation_adds_up(tiny_model_dir):
+    model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
+    questions = [Question("zh", "zh", "河？", "河"), Question("ja_free", "ja", "山"), Question("ja", "ja", "川")]
+    texts = {"zh": ["小镇的东边是一条河。" * 9, "山"], "en": ["The ferry leaves at 9:30."]}
+    progress = []
+    metrics, answers = evaluate.evaluate_model(model, tokenizer, questions, texts, 16, 4, progress.append)
+    assert len(answers) == len(questions)
+    assert metrics["bits_per_byte"].keys() == texts.keys()
+    assert len(progress) >= 4
+    selection = evaluate.num_progress_items(questions, texts, num_models=0)
+    assert sum(progress) == pytest.approx(evaluate.num_progress_items(questions, texts, num_models=1) - selection)
 
 
 def test_settings_become_the_models_own(tiny_model_dir, tmp_path):

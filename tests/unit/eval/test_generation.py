@@ -59,5 +59,5 @@ def test_a_models_own_settings_do_not_change_a_measurement(tiny_model_dir):
 
 def test_a_question_longer_than_the_context(tiny_model_dir):
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
-    with pytest.raises(UserError, match=r"tokens long; with 6 for the answer that is more than the 256"):
+    with pytest.raises(UserError, match=r"tokens; with 6 tokens for the answer it exceeds the model's context of 256"):
         generate_answers(model, tokenizer, ["河", "河" * 300], max_new_tokens=6)

@@ -16,7 +16,8 @@ import torch
 
 from llmtuner.console import UserError
 from llmtuner.data.template import Template
-from llmtuner.eval.lm_eval_adapter import SUITES, ChatGLM3LM, load_tasks, run_suite
+from llmtuner.eval.lm_eval_adapter import SUITES, ChatGLM3LM, load_tasks, patched_harness, run_suite
+from llmtuner.eval.scores import format_scores
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 from tests.helpers import ROOT
@@ -322,18 +323,24 @@ def test_a_models_generation_config_does_not_leak(lively_dir, tmp_path, harness_
 
 
 @pytest.mark.parametrize(
-    ("asked", "given"),
+    ("requested", "expected"),
     [
-        ({"do_sample": True, "temperature": 0.7}, {"do_sample": True, "temperature": 0.7}),
-        ({"do_sample": False, "temperature": 0.0}, {"do_sample": False}),
-        ({"temperature": 0.0, "num_beams": 2}, {"do_sample": False, "num_beams": 2}),
+        ({"do_sample": True, "temperature": 0.7}, {"do_sample": True, "temperature": 0.7, "num_beams": None}),
+        ({"do_sample": False, "temperature": 0.0}, {"do_sample": False, "temperature": 1.0}),
+        ({"temperature": 0.0, "num_beams": 2}, {"do_sample": False, "temperature": 1.0, "num_beams": 2}),
     ],
 )
-def test_a_task_may_ask_for_sampling(asked, given, harness_model, monkeypatch):
-    settings = []
-    monkeypatch.setattr(harness_model, "_write", lambda *arguments: settings.append(arguments[-1]) or [""])
-    harness_model.generate_until(requests(("港", asked)))
-    assert settings == [given]
+def test_a_task_may_ask_for_sampling(requested, expected, tiny, harness_model, monkeypatch):
+    model, _ = tiny
+    configs = []
+
+    def generate(input_ids, generation_config, **_):
+        configs.append(generation_config)
+        return input_ids
+
+    monkeypatch.setattr(model, "generate", generate)
+    harness_model.generate_until(requests(("港", requested)))
+    assert {name: getattr(configs[0], name) for name in expected} == expected
 
 
 @pytest.fixture
@@ -378,15 +385,13 @@ def test_suite_equals_scores_by_hand(lively_dir, by_hand, tmp_path, capsys, capl
     write_choice(tmp_path)
     answers = [by_hand.chat[0], "×", by_hand.chat[2], by_hand.plain[3] + "×", by_hand.chat[4]]
     write_written(tmp_path, answers)
-    output = tmp_path / "metrics" / "suite_ja.json"
-    result = run_suite("ja", lively_dir, output, ["written", "choice"], tmp_path, batch_size=3)
+    result = run_suite("ja", lively_dir, ["written", "choice"], tmp_path, batch_size=3)
     assert contexts == [dialogue(one["question"]) for one in QUESTIONS]
     assert len(set(by_hand.choices)) > 1
     assert result["tasks"]["choice"]["acc"] == pytest.approx(by_hand.right)
     assert result["tasks"]["choice"] | {"n": 5, "few_shot": 1} == result["tasks"]["choice"]
     assert result["tasks"]["written"]["exact_match"] == pytest.approx(3 / 5)
     assert result["tasks"]["written"]["exact_match_stderr"] == pytest.approx((3 / 5 * 2 / 5 / 4) ** 0.5)
-    assert json.loads(output.read_text(encoding="utf-8")) == result
     assert {key: result[key] for key in ("model", "suite", "limit", "truncated_requests")} == {
         "model": str(lively_dir),
         "suite": "ja",
@@ -394,10 +399,11 @@ def test_suite_equals_scores_by_hand(lively_dir, by_hand, tmp_path, capsys, capl
         "truncated_requests": 0,
     }
     assert result["harness"] == lm_eval.__version__
-    printed = capsys.readouterr()
-    assert "exact_match  0.6000" in printed.out
+    assert "exact_match  0.6000" in format_scores(result["tasks"])
     assert all(record.levelno >= logging.WARNING for record in caplog.records if record.name.startswith("lm_eval"))
-    assert not re.search(r"(?m)^\s*\d+%", printed.err.replace("\r", "\n"))  # no bar for each task's documents
+    assert not re.search(
+        r"(?m)^\s*\d+%", capsys.readouterr().err.replace("\r", "\n")
+    )  # no bar for each task's documents
 
 
 def test_suite_through_step_7(lively_dir, by_hand, tmp_path):
@@ -424,7 +430,7 @@ def test_suite_through_step_7(lively_dir, by_hand, tmp_path):
 def test_a_model_that_is_no_chat_model_writes_on(lively_dir, by_hand, tmp_path):
     assert by_hand.plain != by_hand.chat
     write_written(tmp_path, by_hand.plain)
-    result = run_suite("ja", lively_dir, None, ["written"], tmp_path, chat=False)
+    result = run_suite("ja", lively_dir, ["written"], tmp_path, chat=False)
     assert result["tasks"]["written"]["exact_match"] == 1
 
 
@@ -435,8 +441,8 @@ def test_groups_with_a_mean_are_one_line(lively_dir, few_tasks, tmp_path):
     for name, settings in (("joined", mean), ("apart", {})):
         group = {"group": name, "task": ["first", "second"], **settings}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(group), encoding="utf-8")
-    joined = run_suite("en", lively_dir, None, ["joined"], tmp_path, limit=4)["tasks"]
-    apart = run_suite("en", lively_dir, None, ["apart"], tmp_path, limit=4)["tasks"]
+    joined = run_suite("en", lively_dir, ["joined"], tmp_path, limit=4)["tasks"]
+    apart = run_suite("en", lively_dir, ["apart"], tmp_path, limit=4)["tasks"]
     assert list(apart) == ["first", "second"]
     assert apart["first"]["n"] == 4
     assert list(joined) == ["joined"]
@@ -448,7 +454,7 @@ def test_groups_with_a_mean_are_one_line(lively_dir, few_tasks, tmp_path):
 def test_several_filters_are_named(lively_dir, tmp_path):
     filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("strict", "flexible")]
     write_written(tmp_path, ["×"] * 5, filter_list=filters, num_fewshot=None)
-    scores = run_suite("ja", lively_dir, None, ["written"], tmp_path)["tasks"]["written"]
+    scores = run_suite("ja", lively_dir, ["written"], tmp_path)["tasks"]["written"]
     assert scores["exact_match (strict)"] == scores["exact_match (flexible)"] == 0
     assert "exact_match (strict)_stderr" in scores
     assert scores["few_shot"] == 0
@@ -462,14 +468,14 @@ def test_number_of_examples(lively_dir, tmp_path, monkeypatch):
         ChatGLM3LM, "loglikelihood", lambda self, requests: asked.append(requests) or loglikelihood(self, requests)
     )
     for number in (0, 2):
-        scores = run_suite("ja", lively_dir, None, ["choice"], tmp_path, limit=1, num_fewshot=number)["tasks"]["choice"]
+        scores = run_suite("ja", lively_dir, ["choice"], tmp_path, limit=1, num_fewshot=number)["tasks"]["choice"]
         assert scores["few_shot"] == number
     none, two = (len(requests[0].args[0]) for requests in asked)
     assert two > none
     with pytest.raises(UserError, match="num_fewshot is -1, but must be at least 0"):
-        run_suite("ja", lively_dir, None, ["choice"], tmp_path, num_fewshot=-1)
-    with pytest.raises(UserError, match=r"choice cannot be asked \(.*num_fewshot"):
-        run_suite("ja", lively_dir, None, ["choice"], tmp_path, num_fewshot=50)
+        run_suite("ja", lively_dir, ["choice"], tmp_path, num_fewshot=-1)
+    with pytest.raises(UserError, match=r"choice cannot be evaluated \(.*num_fewshot"):
+        run_suite("ja", lively_dir, ["choice"], tmp_path, num_fewshot=50)
 
 
 def test_examples_are_drawn_with_the_harness_seed(tmp_path):
@@ -524,7 +530,7 @@ def test_tasks_that_can_be_loaded_are_named_beside_those_that_cannot(few_tasks, 
             {"metric_list": [{"metric": "squad_v3", "aggregation": "mean", "higher_is_better": True}]},
             "code from the hub",
         ),
-        ({"unsafe_code": True}, "code that the model writes"),
+        ({"unsafe_code": True}, "code that the model generates"),
         ({"output_type": "loglikelihood_rolling", "doc_to_choice": None, "metric_list": None}, "perplexity"),
     ],
 )
@@ -534,5 +540,7 @@ def test_code_is_not_run(settings, message, tmp_path):
     write_choice(tmp_path, **settings)
     with pytest.raises(UserError, match=message):
         load_tasks(["choice"], tmp_path)
-    with pytest.raises(UserError, match="squad is code from the hub"):
+    load = evaluate.load
+    with pytest.raises(UserError, match="squad is code from the hub"), patched_harness():
         evaluate.load("squad")
+    assert evaluate.load is load

@@ -2,13 +2,13 @@
 
 import pytest
 
-from llmtuner.eval.repetition import find_loops, repeated_ngrams
+from llmtuner.eval.repetition import find_loops, repeated_ngram_ratio
 
 
 def test_repetition():
-    assert repeated_ngrams(["あいうえおかきくけこ"]) == 0
-    assert repeated_ngrams(["あいうえあいうえ"]) == pytest.approx(1 / 5)
-    assert repeated_ngrams(["", "あ"]) == 0
+    assert repeated_ngram_ratio(["あいうえおかきくけこ"]) == 0
+    assert repeated_ngram_ratio(["あいうえあいうえ"]) == pytest.approx(1 / 5)
+    assert repeated_ngram_ratio(["", "あ"]) == 0
 
 
 @pytest.mark.parametrize(

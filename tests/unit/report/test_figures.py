@@ -1,5 +1,6 @@
-"""Figures show the numbers they are given and stand in any page."""
+"""Figures show the numbers they are given, fit any page, and never draw a box for a character."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -8,12 +9,14 @@ import xml.etree.ElementTree as ElementTree
 import matplotlib
 import numpy
 import pytest
+from matplotlib import font_manager
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from llmtuner.console import UserError
-from llmtuner.report import figures, fonts
-from llmtuner.report.figures import LANGUAGES, build_figures, fit_power_law, plot_losses, read_log
-from tests.unit.report.svg import LINK, SVG, glyphs, names_of
+from llmtuner.report import figures
+from llmtuner.report.figures import COLORS, LANGUAGES, build_figures, fit_power_law, plot_losses, read_log
+from tests.unit.report.svg import LINK, SVG, glyphs, glyphs_of_first_name, names_of
 
 LOG = [
     {"step": 0, "eval_loss": 4.0, "eval_bits_per_byte_ja": 3.6, "eval_bits_per_byte_zh": 0.62, "epoch": 0},
@@ -202,8 +205,8 @@ def test_bits_per_byte_are_named_at_their_ends_in_fixed_colours():
     for line, text, language in zip(
         axes.lines, sorted(axes.texts, key=lambda text: -text.get_position()[1]), ("ja", "zh"), strict=True
     ):
-        assert line.get_color() == text.get_color() == LANGUAGES[language][1]
-        assert text.get_text().startswith(LANGUAGES[language][0])
+        assert line.get_color() == text.get_color() == COLORS[language]
+        assert text.get_text().startswith(LANGUAGES[language])
 
 
 def test_names_at_line_ends_stand_at_their_lines_and_never_on_one_another():
@@ -268,7 +271,7 @@ def test_tokens_per_character_names_the_factor():
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts[3:] == ["0.60 (4.0 × fewer)", "0.90 (as many)", "0.36 (1.2 × more)"]
     colors = [bar.get_facecolor()[:3] for bar in figure.axes[0].patches]
-    assert colors[3:] == [to_rgb(color) for _, color in LANGUAGES.values()]
+    assert colors[3:] == [to_rgb(color) for color in COLORS.values()]
     some = figures.tokens_per_character({"base": {"ja": 2.0, "zh": 1.0}, "zero": {"ja": 1.0}})
     assert names_of(some) == ["Japanese"]
 
@@ -394,7 +397,7 @@ def test_text_is_readable_on_a_telephone(name):
         assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), (text, other)
 
 
-@pytest.mark.parametrize("color", [figures.TRAIN, figures.EVAL, *(color for _, color in LANGUAGES.values())])
+@pytest.mark.parametrize("color", [figures.TRAIN, figures.EVAL, *COLORS.values()])
 def test_colours_are_dark_enough_for_text(color):
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(color)]
     assert 1.05 / (numpy.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) >= 4.5  # WCAG AA on white
@@ -408,10 +411,10 @@ def test_names_are_text_and_not_formulas():
 
 
 def test_long_names_lose_their_middle():
-    assert fonts.label("a" * 24) == "a" * 24
-    assert fonts.label("begin" + "-" * 90 + "end") == "begin-------…--------end"
-    if len(fonts.fonts()) > 1:
-        assert fonts.label("日本語" * 10) == "日本語日本語…本語日本語"
+    assert figures.drawable("a" * 24) == "a" * 24
+    assert figures.drawable("begin" + "-" * 90 + "end") == "begin-------…--------end"
+    if len(figures.fonts()) > 1:
+        assert figures.drawable("日本語" * 10) == "日本語日本語…本語日本語"
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -457,3 +460,88 @@ def test_losses_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         plot_losses(LOG, tmp_path / "file")
+
+
+# --------------------------------------------------------------------------------------------------------------- fonts
+@pytest.fixture
+def fonts_anew():
+    """The search for fonts begins anew, and again after the test."""
+    caches = (figures.fonts, figures._warn_of_missing_glyphs)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def hidden_fonts(fonts_anew, monkeypatch):
+    """matplotlib's list has its own fonts alone."""
+    own = [entry for entry in font_manager.fontManager.ttflist if "mpl-data" in entry.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+
+
+SYSTEM_FONTS = font_manager.findSystemFonts
+CJK_FILE = next((path for path in sorted(SYSTEM_FONTS()) if "NotoSansCJK-Regular" in path or "ipaexg" in path), "")
+needs_cjk = pytest.mark.skipif(not CJK_FILE, reason="no font with Japanese characters (fonts-noto-cjk)")
+
+
+@needs_cjk
+def test_japanese_names_are_no_boxes():
+    families = [*figures.fonts()]
+    missing = "\U000e0fff"  # no font has it: what is drawn is the box
+    boxes = set()
+    for family in families:
+        for last_resort in (True, False):
+            with matplotlib.rc_context({"font.family": [family], "font.enable_last_resort": last_resort}):
+                figure = Figure()
+                figure.add_subplot().set_yticks([0], [missing])
+            with matplotlib.rc_context({"font.enable_last_resort": last_resort}):
+                boxes.update(glyphs_of_first_name(figures._svg.__wrapped__(figure, "f", "")))
+    shapes = glyphs("日本かなカナ体")
+    assert boxes
+    assert len(shapes) == len({*shapes}) == 7
+    assert not boxes.intersection(shapes)
+
+
+def test_without_a_font_characters_are_written_by_number(hidden_fonts, capsys):
+    figure = figures.initial_losses({"日本_ja": 2.0, "中文": 1.0})
+    assert names_of(figure) == ["U+65E5 U+672C _ja", "U+4E2D U+6587"]
+    said = capsys.readouterr().out
+    assert said.count("fonts-noto-cjk") == 1
+    assert "U+XXXX" in said
+    face = figures.fonts()["DejaVu Sans"]
+    assert all(face.get_char_index(ord(char)) for name in names_of(figure) for char in name)
+
+
+def test_nothing_is_said_about_fonts_that_nothing_needs(hidden_fonts, capsys):
+    assert names_of(figures.initial_losses({"wiki": 2.0})) == ["wiki"]
+    assert not capsys.readouterr().out
+
+
+@needs_cjk
+def test_font_that_was_installed_after_matplotlib_listed_them_is_found(hidden_fonts, monkeypatch):
+    monkeypatch.setattr(font_manager, "findSystemFonts", SYSTEM_FONTS)
+    assert len(figures.fonts()) > 1
+    assert names_of(figures.initial_losses({"日本": 2.0})) == ["日本"]
+
+
+def test_font_that_is_gone_is_passed_over(hidden_fonts, tmp_path):
+    damaged = tmp_path / "damaged.ttf"
+    damaged.write_bytes(b"no font")
+    entry = font_manager.fontManager.ttflist[0]
+    font_manager.fontManager.ttflist[:0] = [
+        dataclasses.replace(entry, fname=str(path), name="Noto Sans CJK JP")
+        for path in (damaged, tmp_path / "gone.ttf")
+    ]
+    assert [*figures.fonts()] == ["DejaVu Sans"]
+
+
+@needs_cjk
+def test_fallback_list_is_in_order_of_preference(hidden_fonts):
+    entry = font_manager.fontManager.ttflist[0]
+    font_manager.fontManager.ttflist += [
+        dataclasses.replace(entry, fname=CJK_FILE, name=name) for name in ("AAA", "MS Gothic", "IPAexGothic")
+    ]
+    assert [*figures.fonts()] == ["DejaVu Sans", "IPAexGothic", "MS Gothic"]

@@ -108,8 +108,8 @@ def test_the_hub_can_read_the_front_matter(directory):
     ("base", "licence", "says"),
     [
         ("the miniature of this project", "apache-2.0", "Apache-2.0."),
-        ("somebody/another-model", None, "The base model's licence holds"),
-        ("chatglm3-6b from a disk", "other", "stay under [its licence](https://"),
+        ("somebody/another-model", None, "The weights are under the base model's licence"),
+        ("chatglm3-6b from a disk", "other", "remain under [its licence](https://"),
     ],
 )
 def test_the_licence_is_that_of_the_base(directory, base, licence, says):
@@ -124,34 +124,34 @@ def test_the_licence_is_that_of_the_base(directory, base, licence, says):
 
 
 def test_a_licence_beside_the_weights_is_named(directory):
-    assert "which lies beside them" not in card(directory)[1]
+    assert "included as" not in card(directory)[1]
     (directory / "MODEL_LICENSE").write_text("...")
     front, body = card(directory, base="a base with no telling name")
     assert front["license"] == "other"
-    assert "which lies beside them as\n[MODEL_LICENSE](MODEL_LICENSE)" in body
+    assert "included as\n[MODEL_LICENSE](MODEL_LICENSE)" in body
 
 
 def test_figures_stand_as_measured(directory):
     _, body = card(directory)
     table = rows(body)
     expected = {
-        "right answers, Chinese": ["100%", "–", "–", "99%"],
-        "right answers, Japanese": ["0%", "–", "–", "96%"],
-        "right answers, Japanese, described elsewhere only": ["–", "–", "–", "4.5%"],
+        "accuracy, Chinese": ["100%", "–", "–", "99%"],
+        "accuracy, Japanese": ["0%", "–", "–", "96%"],
+        "accuracy, Japanese, unseen facts": ["–", "–", "–", "4.5%"],
         "in the language of the question, Chinese": ["–", "–", "–", "99.9%"],
         "bits per byte, Japanese": ["13.979", "3.665", "–", "0.581"],
-        "Japanese answers: 4-grams repeated": ["–", "–", "–", "20.9%"],
-        "free answers: ended by themselves": ["–", "–", "–", "75%"],
-        "free answers: longest loop, characters": ["–", "–", "–", "1,234"],
+        "free-form replies: repeated 4-grams": ["–", "–", "–", "20.9%"],
+        "free-form replies: finished": ["–", "–", "–", "75%"],
+        "free-form replies: longest loop, characters": ["–", "–", "–", "1,234"],
     }
     assert {name: table[name] for name in expected} == expected
-    assert "right answers, English" not in table
+    assert "accuracy, English" not in table
     assert "in the language of the question, Japanese" not in table  # nothing could be told
     assert "base model's: Chinese 50%." in body
     assert table["Japanese"] != table["Chinese"] == ["0.700", "0.700"]
     assert "| Japanese | 1.250 | 0.750 |" in body
-    assert "64,789 native pieces, 9 special tokens and 13,756 new pieces" in body
-    assert "it answers 4.5% rightly" in body
+    assert "64,789 base tokens, 9 special tokens and 13,756 new tokens" in body
+    assert "the model answers 4.5% correctly" in body
     assert "20.9% of the 4-grams" in body
 
 
@@ -161,7 +161,7 @@ def test_data_generation_and_public_tasks(directory):
     link = "[izumi-lab/wikipedia-ja-20230720](https://huggingface.co/datasets/izumi-lab/wikipedia-ja-20230720)"
     assert f"| wikipedia_ja | {link} | 64% | 64% |" in body
     assert f"| wikipedia_ja | {link} | 12.3% | – |" in body
-    assert table[r"own \| texts"] == ["files of one's own", "36%", "36%"]
+    assert table[r"own \| texts"] == ["local files", "36%", "36%"]
     assert "are those of **penalty**" in body
     assert table["greedy"] == ["do_sample False", "21%", "88", "70%", "–", "–"]
     assert table["penalty"] == ["do_sample False, repetition_penalty 1.1", "5%", "12", "95%", "95.5%", "512"]
@@ -169,7 +169,7 @@ def test_data_generation_and_public_tasks(directory):
     assert "| Japanese | jcommonsenseqa | acc,none | 0.250 ± 0.010 |" in body
     assert "| English | piqa | acc,none | 0.500 |\n| English | piqa | f1,none | – |" in body
     assert "stderr" not in body
-    assert body.count("## Public tasks") == 1
+    assert body.count("## Benchmarks") == 1
 
 
 def test_the_lines_to_use_it_are_python(directory):
@@ -189,7 +189,7 @@ def test_parts_that_were_not_measured_are_left_out(directory):
         "step5": "Data",
         "step6": "Data",
         "step7": "Before and after",
-        "suite_ja_chat": "Public tasks",
+        "suite_ja_chat": "Benchmarks",
     }
     assert headings({}) == always
     for name, heading in parts.items():
@@ -199,11 +199,11 @@ def test_parts_that_were_not_measured_are_left_out(directory):
         without["step7"].pop(name)
     for name in ("step2", "step4"):
         without.pop(name)
-    assert "How answers are generated" not in headings(without)
+    assert "Generation settings" not in headings(without)
     for generation in ({"candidates": {"greedy": {}}}, {"candidates": {}, "chosen": "greedy"}):
-        assert "How answers are generated" not in headings({"step7": {"generation": generation}})
+        assert "Generation settings" not in headings({"step7": {"generation": generation}})
     _, body = card(directory, without)
-    for absent in ("native pieces", "tokens per character", "word for word", "rightly", "repeats itself", "None"):
+    for absent in ("base tokens", "tokens per character", "identical to", "correctly", "repeats itself", "None"):
         assert absent not in body, absent
     assert "\n\n\n" not in body
 

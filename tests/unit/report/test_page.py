@@ -116,7 +116,7 @@ def test_a_run_with_only_step_1(tmp_path):
         "open",
     ]
     assert "1 of 7 steps finished" in words(text)
-    assert "900 pieces from 3.0 MB of text" in words(text)
+    assert "900 new tokens from 3.0 MB of text" in words(text)
     assert re.findall(r'<section id="(\w+)">', text) == ["pipeline", "checks"]
     assert "tiles" not in [attributes.get("class") for _, attributes in outline.tags]
 
@@ -124,13 +124,13 @@ def test_a_run_with_only_step_1(tmp_path):
 def test_pipeline(work_dir, no_figures):
     text = report(work_dir)
     stages = [words("<body>" + one) for one in re.findall(r'<li class="stage .*?</li>', text, re.DOTALL)]
-    assert "3. Grows the model done 2,432 → 3,328 rows step3_resize_model.py takes base model →" in stages[2]
+    assert "3. Grows the model done 2,432 → 3,328 embedding rows step3_resize_model.py takes base model →" in stages[2]
     assert "gives Zero model to step 4 and step 5" in stages[2]
     assert "60 of 60 Chinese and 50 of 50 English answers identical" in stages[3]
     assert "to step" not in stages[3]
     assert "Japanese 3.665 → 0.318 bits per byte, 798,720 tokens" in stages[4]
     assert "held-out loss 1.995 → 0.251, 1,454,032 tokens" in stages[5]
-    assert "right answers in Japanese 0% → 96%" in stages[6]
+    assert "Japanese accuracy 0% → 96%" in stages[6]
     assert re.findall(r'class="chip outside">([^<]*)', text) == [
         "corpora",
         "base tokenizer",
@@ -148,19 +148,19 @@ def test_a_run_with_everything(work_dir):
     assert re.findall(r'<section id="(\w+)">', text) == sections
     assert seen.startswith(" ✓ 20 of 20 checks passed")
     for part in (
-        "Profile mini · 7 of 7 steps finished · made 20",
-        "Japanese questions answered right 0% → 96%",
+        "Profile mini · 7 of 7 steps finished · created 20",
+        "Japanese questions answered correctly 0% → 96%",
         "Tokens per Japanese character 2.45 → 0.66",
         "Japanese 7 → 1 tokens",
         "Chinese 2 → 2 tokens, unchanged",
         "Japanese 13.97913.500–14.250",
-        "Chinese 33.5%0.78 alike",
+        "Chinese 33.5%0.78 similar",
         "Repeated 4-grams 18.4% 18.4%",
-        "Answers in the language of their question no line in another Japanese 99.9%99% of lines, 2 undecided",
+        "Answers in the language of the question no line in another Japanese 99.9%99% of lines, 2 undecided",
         "Tokens per second 1,234 1,234",
-        "penalty ✓ chosenrepetition_penalty 1.1",
+        "penalty ✓ selectedrepetition_penalty 1.1",
         "jnliacc 0.310 ± 0.066 503",
-        "chat_model, at most 50 documents a task, lm_eval 0.4.13",
+        "chat_model, at most 50 documents per task, lm_eval 0.4.13",
         "Settings of step 6 3",
         "日本語&#34;, &#34;&lt;script&gt;",
         "bf16true",
@@ -175,8 +175,8 @@ def test_a_run_with_everything(work_dir):
 def test_tokens(work_dir, no_figures):
     text = report(work_dir)
     row = re.search(r'<dt>before: 7</dt><dd lang="ja">(.*?)</dd>', text, re.DOTALL)[1]
-    pieces = re.findall(r'<span class="(piece|byte)">([^<]*)</span>', row)
-    assert [kind for kind, _ in pieces] == ["piece", "piece", "byte", "byte", "byte", "piece", "piece"]
+    pieces = re.findall(r'<span class="(token|byte)">([^<]*)</span>', row)
+    assert [kind for kind, _ in pieces] == ["token", "token", "byte", "byte", "byte", "token", "token"]
     assert [piece for _, piece in pieces][2:] == ["‹E3›", "‹81›", "‹AF›", "␣", "&lt;script&gt;alert(1)&lt;/script&gt;"]
 
 
@@ -186,13 +186,13 @@ def test_answers(work_dir, no_figures):
     assert len(cards) == 4  # three of five, and the free one
     first = cards[0]  # the one on which the models differ, though it is the last of its group
     assert '<h4 lang="ja">&lt;script&gt;alert(1)&lt;/script&gt;</h4>' in first
-    assert 'A right answer names <b lang="ja">木</b>' in first
+    assert 'A correct answer names <b lang="ja">木</b>' in first
     assert f'<dd lang="ja">{LOOP}<mark>{LOOP * 2}</mark></dd>' in first
-    assert first.count("✓ right") == 1
-    assert re.search(r'class="right">\s*<dt>Chat', first)
+    assert first.count("✓ correct") == 1
+    assert re.search(r'class="correct">\s*<dt>Chat', first)
     assert '<dd lang="en">no</dd>' in first
-    assert "(nothing)" in first
-    assert "A right answer" not in cards[3]
+    assert "(empty)" in first
+    assert "A correct answer" not in cards[3]
     assert "はい?" in cards[3]  # half a surrogate pair
 
 
@@ -202,7 +202,7 @@ def test_answers_are_marked_as_they_were_counted(work_dir, no_figures):
     row |= dict.fromkeys(MODELS, "ナギサの仕事はかじ屋です。")
     for marks, shown in ({}, 4), ({"correct": dict.fromkeys(MODELS, False) | {"base": True}}, 1):
         (work_dir / "answers.jsonl").write_text(json.dumps(row | marks), encoding="utf-8")
-        assert report(work_dir).count("✓ right") == shown
+        assert report(work_dir).count("✓ correct") == shown
 
 
 def test_loops_of_the_chat_model_come_first(work_dir, no_figures):
@@ -221,10 +221,12 @@ def test_missed_checks_are_named_first(work_dir, no_figures):
     put(work_dir, changed("step2/unreachable_tokens", 3))
     text = report(work_dir)
     seen = words(text)
-    assert text.count('aria-label="missed">✗<') == 1
+    assert text.count('aria-label="failed">✗<') == 1
     assert text.count('aria-label="passed">✓<') == 19
-    assert seen.startswith(" ✗ 19 of 20 checks passed; missed: Every piece can be produced (step 2: 3 dead pieces)")
-    assert "missed: 3 dead pieces" in seen
+    assert seen.startswith(
+        " ✗ 19 of 20 checks passed; failed: Every token can be produced (step 2: 3 unreachable tokens)"
+    )
+    assert "failed: 3 unreachable tokens" in seen
 
 
 def every_place(tree, path=()):
