@@ -41,14 +41,8 @@ def main() -> None:
     pipeline.start_step("step1")
     base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
     pipeline.require_corpus()
-    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, check_sentencepiece_spec, read_sentencepiece
-    from llmtuner.tokenizer.merge_vocab import (
-        count_scripts,
-        merge_as_original,
-        merge_vocab,
-        new_candidates,
-        to_processor,
-    )
+    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, check_sentencepiece_spec, read_sentencepiece, to_processor
+    from llmtuner.tokenizer.merge_vocab import count_scripts, merge_as_original, merge_vocab, new_candidates
     from llmtuner.tokenizer.sentencepiece_bpe import short_sentences, split_sentences, train_bpe
 
     held_out = pipeline.held_out_texts("ja")
@@ -155,7 +149,7 @@ def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list
     writing_system = WRITING_SYSTEMS[constants.WRITING_SYSTEM]
     pieces: list[str] = []
     if start:
-        chosen = filter_candidates(base, start, writing_system, pipeline.reference_texts()).pieces
+        chosen = filter_candidates(base, start, writing_system, pipeline.reference_texts()).accepted
         dead = set(merge_reachable(base, chosen)[1])
         pieces = [piece for piece in chosen if piece not in dead][: PROFILE.num_new_tokens]
         base = merge_vocab(base, pieces, placeholders=False)

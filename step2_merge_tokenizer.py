@@ -35,6 +35,7 @@ def main() -> None:
         pipeline.start_step("step2", *([JA_TOKENIZER] if options.candidates == JA_TOKENIZER else []))
     base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
     pipeline.require_corpus()
+    from llmtuner.tokenizer.comparison import compare, encoding_mismatches
     from llmtuner.tokenizer.fast import (
         SPECIAL_TOKENS,
         check_sentencepiece_spec,
@@ -43,15 +44,13 @@ def main() -> None:
         read_sentencepiece,
         save_tokenizer,
         special_token_ids,
+        to_processor,
     )
     from llmtuner.tokenizer.merge_vocab import (
-        compare,
         count_scripts,
-        encoding_mismatches,
         filter_candidates,
         merge_as_original,
         merge_reachable,
-        to_processor,
         unreachable_tokens,
     )
     from llmtuner.tokenizer.sentencepiece_bpe import short_sentences
@@ -67,7 +66,7 @@ def main() -> None:
     if exact:
         reference = progress(pipeline.reference_texts(), "reading Chinese text", unit=" documents")
         choice = filter_candidates(base, candidates, WRITING_SYSTEMS[constants.WRITING_SYSTEM], reference)
-        merged, never_used = merge_reachable(base, choice.pieces)
+        merged, never_used = merge_reachable(base, choice.accepted)
         rejection_counts = {**choice.rejected, "never used": len(never_used)}
     else:
         merged, rejection_counts = merge_as_original(base, candidates), {}

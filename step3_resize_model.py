@@ -52,11 +52,9 @@ def main() -> None:
         pipeline.require_corpus()
     timer = Timer()
 
-    from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
+    from llmtuner.model.model_dir import is_original_chatglm, read_json
+    from llmtuner.tokenizer.fast import copy_tokenizer, encode_batch, load_tokenizer
     from llmtuner.weights import embedding_init
-    from llmtuner.weights.convert_chatglm import is_original_chatglm
-    from llmtuner.weights.lazy_checkpoint import read_json
-    from llmtuner.weights.merge_lora import copy_tokenizer
     from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
 
     print_header("Step 3: grow the embeddings")
@@ -116,7 +114,7 @@ def main() -> None:
 def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
     """Which native pieces are used like each new one in Japanese text, for the method "focus"."""
     from llmtuner.tokenizer.fast import encode_batch
-    from llmtuner.weights.embedding_init import focus_weights, static_vectors
+    from llmtuner.weights.focus import focus_weights, static_vectors
 
     documents = (text for _, text in progress(pipeline.tokenizer_corpus(FOCUS_BYTES), "reading", unit=" documents"))
     ids = (ids for text in documents for ids in encode_batch(tokenizer, [text]))

@@ -32,8 +32,7 @@ from llmtuner.files import atomic_write_json
 from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.report.environment import environment
-from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.weights.merge_lora import copy_tokenizer
+from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compare_trainers.json"

@@ -27,17 +27,11 @@ from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.eval.generation import generate_answers
 from llmtuner.files import atomic_write_json
 from llmtuner.model.loading import load_for_evaluation, load_model
-from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
+from llmtuner.tokenizer.fast import copy_tokenizer, encode_batch, load_tokenizer
 from llmtuner.weights.convert_chatglm import convert_chatglm
-from llmtuner.weights.embedding_init import (
-    METHODS,
-    NewTokens,
-    find_new_tokens,
-    focus_weights,
-    init_new_embeddings,
-    static_vectors,
-)
-from llmtuner.weights.merge_lora import copy_tokenizer, merge_adapter
+from llmtuner.weights.embedding_init import METHODS, NewTokens, find_new_tokens, init_new_embeddings
+from llmtuner.weights.focus import focus_weights, static_vectors
+from llmtuner.weights.merge_lora import merge_adapter
 from llmtuner.weights.resize_embeddings import resize_token_embeddings
 
 TINY = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "tiny_chatglm3"

@@ -133,7 +133,8 @@ def make_adapter(grown: Path, destination: Path) -> None:
 
 def merge(grown: Path, destination: Path) -> None:
     """Adapter and base to a plain model; the miniature's tokenizer stands in for ChatGLM3's."""
-    from llmtuner.weights.merge_lora import copy_tokenizer, merge_adapter
+    from llmtuner.tokenizer.fast import copy_tokenizer
+    from llmtuner.weights.merge_lora import merge_adapter
 
     copy_tokenizer(ROOT / "mini" / "base", grown)
     merge_adapter(grown, grown.with_name("adapter"), destination)

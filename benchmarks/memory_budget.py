@@ -25,11 +25,11 @@ from benchmarks.scaling import markdown_table
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model.adapters import init_adapter
+from llmtuner.model.model_dir import APPENDED_ROWS
 from llmtuner.report.environment import environment
 from llmtuner.train import loss
 from llmtuner.train.memory import estimate_step_memory
 from llmtuner.train.trainer import PackedTrainer
-from llmtuner.weights.resize_embeddings import APPENDED_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "memory.md", ROOT / "benchmarks" / "results" / "memory_budget.json"

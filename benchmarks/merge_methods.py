@@ -23,15 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llmtuner.console import format_table, print0, run_cli
 from llmtuner.data.sources import FILE_TYPES, DatasetAttr, read_texts
 from llmtuner.files import atomic_write_json
+from llmtuner.tokenizer.comparison import compare
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
-from llmtuner.tokenizer.fast import SPECIAL_TOKENS, encode_sentencepiece, read_sentencepiece
+from llmtuner.tokenizer.fast import SPECIAL_TOKENS, encode_sentencepiece, read_sentencepiece, to_processor
 from llmtuner.tokenizer.merge_vocab import (
-    compare,
     filter_candidates,
     merge_as_original,
     merge_reachable,
     merge_vocab,
-    to_processor,
     unreachable_tokens,
 )
 from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes, split_sentences, train_bpe
@@ -84,7 +83,7 @@ def main() -> None:
             seconds[name] = round(time.perf_counter() - start, 1)
             merges[name] = merge_as_original(base, read_sentencepiece(file))
             if chatglm3_spec:
-                chosen = filter_candidates(base, read_sentencepiece(file), SCRIPT, chinese()).pieces
+                chosen = filter_candidates(base, read_sentencepiece(file), SCRIPT, chinese()).accepted
                 merges["the same pieces, filtered, below"] = merge_reachable(base, chosen)[0]
 
     def added(name: str) -> int:
@@ -100,7 +99,7 @@ def main() -> None:
     if options.candidates:
         candidates = read_sentencepiece(options.candidates)
         merges[f"{SEED}, original"] = merge_as_original(base, candidates)
-        chosen = filter_candidates(base, candidates, SCRIPT, chinese()).pieces
+        chosen = filter_candidates(base, candidates, SCRIPT, chinese()).accepted
         merges[f"{SEED}, filtered, below"] = living = merge_reachable(base, chosen)[0]
         kept = [piece.piece for piece in living.pieces[native:]]
         more = learned(merge_vocab(base, kept, placeholders=False), added(f"{SEED}, original") - len(kept))

@@ -27,7 +27,7 @@ from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import DataArguments
 from llmtuner.report.environment import environment
-from llmtuner.tokenizer.fast import load_tokenizer, save_tokenizer
+from llmtuner.tokenizer.fast import PROCESSORS, load_tokenizer, save_tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tokenize_throughput.json"
 SAMPLE_BYTES = 1_000_000  # for the slow path
@@ -52,7 +52,7 @@ def main() -> None:
         if directory.is_file():
             save_tokenizer(options.tokenizer, directory := Path(scratch))
         tokenizer: Any = load_tokenizer(directory)
-        if not getattr(tokenizer, "sentencepiece", None):
+        if not PROCESSORS.get(tokenizer):
             raise UserError(f"{directory} holds no tokenizer.model, by which corpora are encoded.")
         slow, what = slow_tokenizer(directory / "tokenizer.model")
         many = Path(scratch) / "dialogues.jsonl"
@@ -116,7 +116,7 @@ def describe(directory: Path, stage: str, file: Path) -> Path:
 
 
 def bare_encoder(tokenizer: Any, texts: list[str], threads: int) -> Callable[[], Any]:
-    return lambda: tokenizer.sentencepiece.encode(texts, num_threads=threads, out_type="numpy")
+    return lambda: PROCESSORS[tokenizer].encode(texts, num_threads=threads, out_type="numpy")
 
 
 def prepare(stage: str, file: Path, tokenizer: Any, threads: int) -> Callable[[], None]:

@@ -18,8 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llmtuner.console import format_table, print0, progress, run_cli
 from llmtuner.data.sources import FILE_TYPES, DatasetAttr, read_texts
 from llmtuner.files import atomic_write_json
-from llmtuner.tokenizer.fast import build_fast_tokenizer, encode_fast, encode_sentencepiece, read_sentencepiece
-from llmtuner.tokenizer.merge_vocab import to_processor
+from llmtuner.tokenizer.fast import (
+    build_fast_tokenizer,
+    encode_fast,
+    encode_sentencepiece,
+    read_sentencepiece,
+    to_processor,
+)
 
 BATCH = 4_096
 

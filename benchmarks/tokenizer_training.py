@@ -30,8 +30,8 @@ from llmtuner.data.sources import DatasetAttr, read_texts
 from llmtuner.files import atomic_write_json
 from llmtuner.report.environment import environment
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
-from llmtuner.tokenizer.fast import read_sentencepiece
-from llmtuner.tokenizer.merge_vocab import merge_reachable, to_processor
+from llmtuner.tokenizer.fast import read_sentencepiece, to_processor
+from llmtuner.tokenizer.merge_vocab import merge_reachable
 from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 

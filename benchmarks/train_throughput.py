@@ -29,8 +29,8 @@ from benchmarks.training_costs import PARTS, UNTIMED, TimedTrainer, Values, cloc
 from llmtuner.console import UserError, print0, run_cli
 from llmtuner.files import atomic_write_json
 from llmtuner.report.environment import environment
+from llmtuner.tokenizer.fast import copy_tokenizer
 from llmtuner.train.callbacks import peak_memory_gb
-from llmtuner.weights.merge_lora import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "train_throughput.json"

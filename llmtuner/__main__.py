@@ -36,11 +36,11 @@ def main() -> None:
         case ["convert", source, destination]:
             from llmtuner.weights.convert_chatglm import convert_chatglm
 
-            convert_chatglm(Path(source), Path(destination), overwrite=env_flag("OVERWRITE"))
+            print(convert_chatglm(Path(source), Path(destination), overwrite=env_flag("OVERWRITE")))
         case ["gguf", source, destination]:
             from llmtuner.weights.export_gguf import export_gguf
 
-            export_gguf(Path(source), Path(destination))
+            print(export_gguf(Path(source), Path(destination)))
         case _:
             raise UserError(USAGE)
 

@@ -146,9 +146,8 @@ def make_base(destination: Path) -> None:
     from llmtuner.eval.generation import generate_answers
     from llmtuner.eval.questions import is_correct, parse_questions
     from llmtuner.model.loading import load_model
-    from llmtuner.tokenizer.fast import load_tokenizer
+    from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
     from llmtuner.train.tuner import run_exp
-    from llmtuner.weights.merge_lora import copy_tokenizer
 
     watch = Timer()
     generators = [world.build_generators(SEED)[language] for language in ("zh", "en")]

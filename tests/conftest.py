@@ -31,8 +31,7 @@ def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from llmtuner.tokenizer.fast import load_tokenizer
-    from llmtuner.weights.merge_lora import copy_tokenizer
+    from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
 
     directory = tmp_path_factory.mktemp("tiny-model")
     torch.manual_seed(0)

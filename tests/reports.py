@@ -17,7 +17,7 @@ STEPS = [
     Step("step7", "step7_eval_chat.py", "evaluates", ("chat model",), "report"),
 ]
 MODELS = ("base", "zero", "pretrained", "chat")
-SENTENCE = ["▁", "私", "‹E3›", "‹81›", "‹AF›", " ", ATTACK]
+SENTENCE = ["▁", "私", "<0xE3>", "<0x81>", "<0xAF>", " ", ATTACK]
 CANDIDATE = {"longest_loop": 9, "mean_loop": 1.5, "finished_ratio": 0.5, "tokens_per_second": 1234.5}
 CONFUSION = {"line_pass_rate": 0.99, "lines": 300, "undecided_lines": 5, "responses": 198, "undecided_responses": 2}
 METRICS = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import encode_batch, encode_fast
+from llmtuner.tokenizer.fast import PROCESSORS, encode_batch, encode_fast
 
 ROLES = ("system", "user", "assistant", "observation")
 IGNORE_INDEX = -100  # label of a token that is read but not trained
@@ -151,7 +151,7 @@ def _concatenate(parts: list[Ids], bounds: Sequence[int]) -> tuple[Ids, list[int
 
 def _encode(tokenizer: Any, texts: list[str] | list[bytes], threads: int) -> list[Ids]:
     """As `encode_batch`, but in arrays, which sentencepiece fills without making a Python number of every id."""
-    processor = getattr(tokenizer, "sentencepiece", None)
+    processor = PROCESSORS.get(tokenizer)
     if processor:
         return processor.encode(texts, num_threads=threads, out_type="numpy")
     strings = [text.decode() if isinstance(text, bytes) else text for text in texts]

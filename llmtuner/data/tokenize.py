@@ -26,6 +26,7 @@ from llmtuner.data.template import Ids, Message, Template
 from llmtuner.data.token_store import SCHEMA, TokenizedDataset, TokenStore
 from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
+from llmtuner.tokenizer.fast import PROCESSORS
 
 if TYPE_CHECKING:
     from llmtuner.hparams import DataArguments
@@ -115,7 +116,7 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 
     sentencepiece's model is at hand in bytes, where it encodes: the fast tokenizer takes ten times as long to describe.
     """
-    backend, processor = tokenizer.backend_tokenizer, getattr(tokenizer, "sentencepiece", None)
+    backend, processor = tokenizer.backend_tokenizer, PROCESSORS.get(tokenizer)
     if processor:
         special = Template.from_tokenizer(tokenizer), backend.get_added_tokens_decoder()
         content = processor.serialized_model_proto() + repr(special).encode()

@@ -23,10 +23,9 @@ from transformers import PreTrainedModel
 from llmtuner.console import UserError, print0
 from llmtuner.files import translate_disk_errors
 from llmtuner.hparams import FinetuningArguments
+from llmtuner.model.model_dir import APPENDED_ROWS, MERGED_ADAPTER, adapter_checksum, read_json
 from llmtuner.outputs import finish_publishing, publish_files
-from llmtuner.weights.lazy_checkpoint import read_json
-from llmtuner.weights.merge_lora import MERGED_ADAPTER, TOKENIZER_FILES, adapter_checksum, copy_tokenizer
-from llmtuner.weights.resize_embeddings import APPENDED_ROWS
+from llmtuner.tokenizer.fast import TOKENIZER_FILES, copy_tokenizer
 
 NO_LORA_ON_LM_HEAD = "the output layer is trained in full or not at all. Put it into additional_target."
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")

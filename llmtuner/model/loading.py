@@ -13,9 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import UserError
 from llmtuner.model.attention import VARLEN
+from llmtuner.model.model_dir import check_not_quantized, check_weight_files, is_original_chatglm, read_json
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.weights.convert_chatglm import is_original_chatglm
-from llmtuner.weights.lazy_checkpoint import check_not_quantized, check_weight_files, read_json
 
 # What libraries would print and nobody could act on: bars for reading one file, peft's call of an old name, and
 # DeepSpeed's surprise (it is imported with the Trainer) at a machine without a GPU.

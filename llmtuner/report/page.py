@@ -27,7 +27,7 @@ RUNS = {
 # The soft hyphen is for narrow columns on a phone.
 MODELS = {"base": "Base", "zero": "Zero", "pretrained": "Pre\u00adtrained", "chat": "Chat"}
 QUESTIONS_PER_GROUP = 3
-BYTE_TOKEN = re.compile(r"‹[0-9A-F]{2}›")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 VISIBLE = str.maketrans({" ": "␣", "\u3000": "␣", "\n": "↵", "\t": "⇥"})
 
 

@@ -1,14 +1,13 @@
-"""Continued BPE: learns new pieces on top of a tokenizer's own segmentation, so that none is dead and few are wasted.
+"""Continued BPE: trains new tokens on top of the base tokenizer's segmentation, so that all are reachable and few are wasted.
 
-sentencepiece trains from characters, and a merge into another vocabulary then meets merges it did not know of. Here the
-text is first split by the base tokenizer, and the pairs of neighbouring pieces that occur most often become pieces, one
-after the other (continued BPE, arXiv 2512.03989). Ranked below every native piece, they join exactly what they joined in
-training.
+sentencepiece trains from characters, so its tokens meet unknown merges once they are added to another vocabulary. Here the text
+is first segmented by the base tokenizer, and the most frequent pairs of adjacent tokens become new tokens, one after the other
+(continued BPE, arXiv 2512.03989). Ranked below the base vocabulary, they merge exactly what they merged in training.
 
-        base    お | 茶 | を | 飲 | み | ま | した | 。
-        learned お | 茶 | を | 飲 | み | ました。             (ま+した, then ました+。)
+        base      お | 茶 | を | 飲 | み | ま | した | 。
+        continued お | 茶 | を | 飲 | み | ました。             (ま+した, then ました+。)
 
-All tokens of the text lie in one array, as a doubly linked list, so that the places of a pair can be joined at once.
+All tokens of the text are in one array, as a doubly linked list, so that all positions of a pair can be merged at once.
 """
 
 import heapq
@@ -20,259 +19,247 @@ from typing import Any
 
 import numpy as np
 
-from llmtuner.tokenizer.fast import NORMAL, SPACE, encode_sentencepiece
-from llmtuner.tokenizer.merge_vocab import to_processor
+from llmtuner.tokenizer.fast import NORMAL, SPACE, encode_sentencepiece, to_processor
 from llmtuner.tokenizer.writing_systems import ALL_CHARACTERS, WritingSystem, find_strings
 
-MAX_TOKEN_LENGTH = 16  # characters; sentencepiece's own default
-BATCH_SIZE = 4_096  # lines handed to sentencepiece at once
-BOUNDARY = 0  # a token that nothing may join: <unk>, which stands for what no piece may hold
-MERGED = -1  # a token that has been joined to the one before it
+MAX_TOKEN_LENGTH = 16  # characters; sentencepiece's default
+BATCH_SIZE = 4_096  # lines encoded at once
+BOUNDARY = 0  # a token that is never merged: <unk>, which replaces everything that no new token may contain
+MERGED = -1  # a token that has been merged into the one before it
 
 
 @dataclass(frozen=True)
 class SegmentedCorpus:
-    """Text as the base tokenizer splits it, and what learning must know of it."""
+    """Text as the base tokenizer segments it."""
 
     tokens: np.ndarray
-    """int32: ids; `BOUNDARY` between lines and instead of runs of pieces that cannot be part of a new one."""
+    """int32: ids; `BOUNDARY` between lines and in place of runs of tokens that cannot be part of a new one."""
     id_to_token: list[str]
-    """id -> piece; behind the base's come the characters of the script that the base spells in bytes."""
+    """The base's pieces, then the characters of the writing system that the base encodes as bytes."""
     base_vocab_size: int
-    """Number of the base's ids."""
     uncommon_runs: Counter[str]
-    """Runs of shared characters that the other language does not write, with how often they occur."""
+    """Runs of shared characters that the other language does not write, with their frequencies."""
 
 
 def segment_corpus(base: Any, lines: Iterable[str], writing_system: WritingSystem) -> SegmentedCorpus:
-    """Splits lines by the base tokenizer; 4 bytes of memory for each token.
+    """Segments lines with the base tokenizer; needs 4 bytes of memory per token.
 
     Args:
         base: sentencepiece model (`read_sentencepiece`).
         lines: read once, as a stream.
     """
-    # Characters without a piece become temporary ones, so that each is one token and not its three bytes.
+    # Characters without a piece become temporary pieces, so that each is one token and not its three bytes.
     known = {piece.piece for piece in base.pieces}
-    spelled_in_bytes = [
-        letter for letter in writing_system.letter_pattern.findall(ALL_CHARACTERS) if letter not in known
-    ]
+    letters = writing_system.letter_pattern.findall(ALL_CHARACTERS)
     extended = type(base)()
     extended.CopyFrom(base)
     lowest = min(piece.score for piece in base.pieces if piece.type == NORMAL)
-    for rank, letter in enumerate(spelled_in_bytes, start=1):
+    for rank, letter in enumerate((letter for letter in letters if letter not in known), start=1):
         extended.pieces.add(piece=letter, score=lowest - rank, type=NORMAL)
     processor = to_processor(extended)
 
     id_to_token = [piece.piece if piece.type == NORMAL else "" for piece in extended.pieces]
-    usable = np.array([bool(name) and writing_system.token_pattern.fullmatch(name) is not None for name in id_to_token])
+    usable = np.array([bool(token) and bool(writing_system.token_pattern.fullmatch(token)) for token in id_to_token])
     uncommon_runs: Counter[str] = Counter()
     parts = [np.zeros(1, np.int32)]
     stream = iter(lines)
     while batch := list(islice(stream, BATCH_SIZE)):
-        ids = np.fromiter(
-            (index for line in encode_sentencepiece(processor, batch) for index in (*line, BOUNDARY)), np.int32
-        )
+        encoded = encode_sentencepiece(processor, batch)
+        ids = np.fromiter((index for line in encoded for index in (*line, BOUNDARY)), np.int32)
         ids[~usable[ids]] = BOUNDARY
         repeated = (ids[1:] == BOUNDARY) & (ids[:-1] == BOUNDARY)
         parts.append(ids[np.concatenate([[True], ~repeated])])
-        uncommon_runs.update(
-            run
-            for run in writing_system.shared_run_pattern.findall("\n".join(batch))
-            if writing_system.has_uncommon(run)
-        )
+        uncommon_runs.update(writing_system.uncommon_runs("\n".join(batch)))
     return SegmentedCorpus(np.concatenate(parts), id_to_token, len(base.pieces), uncommon_runs)
 
 
-def uncommon_strings(runs: Counter[str], writing_system: WritingSystem, min_count: int) -> set[str]:
-    """The parts of some runs of shared characters that may become pieces if the other language does not write them.
+def train_continued_bpe(
+    corpus: SegmentedCorpus, count: int, writing_system: WritingSystem, reference: Iterable[str]
+) -> Iterator[str]:
+    """Yields new tokens by rank; fewer than `count` if the text has no more.
 
     Args:
-        min_count: how often a string must occur.
+        corpus: from `segment_corpus`; its tokens are overwritten.
+        reference: text of the other language, read as a stream: strings that occur in it do not become tokens.
     """
-    times: Counter[str] = Counter()
-    for run, count in runs.items():
+    strings = uncommon_strings(corpus.uncommon_runs, writing_system, initial_min_count(corpus))
+    allowed = strings - find_strings(strings, reference, writing_system)
+    yield from ContinuedBPE(corpus, count, writing_system, allowed).train()
+
+
+def uncommon_strings(runs: Counter[str], writing_system: WritingSystem, min_count: int) -> set[str]:
+    """The substrings of runs of shared characters that may become tokens if the other language does not write them.
+
+    Args:
+        min_count: minimum frequency of a string.
+    """
+    frequencies: Counter[str] = Counter()
+    for run, frequency in runs.items():
         for start in range(len(run)):
             for end in range(start + 1, min(len(run), start + MAX_TOKEN_LENGTH) + 1):
                 if writing_system.has_uncommon(run[start:end]):
-                    times[run[start:end]] += count
-    return {string for string, count in times.items() if count >= min_count}
+                    frequencies[run[start:end]] += frequency
+    return {string for string, frequency in frequencies.items() if frequency >= min_count}
 
 
-def initial_min_count(lines: SegmentedCorpus) -> int:
-    """Pairs rarer than this are not looked at, at first: among six million tokens the 14,000th piece occurs 29 times."""
-    return max(2, len(lines.tokens) // 400_000)
+def initial_min_count(corpus: SegmentedCorpus) -> int:
+    """The minimum frequency of pairs at first: among six million tokens the 14,000th new token occurs 29 times."""
+    return max(2, len(corpus.tokens) // 400_000)
 
 
-def train_continued_bpe(
-    lines: SegmentedCorpus, count: int, writing_system: WritingSystem, reference: Iterable[str]
-) -> Iterator[str]:
-    """Yields new pieces in the order in which they are to rank; fewer than `count` if the text holds no more.
-
-    Args:
-        lines: from `segment_corpus`; their tokens are used up.
-        reference: text of the other language, read as a stream: what it holds does not become a piece.
-    """
-    strings = uncommon_strings(lines.uncommon_runs, writing_system, initial_min_count(lines))
-    yield from ContinuedBPE(
-        lines, count, writing_system, strings - find_strings(strings, reference, writing_system)
-    ).train()
-
-
-Pair = tuple[int, int, np.ndarray]  # left id, right id, places of the left one
+Pair = tuple[int, int, np.ndarray]  # left id, right id, positions of the left one
 
 
 class ContinuedBPE:
-    """Learns pieces from `SegmentedCorpus`, the most frequent pair of neighbours first."""
+    """Trains new tokens on a `SegmentedCorpus`, the most frequent pair first."""
 
-    def __init__(self, lines: SegmentedCorpus, count: int, writing_system: WritingSystem, unseen: set[str]) -> None:
-        """Takes over the tokens of `lines`.
+    def __init__(
+        self, corpus: SegmentedCorpus, count: int, writing_system: WritingSystem, allowed_strings: set[str]
+    ) -> None:
+        """Takes over the tokens of `corpus`.
 
         Args:
-            count: pieces wanted.
-            unseen: strings of shared characters alone that may become pieces.
+            count: number of new tokens.
+            allowed_strings: strings of only shared characters that may become tokens.
         """
-        self.writing_system, self.unseen, self.count = writing_system, unseen, count
-        self.id_to_token, self.base_vocab_size, self.first_new = (
-            list(lines.id_to_token),
-            lines.base_vocab_size,
-            len(lines.id_to_token),
-        )
-        self.token_to_id = {name: index for index, name in enumerate(self.id_to_token) if name}
-        self.tokens = lines.tokens
-        self.min_count = initial_min_count(lines)
-        size = len(self.id_to_token) + count
+        self.writing_system, self.allowed_strings, self.count = writing_system, allowed_strings, count
+        self.id_to_token = list(corpus.id_to_token)
+        self.base_vocab_size, self.first_new = corpus.base_vocab_size, len(corpus.id_to_token)
+        self.token_to_id = {token: index for index, token in enumerate(self.id_to_token) if token}
+        self.tokens = corpus.tokens
+        self.min_count = initial_min_count(corpus)
+        size = self.first_new + count
         self.exclusive, self.shared, self.starts_with_space = (np.zeros(size, bool) for _ in range(3))
         self.length = np.zeros(size, np.int32)
-        for index, name in enumerate(self.id_to_token):
-            self._register(index, name)
-        # What the other language writes in bytes stays in bytes, and nothing can be built on it.
-        temporary = np.arange(len(self.id_to_token)) >= self.base_vocab_size
-        allowed = self.exclusive[: len(self.id_to_token)] | np.array([name in unseen for name in self.id_to_token])
+        for index, token in enumerate(self.id_to_token):
+            self._register(index, token)
+        # What the other language writes in bytes stays in bytes, and no token can be built on it.
+        temporary = np.arange(self.first_new) >= self.base_vocab_size
+        allowed = self.exclusive[: self.first_new] | np.array([token in allowed_strings for token in self.id_to_token])
         self.tokens[(temporary & ~allowed)[self.tokens]] = BOUNDARY
 
-    def _register(self, index: int, name: str) -> None:
-        body = name.removeprefix(SPACE)
-        self.exclusive[index] = self.writing_system.exclusive_pattern.search(name) is not None
+    def _register(self, index: int, token: str) -> None:
+        body = token.removeprefix(SPACE)
+        self.exclusive[index] = self.writing_system.exclusive_pattern.search(token) is not None
         self.shared[index] = not body or self.writing_system.shared_run_pattern.fullmatch(body) is not None
-        self.starts_with_space[index] = name.startswith(SPACE)
-        self.length[index] = len(name)
+        self.starts_with_space[index] = token.startswith(SPACE)
+        self.length[index] = len(token)
 
     def train(self) -> Iterator[str]:
-        """Yields pieces in the order in which they are to rank; fewer than wanted if the text holds no more."""
-        self.learned: set[str] = set()
+        """Yields new tokens by rank; fewer than `count` if the text has no more."""
+        self.new_tokens: set[str] = set()
         while True:
             self._collect_pairs()
-            while len(self.learned) < self.count and (piece := self._next_token()):
-                self.learned.add(piece)
-                yield piece
-            if len(self.learned) == self.count or self.min_count == 2:
+            while len(self.new_tokens) < self.count and (token := self._next_token()):
+                self.new_tokens.add(token)
+                yield token
+            if len(self.new_tokens) == self.count or self.min_count == 2:
                 return
             self.min_count = max(2, self.min_count // 4)
 
     def _collect_pairs(self) -> None:
-        """Finds every pair that occurs often enough, and every character that is worth a piece."""
+        """Finds every pair that is frequent enough, and every character that saves enough bytes."""
         self.tokens = self.tokens[self.tokens != MERGED]
         size = len(self.tokens)
         self.next = np.arange(1, size + 1, dtype=np.int32)
         self.previous = np.arange(-1, size - 1, dtype=np.int32)
-        self.pairs: dict[str, list[Pair]] = {}  # a string and all the ways in which it stands in the text as two tokens
-        self.pending_merges: dict[
-            int, list[Pair]
-        ] = {}  # id -> pairs that make this piece: sentencepiece would join them
-        times = np.bincount(self.tokens, minlength=self.first_new)
-        # A character spelled in bytes costs two tokens or more than its piece, so it comes before all pairs that hold it.
+        self.pairs: dict[str, list[Pair]] = {}  # candidate -> all ways in which two tokens of the text spell it
+        self.pending_merges: dict[int, list[Pair]] = {}  # id -> pairs that sentencepiece would merge into this token
+        counts = np.bincount(self.tokens, minlength=self.first_new)
+        # A character in bytes costs at least two tokens more than its own token, so it precedes all pairs that contain it.
         self.heap = [
-            (-int(times[index]) * (len(self.id_to_token[index].encode()) - 1), self.id_to_token[index])
-            for index in range(self.base_vocab_size, self.first_new)
-            if times[index] >= self.min_count and self.id_to_token[index] not in self.learned
+            (-int(counts[index]) * (len(token.encode()) - 1), token)
+            for index, token in enumerate(self.id_to_token[self.base_vocab_size : self.first_new], self.base_vocab_size)
+            if counts[index] >= self.min_count and token not in self.new_tokens
         ]
         heapq.heapify(self.heap)
-        places = np.nonzero(self._can_merge(self.tokens[:-1], self.tokens[1:]))[0].astype(np.int32)
-        for pair, where in _group_by_key(
-            (self.tokens[places].astype(np.int64) << 32) | self.tokens[places + 1], self.min_count
-        ):
-            self._add_pair(pair >> 32, pair & 0xFFFFFFFF, places[where])
+        positions = np.nonzero(self._can_merge(self.tokens[:-1], self.tokens[1:]))[0].astype(np.int32)
+        keys = (self.tokens[positions].astype(np.int64) << 32) | self.tokens[positions + 1]
+        for key, group in _group_by_key(keys, self.min_count):
+            self._add_pair(key >> 32, key & 0xFFFFFFFF, positions[group])
         self._apply_pending()
 
     def _can_merge(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Which pairs of ids could be a piece by their characters."""
-        pure = self.exclusive[left] | self.exclusive[right] | (self.shared[left] & self.shared[right])
+        """Which pairs of ids may become a token, judged by their characters."""
+        allowed = self.exclusive[left] | self.exclusive[right] | (self.shared[left] & self.shared[right])
         fits = self.length[left] + self.length[right] <= MAX_TOKEN_LENGTH
-        return (left > BOUNDARY) & (right > BOUNDARY) & ~self.starts_with_space[right] & pure & fits
+        return (left > BOUNDARY) & (right > BOUNDARY) & ~self.starts_with_space[right] & allowed & fits
 
-    def _add_pair(self, left: int, right: int, places: np.ndarray) -> None:
-        """Notes a pair: as a candidate, or to be joined if it makes a piece that exists."""
-        name = self.id_to_token[left] + self.id_to_token[right]
-        if name in self.token_to_id:  # however rare, sentencepiece would join it
-            self.pending_merges.setdefault(self.token_to_id[name], []).append((left, right, places))
-        elif len(places) < self.min_count:
+    def _add_pair(self, left: int, right: int, positions: np.ndarray) -> None:
+        """Adds a pair as a candidate, or as a pending merge if it forms an existing token."""
+        token = self.id_to_token[left] + self.id_to_token[right]
+        if token in self.token_to_id:  # however rare, sentencepiece would merge it
+            self.pending_merges.setdefault(self.token_to_id[token], []).append((left, right, positions))
+        elif len(positions) < self.min_count:
             return
-        elif self.exclusive[left] or self.exclusive[right] or name.removeprefix(SPACE) in self.unseen:
-            pairs = self.pairs.setdefault(name, [])
-            pairs.append((left, right, places))
-            heapq.heappush(self.heap, (-_count(pairs), name))
+        elif self.exclusive[left] or self.exclusive[right] or token.removeprefix(SPACE) in self.allowed_strings:
+            pairs = self.pairs.setdefault(token, [])
+            pairs.append((left, right, positions))
+            heapq.heappush(self.heap, (-_count(pairs), token))
 
     def _next_token(self) -> str | None:
-        """Makes a piece of the candidate that occurs most often now, and joins it in the text."""
+        """Makes the currently most frequent candidate a token, and merges it in the text."""
         while self.heap:
-            name = heapq.heappop(self.heap)[1]
-            if name in self.learned:
+            token = heapq.heappop(self.heap)[1]
+            if token in self.new_tokens:
                 continue
-            if name in self.token_to_id:  # a character in bytes, one token already
-                return name
-            # Other joins have taken some of its places meanwhile: it may have to wait.
+            if token in self.token_to_id:  # a character in bytes is one temporary token already
+                return token
+            # Other merges may have used some of its positions since: it may have to go back into the heap.
             pairs = [
-                (left, right, self._still_adjacent(left, right, places)) for left, right, places in self.pairs[name]
+                (left, right, self._still_adjacent(left, right, positions))
+                for left, right, positions in self.pairs[token]
             ]
-            self.pairs[name] = pairs
+            self.pairs[token] = pairs
             if (count := _count(pairs)) < self.min_count:
                 continue
-            if self.heap and (-count, name) > self.heap[0]:
-                heapq.heappush(self.heap, (-count, name))
+            if self.heap and (-count, token) > self.heap[0]:
+                heapq.heappush(self.heap, (-count, token))
                 continue
-            del self.pairs[name]
-            self.token_to_id[name] = len(self.id_to_token)
-            self._register(len(self.id_to_token), name)
-            self.id_to_token.append(name)
-            self.pending_merges[self.token_to_id[name]] = pairs
+            del self.pairs[token]
+            new = len(self.id_to_token)
+            self.token_to_id[token] = new
+            self._register(new, token)
+            self.id_to_token.append(token)
+            self.pending_merges[new] = pairs
             self._apply_pending()
-            return name
+            return token
         return None
 
-    def _still_adjacent(self, left: int, right: int, places: np.ndarray) -> np.ndarray:
-        return places[(self.tokens[places] == left) & (self.tokens[self.next[places]] == right)]
+    def _still_adjacent(self, left: int, right: int, positions: np.ndarray) -> np.ndarray:
+        return positions[(self.tokens[positions] == left) & (self.tokens[self.next[positions]] == right)]
 
     def _apply_pending(self) -> None:
         while self.pending_merges:
-            new = min(self.pending_merges)  # older pieces rank higher
+            new = min(self.pending_merges)  # older tokens rank higher
             self._merge_pairs(new, self.pending_merges.pop(new))
 
     def _merge_pairs(self, new: int, pairs: list[Pair]) -> None:
-        """Joins all pairs that make a piece wherever they still stand, from the left, and notes the pairs that come about."""
-        standing = [self._still_adjacent(left, right, places) for left, right, places in pairs]
-        places = _drop_overlaps(np.unique(np.concatenate(standing)), self.next)
-        seconds = self.next[places]
+        """Merges all pairs that form a token wherever they are still adjacent, left to right, and adds the new pairs."""
+        adjacent = [self._still_adjacent(left, right, positions) for left, right, positions in pairs]
+        positions = _drop_overlaps(np.unique(np.concatenate(adjacent)), self.next)
+        seconds = self.next[positions]
         after = self.next[seconds]
-        self.tokens[places], self.tokens[seconds] = new, MERGED
-        self.next[places], self.previous[after] = after, places
-        following, before = self.tokens[after], self.previous[places]
-        ids = np.full(len(places), new)
-        where = np.nonzero(self._can_merge(ids, following))[0]
-        for right_id, group in _group_by_key(following[where]):
-            self._add_pair(new, right_id, places[where[group]])
-        # Where two stand in a row, the pair was noted above, with the first one.
-        leading = self.tokens[before]
-        where = np.nonzero(self._can_merge(leading, ids) & ~np.isin(before, places, assume_unique=True))[0]
-        for left_id, group in _group_by_key(leading[where]):
-            self._add_pair(left_id, new, before[where[group]])
+        self.tokens[positions], self.tokens[seconds] = new, MERGED
+        self.next[positions], self.previous[after] = after, positions
+        right_ids, before = self.tokens[after], self.previous[positions]
+        left_ids, ids = self.tokens[before], np.full(len(positions), new)
+        selected = np.nonzero(self._can_merge(ids, right_ids))[0]
+        for right, group in _group_by_key(right_ids[selected]):
+            self._add_pair(new, right, positions[selected[group]])
+        # Where two new tokens are adjacent, the pair was added above, with the first one.
+        first = ~np.isin(before, positions, assume_unique=True)
+        selected = np.nonzero(self._can_merge(left_ids, ids) & first)[0]
+        for left, group in _group_by_key(left_ids[selected]):
+            self._add_pair(left, new, before[selected[group]])
 
 
 def _count(pairs: list[Pair]) -> int:
-    return sum(len(places) for _, _, places in pairs)
+    return sum(len(positions) for _, _, positions in pairs)
 
 
 def _group_by_key(keys: np.ndarray, min_count: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields each key that occurs at least so often, and where it does."""
+    """Yields each key that occurs at least `min_count` times, and the indices at which it does."""
     order = np.argsort(keys, kind="stable").astype(np.int32)
     keys = keys[order]
     starts = np.nonzero(np.diff(keys, prepend=-1))[0]
@@ -281,10 +268,10 @@ def _group_by_key(keys: np.ndarray, min_count: int = 1) -> Iterator[tuple[int, n
         yield int(keys[starts[group]]), order[starts[group] : ends[group]]
 
 
-def _drop_overlaps(places: np.ndarray, following: np.ndarray) -> np.ndarray:
-    """Of pairs that begin at some places (rising), those that joining from the left finds: each token is joined once."""
-    number = np.arange(len(places))
-    linked = np.zeros(len(places), bool)
-    linked[1:] = following[places[:-1]] == places[1:]
+def _drop_overlaps(positions: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """Of ascending positions of pairs, those that merging from left to right finds: each token is merged once."""
+    number = np.arange(len(positions))
+    linked = np.zeros(len(positions), bool)
+    linked[1:] = following[positions[:-1]] == positions[1:]
     start = np.maximum.accumulate(np.where(linked, 0, number))
-    return places[(number - start) % 2 == 0]
+    return positions[(number - start) % 2 == 0]

@@ -1,4 +1,4 @@
-"""ChatGLM3's sentencepiece model as a transformers fast tokenizer: same ids, no remote code, no text read as a role."""
+"""ChatGLM3's sentencepiece model as a transformers fast tokenizer: same ids, no remote code, no special tokens from text."""
 
 import os
 import re
@@ -6,13 +6,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from llmtuner.console import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# ChatGLM3's added tokens; they take the ids right behind the native pieces, in this order.
+# ChatGLM3's added tokens, with the ids right after the base vocabulary, in this order.
 SPECIAL_TOKENS = [
     "[MASK]",
     "[gMASK]",
@@ -25,17 +30,25 @@ SPECIAL_TOKENS = [
     "<|observation|>",
 ]
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2; <unk> also pads
-SPACE = "▁"  # how sentencepiece writes a space inside a piece
-BYTE_TOKEN = re.compile(r"^<0x([0-9A-F]{2})>$")
+SPACE = "▁"  # sentencepiece's symbol for a space in a piece
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+PROCESSORS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+"""tokenizer -> the sentencepiece processor that encodes for it: same ids, at least twice as fast on Japanese and Chinese"""
 
 # Piece types of sentencepiece's protobuf schema
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
-# Two characters that Unicode keeps free for uses like this one. The chat template puts them into every name of a special
-# token that a message holds, so that it is not found there; the tokenizer then takes them out of the text again.
+# Two noncharacters, which Unicode reserves for internal use. The chat template inserts them into the name of every special
+# token in a message, so that it is not recognised there; the tokenizer then removes them from the text.
 ESCAPE = "\ufdd0\ufdd1"
 
-# What ChatGLM3's `build_chat_input` makes of a conversation, roles being read from the template's own text alone.
+# Renders a conversation as ChatGLM3's `build_chat_input` does; only the template itself can produce roles.
 CHAT_TEMPLATE = """\
 {%- macro as_text(text) -%}
     {%- set safe = namespace(text=text) -%}
@@ -59,28 +72,25 @@ def read_sentencepiece(model_file: Path) -> Any:
     """Reads a sentencepiece model as the protobuf message `ModelProto`.
 
     Raises:
-        UserError: if the file is missing or is no sentencepiece model.
+        UserError: if the file is missing or is not a sentencepiece model.
     """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
     try:
         proto.ParseFromString(model_file.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the tokenizer model {model_file} ({error.strerror or error}).") from error
     except DecodeError as error:
-        raise UserError(f"{model_file} is not a sentencepiece model ({error}). Fetch or make it again.") from error
+        raise UserError(f"{model_file} is not a sentencepiece model ({error}). Download or create it again.") from error
     if not proto.pieces:
-        raise UserError(f"{model_file} is not a sentencepiece model: it has no piece. Fetch or make it again.")
+        raise UserError(f"{model_file} is not a sentencepiece model: it has no pieces. Download or create it again.")
     return proto
 
 
 def check_sentencepiece_spec(proto: Any, model_file: Path) -> None:
-    """Makes sure that a model splits text by ChatGLM3's rules; others would be translated wrongly.
+    """Makes sure that a model tokenizes by ChatGLM3's spec; any other would be converted incorrectly.
 
     Raises:
-        UserError: lists every rule that differs.
+        UserError: lists every difference.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
@@ -91,57 +101,57 @@ def check_sentencepiece_spec(proto: Any, model_file: Path) -> None:
             (trainer.model_type != 2, "it is not a BPE model"),
             (not trainer.byte_fallback, "it has no byte fallback"),
             (bool(normalizer.precompiled_charsmap), f"it normalizes text ({normalizer.name})"),
-            (not normalizer.add_dummy_prefix, "it puts no blank before a text"),
-            (normalizer.remove_extra_whitespaces, "it removes white space"),
+            (not normalizer.add_dummy_prefix, "it adds no space before a text"),
+            (normalizer.remove_extra_whitespaces, "it removes whitespace"),
             ([piece.piece for piece in proto.pieces[:3]] != [UNK, BOS, EOS], f"ids 0, 1, 2 are not {UNK} {BOS} {EOS}"),
             (bool(kinds - {NORMAL, UNKNOWN, CONTROL, BYTE}), "it has user-defined or unused pieces"),
             (
                 len(set(scores.values())) < len(scores),
                 "pieces have the same score, so the order of merges is undefined",
             ),
-            # sentencepiece can merge a character that is no piece into one; ordered merges cannot
-            (not set().union(*scores) <= scores.keys(), "some pieces hold a character that is no piece"),
+            # sentencepiece can merge a character that is not a piece; ordered merges cannot
+            (not set().union(*scores) <= scores.keys(), "some pieces contain a character that is not a piece"),
         ]
         if broken
     ]
     if problems:
         raise UserError(
-            f"{model_file} does not follow ChatGLM3's rules: {'; '.join(problems)}. "
-            "Use ChatGLM3's own tokenizer.model, or train one with those rules."
+            f"{model_file} does not follow ChatGLM3's spec: {'; '.join(problems)}. "
+            "Use ChatGLM3's own tokenizer.model, or train one with this spec."
         )
 
 
 def special_token_ids(proto: Any) -> dict[str, int]:
-    """Ids of the nine special tokens: where their placeholders stand, or right behind the pieces if there are none.
+    """Ids of the nine special tokens: those of their placeholders, or right after the pieces if there are none.
 
     Raises:
-        UserError: if only some placeholders are there, or an ordinary piece has the name of a special token.
+        UserError: if only some placeholders exist, or a normal piece has the name of a special token.
     """
-    places = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.piece in SPECIAL_TOKENS}
-    if not places:
+    found = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.piece in SPECIAL_TOKENS}
+    if not found:
         return {token: len(proto.pieces) + index for index, token in enumerate(SPECIAL_TOKENS)}
-    first = min(places.values())
+    first = min(found.values())
     expected = {token: first + index for index, token in enumerate(SPECIAL_TOKENS)}
-    if places != expected or any(proto.pieces[index].type != CONTROL for index in places.values()):
+    if found != expected or any(proto.pieces[index].type != CONTROL for index in found.values()):
         raise UserError(
-            f"the sentencepiece model has pieces named like special tokens ({', '.join(places)}), but not all nine as "
-            "control pieces in ChatGLM3's order. Take them out, or merge again with step2_merge_tokenizer.py."
+            f"the sentencepiece model has pieces named like special tokens ({', '.join(found)}), but not all nine as "
+            "control pieces in ChatGLM3's order. Remove them, or merge again with step2_merge_tokenizer.py."
         )
     return expected
 
 
 def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
-    """Translates a sentencepiece BPE model under ChatGLM3's rules into a fast tokenizer with the same ids.
+    """Converts a sentencepiece BPE model with ChatGLM3's spec to a fast tokenizer with the same ids.
 
-    sentencepiece merges the adjacent pair whose union has the highest score. An ordered list of merges says the same:
-    all splits of a piece into two pieces, the pieces in order of falling score. The nine special tokens come behind the
-    pieces of a base model and keep their ids in the middle of a merged one.
+    sentencepiece merges the adjacent pair whose union has the highest score. An ordered list of merges is equivalent: all
+    splits of a piece into two pieces, by descending score of the piece. The nine special tokens come after the pieces of a
+    base model; in a merged one they keep these ids.
 
     Args:
         model_file: `tokenizer.model`, base or merged.
 
     Raises:
-        UserError: if the file is unreadable, follows other rules or holds special tokens in a wrong place.
+        UserError: if the file is unreadable, has another spec or misplaced special tokens.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
@@ -154,8 +164,8 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
     backend.normalizer = normalizers.Sequence(
         [normalizers.Replace(ESCAPE, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
-    # Decoding as sentencepiece does: the blanks before the text and behind a special token are the tokenizer's own
-    # and go; </s> leaves no trace. Once ▁ has become a blank, it is free to mark the end of a special token meanwhile.
+    # Decodes as sentencepiece does: the spaces before a text and after a special token are the tokenizer's own and are
+    # removed; </s> is dropped. After ▁ has been replaced by a space, it serves to mark the end of a special token.
     names = "|".join(map(re.escape, SPECIAL_TOKENS))
     backend.decoder = decoders.Sequence(
         [
@@ -170,7 +180,7 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
             decoders.Replace(SPACE, ""),
         ]
     )
-    # "sop" is part of words too: single_word keeps "philosophy" whole where text is parsed for special tokens.
+    # "sop" occurs in words: single_word keeps "philosophy" intact where text is parsed for special tokens.
     backend.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False, single_word=token in ("sop", "eop"))
@@ -194,7 +204,7 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
 
 
 def ordered_merges(proto: Any) -> list[tuple[str, str]]:
-    """All pairs of normal pieces whose union is a normal piece; the union with the highest score first."""
+    """All pairs of normal pieces whose union is a normal piece, by descending score of the union."""
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     merges = []
     for piece, score in scores.items():
@@ -206,9 +216,7 @@ def ordered_merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFast":
-    """Writes everything that `AutoTokenizer.from_pretrained(directory)` and step 2 need, and returns the tokenizer.
-
-    Files: tokenizer.json, tokenizer_config.json, chat_template.jinja and `tokenizer.model`, the sentencepiece model.
+    """Saves the fast tokenizer, its chat template and `tokenizer.model` for `AutoTokenizer` and step 2, and returns it.
 
     Raises:
         UserError: as `build_fast_tokenizer`.
@@ -221,73 +229,85 @@ def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFas
     return tokenizer
 
 
-def load_tokenizer(directory: Path | str) -> Any:
-    """The fast tokenizer of a model directory; made from `tokenizer.model` where there is no `tokenizer.json`.
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copies the tokenizer of a model directory, if it has one; a lone tokenizer.model is converted."""
+    if (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file():
+        save_tokenizer(source / "tokenizer.model", destination)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
 
-    Where there is a `tokenizer.model`, `encode_batch` uses it: same ids, on Japanese and Chinese at least twice as fast.
+
+def load_tokenizer(directory: Path | str) -> Any:
+    """Loads the fast tokenizer of a model directory, from `tokenizer.model` if there is no `tokenizer.json`.
+
+    With a `tokenizer.model`, `encode_batch` uses it (`PROCESSORS`).
 
     Raises:
-        UserError: if the directory has neither, a file is damaged, or the two do not hold the same pieces.
+        UserError: if the directory has neither, a file is damaged, or the two differ in their pieces.
     """
     from transformers import AutoTokenizer
 
     path = Path(directory)
     model_file = path / "tokenizer.model"
-    if not (path / "tokenizer.json").is_file():
-        if not model_file.is_file():
-            raise UserError(
-                f"{path} has no tokenizer.json or tokenizer.model. A model directory holds its tokenizer too."
-            )
-        tokenizer: Any = build_fast_tokenizer(model_file)
-    else:
+    if (path / "tokenizer.json").is_file():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a damaged file raises almost anything
             raise UserError(
-                f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}). Make or fetch tokenizer.json, "
-                "tokenizer_config.json and config.json again."
+                f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}). Create or download "
+                "tokenizer.json, tokenizer_config.json and config.json again."
             ) from error
+    elif model_file.is_file():
+        tokenizer = build_fast_tokenizer(model_file)
+    else:
+        raise UserError(
+            f"{path} has no tokenizer.json or tokenizer.model. A model directory must contain its tokenizer."
+        )
     if model_file.is_file():
-        import sentencepiece
-
-        processor = sentencepiece.SentencePieceProcessor(model_proto=read_sentencepiece(model_file).SerializeToString())
-        pieces = dict(zip(processor.id_to_piece(list(range(len(processor)))), range(len(processor)), strict=True))
+        processor = to_processor(read_sentencepiece(model_file))
         vocabulary = tokenizer.get_vocab()
-        if any(vocabulary.get(piece) != index for piece, index in pieces.items()) or vocabulary.keys() - {
-            *pieces,
-            *SPECIAL_TOKENS,
-        }:
+        ids = list(range(len(processor)))
+        pieces = dict(zip(processor.id_to_piece(ids), ids, strict=True))
+        differs = any(vocabulary.get(piece) != index for piece, index in pieces.items())
+        if differs or vocabulary.keys() - {*pieces, *SPECIAL_TOKENS}:
             raise UserError(
-                f"tokenizer.json and tokenizer.model in {path} do not hold the same pieces. Take away the one that is wrong."
+                f"tokenizer.json and tokenizer.model in {path} differ in their pieces. Remove the one that is wrong."
             )
-        tokenizer.sentencepiece = processor
+        PROCESSORS[tokenizer] = processor
     return tokenizer
 
 
+def to_processor(proto: Any) -> Any:
+    """A `SentencePieceProcessor` for a model in memory."""
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
 def encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
-    """Ids of a text, with no special token added and none read out of the text: "<|user|>" becomes ordinary pieces."""
+    """Encodes a text without adding special tokens or recognising any in it: "<|user|>" becomes ordinary tokens."""
     return encode_batch(tokenizer, [text])[0]
 
 
 def encode_batch(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
-    """`encode` for many texts at once, by sentencepiece itself if `load_tokenizer` found its model."""
-    processor = getattr(tokenizer, "sentencepiece", None)
+    """`encode` for many texts at once, with sentencepiece if `load_tokenizer` found its model."""
+    processor = PROCESSORS.get(tokenizer)
     return encode_sentencepiece(processor, texts) if processor else encode_fast(tokenizer, texts)
 
 
 def encode_sentencepiece(processor: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts by a sentencepiece processor, which knows no special token but those it must not produce."""
+    """Encodes texts with a sentencepiece processor, which never produces special tokens from text."""
     return processor.encode(list(texts), num_threads=min(len(texts), os.cpu_count() or 1) or 1)
 
 
 def encode_fast(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts by the fast tokenizer.
+    """Encodes texts with the fast tokenizer.
 
-    Calls the backend as transformers' `__call__` does with `split_special_tokens=True`, but without making offsets and
-    masks. The switch is set for each call: saved with the tokenizer, it breaks `apply_chat_template`.
+    Calls the backend as transformers' `__call__` does with `split_special_tokens=True`, but without computing offsets and
+    masks. The flag is set for each call: saved with the tokenizer, it breaks `apply_chat_template`.
     """
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # an earlier call with truncation or padding leaves both switched on
+    backend.no_truncation()  # an earlier call with truncation or padding leaves both enabled
     backend.no_padding()
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
     try:
@@ -297,10 +317,10 @@ def encode_fast(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> l
 
 
 def tokenize_for_display(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[str]:
-    """The text of each token of a text, `display_tokens`."""
+    """Splits a text into the tokens that a reader sees (`display_tokens`)."""
     return display_tokens(tokenizer.convert_ids_to_tokens(encode(tokenizer, text)))
 
 
-def display_tokens(pieces: Sequence[str]) -> list[str]:
-    """Pieces as a person would want to see them: spaces as such, a single byte like ‹E9›."""
-    return [BYTE_TOKEN.sub(r"‹\1›", piece).replace(SPACE, " ") for piece in pieces]
+def display_tokens(tokens: Sequence[str]) -> list[str]:
+    """Tokens as they are shown to a reader: ▁ as a space, a byte as `<0x0A>`."""
+    return [token.replace(SPACE, " ") for token in tokens]

@@ -1,4 +1,4 @@
-"""Texts -> sentences -> a sentencepiece BPE model, as the original trained it or under ChatGLM3's rules."""
+"""Trains a sentencepiece BPE model on texts, with ChatGLM3's spec or as the original project did."""
 
 import io
 import os
@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+
 from llmtuner.console import UserError
 
-# sentencepiece silently leaves out every sentence that is longer, or that holds its mark for unknown characters.
+# sentencepiece silently skips every sentence that is longer, or that contains its symbol for unknown characters.
 MAX_SENTENCE_BYTES = 4192
 UNK_MARK = "▅"
 
 _SENTENCE = re.compile(
     r"""
-      [^。！？!?\r\n▅]+ (?: [。！？!?]+ [」』）)】”’"']* )?  # with its end mark and closing quotes, if it has one
-    | [。！？!?]+ [」』）)】”’"']*                           # an end mark alone
+      [^。！？!?\r\n▅]+ (?: [。！？!?]+ [」』）)】”’"']* )?  # with its end mark and closing quotes, if any
+    | [。！？!?]+ [」』）)】”’"']*                           # only an end mark
     """,
     re.VERBOSE,
 )
@@ -36,39 +38,39 @@ _NUM_CONTROL_AND_BYTE_PIECES = 3 + 256  # <unk> <s> </s> and the bytes
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What `train_bpe` read and made."""
+    """What `train_bpe` read and trained."""
 
     vocab_size: int
     input_bytes: int
     """UTF-8 bytes of the sentences read."""
     sentences: int
     skipped: int
-    """Sentences that sentencepiece left out; 0 for those of `split_sentences`."""
+    """Sentences that sentencepiece skipped; 0 for those of `split_sentences`."""
 
 
 def split_sentences(text: str) -> Iterator[str]:
-    """Splits after 。！？!? (closing quotes stay) and at line ends, so that nothing is too long for sentencepiece.
+    """Splits after 。！？!? and closing quotes and at line ends, so that no sentence is too long for sentencepiece.
 
     Yields:
-        sentences of at most `MAX_SENTENCE_BYTES` UTF-8 bytes, none blank; a longer one comes in several parts.
+        non-blank sentences of at most `MAX_SENTENCE_BYTES` UTF-8 bytes; a longer one is split into parts.
     """
-    whole = MAX_SENTENCE_BYTES // 4  # characters that fit even if each takes four bytes
+    max_characters = MAX_SENTENCE_BYTES // 4  # fit even if each takes four bytes
     for match in _SENTENCE.finditer(text):
         sentence = match.group()
         if sentence.isspace():
             continue
-        if len(sentence) <= whole or len(sentence.encode()) <= MAX_SENTENCE_BYTES:
+        if len(sentence) <= max_characters or len(sentence.encode()) <= MAX_SENTENCE_BYTES:
             yield sentence
         else:
-            yield from (sentence[start : start + whole] for start in range(0, len(sentence), whole))
+            yield from (sentence[start : start + max_characters] for start in range(0, len(sentence), max_characters))
 
 
 def short_sentences(texts: Iterable[str], count: int, shortest: int = 20, longest: int = 80) -> list[str]:
-    """The first sentence of a handy length (in characters) of each text, for at most `count` texts: for showing."""
-    found = []
+    """Picks up to `count` examples: of each text the first sentence with `shortest` to `longest` characters."""
+    found: list[str] = []
     for text in texts:
-        fitting = (sentence.strip() for sentence in split_sentences(text))
-        sentence = next((sentence for sentence in fitting if shortest <= len(sentence) <= longest), None)
+        stripped = (sentence.strip() for sentence in split_sentences(text))
+        sentence = next((sentence for sentence in stripped if shortest <= len(sentence) <= longest), None)
         if sentence and sentence not in found:
             found.append(sentence)
         if len(found) == count:
@@ -77,11 +79,11 @@ def short_sentences(texts: Iterable[str], count: int, shortest: int = 20, longes
 
 
 def interleave_by_bytes(
-    streams: Mapping[str, Iterable[str]], shares: Mapping[str, float], max_bytes: int
+    streams: Mapping[str, Iterable[str]], ratios: Mapping[str, float], max_bytes: int
 ) -> Iterator[tuple[str, str]]:
-    """Mixes streams of texts by shares of UTF-8 bytes: the next text always comes from the stream furthest behind.
+    """Interleaves streams of texts by ratios of UTF-8 bytes: the next text always comes from the stream furthest behind.
 
-    Stops at `max_bytes`, or when the stream whose turn it is has ended, since without it the shares could not be kept.
+    Stops at `max_bytes`, or when the stream whose turn it is has ended, since the ratios could not be kept without it.
 
     Yields:
         (name of the stream, text)
@@ -89,7 +91,7 @@ def interleave_by_bytes(
     iterators = {name: iter(stream) for name, stream in streams.items()}
     used = dict.fromkeys(iterators, 0)
     while sum(used.values()) < max_bytes:
-        name = min(used, key=lambda name: used[name] / shares[name])
+        name = min(used, key=lambda name: used[name] / ratios[name])
         text = next(iterators[name], None)
         if text is None:
             return
@@ -106,28 +108,27 @@ def train_bpe(
     threads: int | None = None,
     chatglm3_spec: bool = True,
 ) -> TrainingResult:
-    """Trains a sentencepiece BPE model that treats text as ChatGLM3's does, so that its pieces fit in there.
+    """Trains a sentencepiece BPE model that tokenizes by ChatGLM3's spec, so that its pieces can be merged.
 
-    The rules: text is taken as it is, with a blank put before it; white space is kept and never inside a piece; digits
-    stand alone; what has no piece is spelled in bytes. Where the text does not hold `vocab_size` pieces the model has
-    fewer; where not even its characters fit, it has more: room for the characters and as many merges.
+    The spec: text is not normalized, a space is added before it; whitespace is kept and never inside a piece; digits are
+    single pieces; characters without a piece are encoded as bytes. Where the text has fewer than `vocab_size` pieces, the
+    model is smaller; where its characters alone exceed `vocab_size`, it is larger: the characters and as many merges.
 
-    The sentences go to a file beside the model first: reading them may fail, which must not happen in sentencepiece.
+    The sentences are first written to a file beside the model, because an error while reading them must not occur inside
+    sentencepiece.
 
     Args:
-        sentences: read once; memory grows with the number of different words, as sentencepiece's does.
-        model_file: appears whole or not at all; its directory must exist.
-        vocab_size: pieces wanted, the 259 control and byte pieces included.
-        character_coverage: share of the text whose characters become pieces; rarer ones are spelled in bytes.
-        required_characters: become pieces even if the text does not hold them.
-        threads: default all cores; the result does not depend on it.
-        chatglm3_spec: False trains under sentencepiece's own rules, as the original did; for comparison only.
+        sentences: read once; memory grows with the number of distinct words, as sentencepiece's does.
+        model_file: appears complete or not at all; its directory must exist.
+        vocab_size: including the 259 control and byte pieces.
+        character_coverage: fraction of the text whose characters become pieces; rarer ones are encoded as bytes.
+        required_characters: become pieces even if they do not occur in the text.
+        threads: all cores by default; the result does not depend on it.
+        chatglm3_spec: False trains with sentencepiece's default spec, as the original project did; for comparison only.
 
     Raises:
-        UserError: if there is no sentence, or sentencepiece refuses the settings.
+        UserError: if there are no sentences, or sentencepiece rejects the settings.
     """
-    import sentencepiece
-
     input_bytes = count = skipped = 0
     characters: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix=".sentences-", dir=model_file.parent) as scratch:
@@ -141,7 +142,7 @@ def train_bpe(
                 characters.update(sentence)
                 lines.write(f"{sentence}\n")
         if count == skipped:
-            raise UserError("there is no sentence to train the tokenizer on. Put text into CORPUS_DIR.")
+            raise UserError("there are no sentences to train the tokenizer on. Put text into CORPUS_DIR.")
         needed = _num_characters_for_coverage(characters, character_coverage)
         if _NUM_CONTROL_AND_BYTE_PIECES + needed >= vocab_size:
             vocab_size = _NUM_CONTROL_AND_BYTE_PIECES + 2 * needed
@@ -171,11 +172,11 @@ def train_bpe(
 
 def _num_characters_for_coverage(characters: Counter[str], coverage: float) -> int:
     """How many of the most frequent characters make up `coverage` of the text."""
-    wanted = coverage * characters.total()
-    covered = needed = 0
-    for _, times in characters.most_common():
-        if covered >= wanted:
+    required = coverage * characters.total()
+    covered = count = 0
+    for _, frequency in characters.most_common():
+        if covered >= required:
             break
-        covered += times
-        needed += 1
-    return needed
+        covered += frequency
+        count += 1
+    return count

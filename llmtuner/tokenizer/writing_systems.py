@@ -1,4 +1,4 @@
-"""Which characters a new piece may and must hold, for each language that can be added."""
+"""Which characters a new token may and must contain, for each language that can be added."""
 
 import re
 from collections.abc import Iterable
@@ -7,29 +7,29 @@ from functools import cached_property
 
 from llmtuner.tokenizer.fast import SPACE
 
-USED_ELSEWHERE = "written in the other language too"  # why a piece is left out
-ALL_CHARACTERS = "\n".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000)]))  # apart, so that they form no runs
+USED_ELSEWHERE = "also written in the other language"  # a reason of `rejection_reason`
+ALL_CHARACTERS = "\n".join(map(chr, [*range(0xD800), *range(0xE000, 0x40000)]))  # separated, so that they form no runs
 KANA = r"\u3041-\u3096\u3099-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 HAN = r"\u3007\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 
 
 @dataclass(frozen=True)
 class WritingSystem:
-    """The characters of a language, as the insides of regular expression classes.
+    """The characters of a language, as the contents of regular expression classes.
 
-    A new piece finds nothing to join in other languages if it holds a character that they do not write. So it must hold
-    one of its `own`, or consist of `shared` ones of which at least one lies outside the other language's `charset`.
-    No piece holds a digit or a letter of another script.
+    A new token cannot occur in another language if it contains a character that is not written there. So it must contain an
+    `exclusive` character, or consist of `shared` ones of which at least one is outside the other language's `charset`.
+    No new token contains a digit or a letter of another script.
     """
 
     exclusive: str
-    """Written in this language alone."""
+    """Written in this language only."""
     shared: str = ""
-    """Written in another language too."""
+    """Also written in another language."""
     charset: str = "ascii"
     """Python's name of the character set in which the other language writes the shared characters."""
     marks: str = ""
-    """Punctuation that may stand in a piece beside a character of its own."""
+    """Punctuation that may occur in a token beside an exclusive character."""
 
     @cached_property
     def exclusive_pattern(self) -> re.Pattern[str]:
@@ -37,12 +37,12 @@ class WritingSystem:
 
     @cached_property
     def letter_pattern(self) -> re.Pattern[str]:
-        """Characters of this language, its own and the shared ones."""
+        """Characters of this language, exclusive and shared."""
         return re.compile(f"[{self.exclusive}{self.shared}]")
 
     @cached_property
     def token_pattern(self) -> re.Pattern[str]:
-        """What a piece may consist of; a blank only at its start."""
+        """What a token may consist of; a space only at its start."""
         return re.compile(f"{SPACE}?[{self.exclusive}{self.shared}{re.escape(self.marks)}]*")
 
     @cached_property
@@ -51,7 +51,7 @@ class WritingSystem:
 
     @cached_property
     def common(self) -> frozenset[str]:
-        """The shared characters that the other language writes as well."""
+        """The shared characters that are in the other language's `charset`."""
         found = []
         for character in self.shared_run_pattern.findall(ALL_CHARACTERS):
             try:
@@ -62,23 +62,27 @@ class WritingSystem:
         return frozenset(found)
 
     def has_uncommon(self, text: str) -> bool:
-        """Whether a text holds a shared character that the other language does not write."""
+        """Whether a text of shared characters contains one that the other language does not write."""
         return not self.common.issuperset(text)
 
-    def rejection_reason(self, piece: str) -> str | None:
-        """Why a piece may not be added, or None. One without an own character must also be unseen in other languages."""
-        if not self.token_pattern.fullmatch(piece):
+    def uncommon_runs(self, text: str) -> list[str]:
+        """The runs of shared characters in a text that contain one that the other language does not write."""
+        return [run for run in self.shared_run_pattern.findall(text) if self.has_uncommon(run)]
+
+    def rejection_reason(self, token: str) -> str | None:
+        """Why a token may not be added, or None; one without an exclusive character must also be absent from other texts."""
+        if not self.token_pattern.fullmatch(token):
             return "digit, letter or sign"
-        if self.exclusive_pattern.search(piece):
+        if self.exclusive_pattern.search(token):
             return None
-        body = piece.removeprefix(SPACE)
+        body = token.removeprefix(SPACE)
         if not self.shared_run_pattern.fullmatch(body):
             return "digit, letter or sign"
         return None if self.has_uncommon(body) else USED_ELSEWHERE
 
 
 WRITING_SYSTEMS = {
-    # 々 and 〆 are Japanese; GB 2312 is what simplified Chinese is written with.
+    # 々 and 〆 are Japanese; GB 2312 is the character set of simplified Chinese.
     "japanese": WritingSystem(
         exclusive=KANA + "々〆",
         shared=HAN,
@@ -91,34 +95,28 @@ WRITING_SYSTEMS = {
 
 
 def find_strings(strings: set[str], texts: Iterable[str], writing_system: WritingSystem) -> set[str]:
-    """Those of some strings of shared characters that occur in texts of the other language; read as a stream.
+    """Returns those strings of shared characters that occur in texts of the other language.
 
-    A line that holds a character of the script's own quotes the language, and does not count.
+    A line with an exclusive character quotes the language and is ignored.
 
     Args:
-        strings: each holds a character that the other language does not write; so few places need a closer look.
+        strings: each contains a character that the other language does not write, so only few runs need a closer look.
+        texts: read as a stream.
     """
     if not strings:
         return set()
-    waiting: dict[int, set[str]] = {}
+    remaining: dict[int, set[str]] = {}
     for string in strings:
-        waiting.setdefault(len(string), set()).add(string)
-    seen: set[str] = set()
+        remaining.setdefault(len(string), set()).add(string)
+    found: set[str] = set()
     for text in texts:
-        strange = [run for run in writing_system.shared_run_pattern.findall(text) if writing_system.has_uncommon(run)]
-        if not strange:
-            continue
-        if writing_system.exclusive_pattern.search(text):
-            lines = [line for line in text.split("\n") if not writing_system.exclusive_pattern.search(line)]
-            strange = [
-                run
-                for line in lines
-                for run in writing_system.shared_run_pattern.findall(line)
-                if writing_system.has_uncommon(run)
-            ]
-        for run in strange:
-            for length, wanted in waiting.items():
-                found = wanted.intersection(run[start : start + length] for start in range(len(run) - length + 1))
-                wanted -= found
-                seen |= found
-    return seen
+        runs = writing_system.uncommon_runs(text)
+        if runs and writing_system.exclusive_pattern.search(text):
+            lines = (line for line in text.split("\n") if not writing_system.exclusive_pattern.search(line))
+            runs = [run for line in lines for run in writing_system.uncommon_runs(line)]
+        for run in runs:
+            for length, targets in remaining.items():
+                matches = targets.intersection(run[start : start + length] for start in range(len(run) - length + 1))
+                targets -= matches
+                found |= matches
+    return found

@@ -6,7 +6,6 @@ from typing import Any
 
 from llmtuner.env import env_flag
 from llmtuner.hparams import get_train_args
-from llmtuner.weights.merge_lora import merge_adapter
 
 
 def run_exp(
@@ -47,6 +46,8 @@ def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) ->
     Raises:
         UserError: if export_dir is missing, or adapter and model do not belong together; as `atomic_directory`.
     """
+    from llmtuner.weights.merge_lora import merge_adapter  # training needs nothing of weights/
+
     train_args = get_train_args(args, for_export=True)
     model_args = train_args.model
     overwrite = train_args.finetuning.overwrite_output_dir or env_flag("OVERWRITE")

@@ -22,6 +22,7 @@ from llmtuner.hparams import ATTN_IMPLEMENTATIONS, DataArguments, TrainArgs, ser
 from llmtuner.model.adapters import init_adapter, save_adapter
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import check_vocab_and_context, default_attention, load_model
+from llmtuner.model.model_dir import adapter_checksum
 from llmtuner.report.figures import plot_losses
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.callbacks import GracefulStopSignal
@@ -35,7 +36,6 @@ from llmtuner.train.checkpointing import (
 from llmtuner.train.memory import MEMORY_FRACTION, estimate_step_memory, free_memory
 from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.trainer import InitialLossCallback, PackedTrainer, TrainBeginCallback, is_training_finished
-from llmtuner.weights.merge_lora import adapter_checksum
 
 INITIAL_LOSS_SAMPLES = 8  # per dataset; more would cost time and change little
 BeforeTraining = Callable[[], None] | None

@@ -1,25 +1,26 @@
-"""ChatGLM2's and ChatGLM3's published checkpoints, read as transformers' own Glm, which is the same architecture.
+"""Converts ChatGLM2's and ChatGLM3's original checkpoints to transformers' own Glm, which has the same architecture.
 
-Only names differ, the queries, keys and values of a layer lie in one matrix, and the configuration has other words for
-the same things. No code of the checkpoint is run: whatever in its config.json Glm would compute differently is refused.
+Only tensor and config names differ, and queries, keys and values of a layer are one matrix. No code of the checkpoint is
+executed: a config.json that Glm would compute differently is rejected.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtuner.console import Timer, UserError, print0
+from llmtuner.console import Timer, UserError
 from llmtuner.files import checksum
+from llmtuner.model.model_dir import is_original_chatglm, read_json
 from llmtuner.outputs import atomic_directory, check_destination
 from llmtuner.tokenizer.fast import check_sentencepiece_spec, read_sentencepiece, save_tokenizer, special_token_ids
 from llmtuner.weights.lazy_checkpoint import (
     LazyCheckpoint,
     LazyTensor,
+    WriteStats,
     check_tensors,
     concatenate,
     open_checkpoint,
-    read_json,
 )
 
 SIZE_KEYS = {  # ChatGLM's name -> Glm's
@@ -31,8 +32,8 @@ SIZE_KEYS = {  # ChatGLM's name -> Glm's
     "kv_channels": "head_dim",
     "seq_length": "max_position_embeddings",
 }
-# What Glm does, and ChatGLM too where its configuration says nothing. `hidden_dropout` and `fp32_residual_connection`
-# are not asked: they change training and rounding, not what the weights mean.
+# What Glm implements, and ChatGLM's default where its configuration says nothing. `hidden_dropout` and
+# `fp32_residual_connection` are not checked: they change training and rounding, not the meaning of the weights.
 REQUIRED_VALUES = {
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -59,37 +60,30 @@ CHATGLM_TO_GLM = {  # part of a tensor's name in ChatGLM -> in Glm
 }
 ROPE_BUFFER = "transformer.rotary_pos_emb.inv_freq"  # a buffer in some checkpoints; Glm computes it
 
-# The published embeddings are padded by 226 rows that have no id; this many would be another model's.
-PADDING_ROWS_LIMIT = 256
+MAX_PADDING_ROWS = 255  # the original embeddings have 226 rows without an id; many more belong to another model
 DEFAULT_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.8}  # the defaults of ChatGLM3's own chat()
 EOS_TOKEN_ID, PAD_TOKEN_ID = 2, 0  # </s> and <unk>
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
-def is_original_chatglm(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of ChatGLM as published, not one that transformers can load itself."""
-    return config.get("model_type") == "chatglm"
-
-
 def glm_config_args(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Arguments of `GlmConfig` that make Glm compute what a published config.json describes.
+    """Returns the arguments of `GlmConfig` for ChatGLM's config.json.
 
     Args:
-        config: the content of ChatGLM's config.json.
-        directory: where it lies, for the message.
+        directory: where config.json lies, for error messages.
 
     Raises:
-        UserError: lists everything that Glm would compute differently, or that is missing.
+        UserError: lists everything that is missing or that Glm would compute differently.
     """
     if not is_original_chatglm(config):
         raise UserError(
-            f"{directory} holds a model of type {config.get('model_type')!r}, not 'chatglm'. Convert the directory of "
-            "ChatGLM3-6B as published."
+            f"{directory} has a model of type {config.get('model_type')!r}, not 'chatglm'. Convert the directory of "
+            "ChatGLM3-6B as originally released."
         )
     if any(name in config for name in FIRST_GENERATION_KEYS):
         raise UserError(
-            f"{directory} holds ChatGLM-6B of the first generation, which has another architecture. "
-            "Fetch ChatGLM3-6B or ChatGLM2-6B."
+            f"{directory} has ChatGLM-6B of the first generation, which has another architecture. "
+            "Download ChatGLM3-6B or ChatGLM2-6B."
         )
     problems, rope = _incompatibilities(config), {}
     try:
@@ -97,7 +91,7 @@ def glm_config_args(config: Mapping[str, Any], directory: Path) -> dict[str, Any
     except UserError as error:
         problems.append(str(error))
     if problems:
-        raise UserError(f"Glm cannot stand in for the model of {directory / 'config.json'}: {'; '.join(problems)}.")
+        raise UserError(f"Glm cannot represent the model of {directory / 'config.json'}: {'; '.join(problems)}.")
     return {
         **{glm_name: config[name] for name, glm_name in SIZE_KEYS.items()},
         "num_key_value_heads": _num_key_value_heads(config),
@@ -115,15 +109,14 @@ def glm_config_args(config: Mapping[str, Any], directory: Path) -> dict[str, Any
 
 
 def _incompatibilities(config: Mapping[str, Any]) -> list[str]:
-    """What is missing in a config.json, makes no sense, or is not what Glm does."""
-    sizes = {name: config[name] for name in SIZE_KEYS if name in config} | {
-        "multi_query_group_num": _num_key_value_heads(config)
-    }
+    """Lists what is missing in a config.json, is invalid, or differs from what Glm implements."""
+    num_groups = _num_key_value_heads(config)
+    sizes = {name: config[name] for name in SIZE_KEYS if name in config} | {"multi_query_group_num": num_groups}
     problems = [f"{name} is missing" for name in SIZE_KEYS if name not in config]
     problems += [
         f"{name} is {size!r}, not a positive number" for name, size in sizes.items() if not _is_positive_int(size)
     ]
-    if not problems and config["num_attention_heads"] % _num_key_value_heads(config):
+    if not problems and config["num_attention_heads"] % num_groups:
         problems.append("multi_query_group_num does not divide num_attention_heads")
     if not problems and config["kv_channels"] % 4:
         problems.append(f"kv_channels is {config['kv_channels']}, half of which cannot be rotated in pairs")
@@ -133,19 +126,18 @@ def _incompatibilities(config: Mapping[str, Any]) -> list[str]:
         if not (_is_number(config.get(name, 0)) and 0 <= config.get(name, 0) < 1)
     ]
     problems += [
-        f"{name} is {config[name]!r}, Glm has only {value!r}"
+        f"{name} is {config[name]!r}, Glm supports only {value!r}"
         for name, value in REQUIRED_VALUES.items()
         if config.get(name, value) != value
     ]
     if config.get("quantization_bit") or config.get("quantization_config"):
-        problems.append("its weights are quantized (fetch the checkpoint in full precision)")
+        problems.append("its weights are quantized (download the checkpoint in full precision)")
     if config.get("pre_seq_len"):
-        problems.append(f"pre_seq_len is {config['pre_seq_len']}, a tuned prefix (P-Tuning), which Glm does not have")
+        problems.append(f"pre_seq_len is {config['pre_seq_len']}: Glm has no prefix (P-Tuning)")
     return problems
 
 
 def _num_key_value_heads(config: Mapping[str, Any]) -> Any:
-    """How many heads keys and values have."""
     name = "multi_query_group_num" if config.get("multi_query_attention", False) else "num_attention_heads"
     return config.get(name, 1)
 
@@ -159,13 +151,13 @@ def _is_number(value: Any) -> bool:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Glm's rotary embedding for `rope_ratio`, which has a meaning of its own in each generation's code.
+    """Returns Glm's `rope_parameters` for ChatGLM's `rope_ratio`, which each generation interprets differently.
 
     ChatGLM3 (6B-32k, 6B-128k) multiplies the base by it, ChatGLM2 (6B-32k) divides the positions by it. Only the name
     in the configuration tells them apart.
 
     Raises:
-        UserError: if the ratio is no positive number, or not 1 and the name says neither or both.
+        UserError: if the ratio is not a positive number, or is not 1 and the name fits neither or both.
     """
     ratio, name = config.get("rope_ratio", 1), str(config.get("_name_or_path", "")).lower()
     common = {"rope_theta": ROPE_THETA, "partial_rotary_factor": 0.5}
@@ -176,7 +168,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     if ("chatglm2" in name) == ("chatglm3" in name):
         raise UserError(
             f"rope_ratio is {ratio}: ChatGLM3 multiplies the rope base by it, ChatGLM2 divides the positions by it, and "
-            f"_name_or_path ({config.get('_name_or_path')!r}) does not say which model this is. Set it to chatglm2 or "
+            f"_name_or_path ({config.get('_name_or_path')!r}) does not tell which model this is. Set it to chatglm2 or "
             "chatglm3"
         )
     if "chatglm3" in name:
@@ -185,21 +177,21 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_model(config: Mapping[str, Any]) -> str:
-    """One line about a published model that can be converted: its name, its size and what is special about it."""
+    """One line about an original checkpoint that can be converted: name, sizes and rotary embedding."""
     rope = rope_parameters(config)
     name = Path(str(config.get("_name_or_path") or "a ChatGLM model without a name")).name
     positions = f"rope base {rope['rope_theta']:,.0f}"
     if rope["rope_type"] == "linear":
         positions += f", positions divided by {rope['factor']:g}"
     return (
-        f"{name}: {config['num_layers']} layers, {config['hidden_size']:,} wide, {config['padded_vocab_size']:,} rows, "
-        f"{config['seq_length']:,} positions, {positions}"
+        f"{name}: {config['num_layers']} layers, hidden size {config['hidden_size']:,}, "
+        f"{config['padded_vocab_size']:,} embedding rows, {config['seq_length']:,} positions, {positions}"
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors
 def chatglm_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a published checkpoint; `settings` are those of `glm_config_args`."""
+    """Returns name -> shape of every tensor of an original checkpoint; `settings` are those of `glm_config_args`."""
     width, inner, rows = settings["hidden_size"], settings["intermediate_size"], settings["vocab_size"]
     queries = settings["num_attention_heads"] * settings["head_dim"]
     fused = queries + 2 * settings["num_key_value_heads"] * settings["head_dim"]
@@ -223,132 +215,149 @@ def chatglm_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def convert_tensors(tensors: dict[str, LazyTensor], settings: Mapping[str, Any], per_head: bool) -> list[LazyTensor]:
-    """A published checkpoint's tensors as Glm's, in the order of the model; `per_head` as in `split_qkv`."""
-    renamed = []
+    """Renames and splits an original checkpoint's tensors into Glm's, in model order; `per_head` as in `split_qkv`."""
+    converted = []
     for name in chatglm_shapes(settings):
         glm_name = name
         for part, glm_part in CHATGLM_TO_GLM.items():
             glm_name = glm_name.replace(part, glm_part)
         if QUERY_KEY_VALUE in name:
-            renamed += split_qkv(tensors[name], glm_name, settings, per_head)
+            converted += split_qkv(tensors[name], glm_name, settings, per_head)
         else:
-            renamed.append(replace(tensors[name], name=glm_name))
-    return renamed
+            converted.append(replace(tensors[name], name=glm_name))
+    return converted
 
 
 def split_qkv(fused: LazyTensor, glm_name: str, settings: Mapping[str, Any], per_head: bool) -> list[LazyTensor]:
-    """Queries, keys and values of a layer out of one tensor: weights [rows, width] or biases [rows].
+    """Splits the fused queries, keys and values of a layer: weights [rows, width] or biases [rows].
 
-    All queries stand first, then all keys, then all values. `per_head` (without `multi_query_attention`): the query, the
-    key and the value of each head stand together.
+    The rows are all queries, then all keys, then all values; with `per_head` (without `multi_query_attention`) the query,
+    the key and the value of one head after the other.
     """
     size, heads = settings["head_dim"], settings["num_attention_heads"]
     names = [glm_name.format(letter) for letter in "qkv"]
     if per_head:
-        starts = [[(3 * head + part) * size for head in range(heads)] for part in range(3)]
         return [
-            concatenate(name, [fused.slice_rows(start, start + size) for start in of_part])
-            for name, of_part in zip(names, starts, strict=True)
+            concatenate(
+                name,
+                [fused.slice_rows(start, start + size) for start in range(part * size, 3 * heads * size, 3 * size)],
+            )
+            for part, name in enumerate(names)
         ]
     keys = heads * size
     values = keys + settings["num_key_value_heads"] * size
-    places = [(0, keys), (keys, values), (values, fused.shape[0])]
-    return [fused.slice_rows(start, stop, name) for name, (start, stop) in zip(names, places, strict=True)]
+    bounds = [(0, keys), (keys, values), (values, fused.shape[0])]
+    return [fused.slice_rows(start, stop, name) for name, (start, stop) in zip(names, bounds, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer and text
-def check_tokenizer(model_file: Path, rows: int) -> dict[str, int]:
-    """Makes sure that a tokenizer follows ChatGLM3's rules and belongs to embeddings of so many rows.
+# ------------------------------------------------------------------------------------------ tokenizer and generation
+def check_tokenizer(model_file: Path, num_rows: int) -> dict[str, int]:
+    """Makes sure that a tokenizer follows ChatGLM3's spec and fits embeddings of `num_rows` rows.
 
     Returns:
-        the ids of the special tokens
+        special token -> id
 
     Raises:
-        UserError: if it is unreadable, follows other rules, or has more ids than rows, or far fewer.
+        UserError: if it is unreadable, follows another spec, or has more ids than rows or far fewer.
     """
     proto = read_sentencepiece(model_file)
     check_sentencepiece_spec(proto, model_file)
     specials = special_token_ids(proto)
-    ids = max(len(proto.pieces), *(index + 1 for index in specials.values()))
-    if not 0 <= rows - ids < PADDING_ROWS_LIMIT:
+    num_ids = max(len(proto.pieces), *(index + 1 for index in specials.values()))
+    if not 0 <= num_rows - num_ids <= MAX_PADDING_ROWS:
         raise UserError(
-            f"the tokenizer {model_file} has {ids:,} ids, the embeddings have {rows:,} rows. "
-            "It is another model's: fetch tokenizer.model and weights from one place."
+            f"the tokenizer {model_file} has {num_ids:,} ids, but the embeddings have {num_rows:,} rows. "
+            "It belongs to another model: download tokenizer.model and weights from the same source."
         )
     return specials
 
 
-def generation_config_args(directory: Path, special: Mapping[str, int]) -> dict[str, Any]:
-    """Arguments of `GenerationConfig`: where an answer ends, and how it is sampled unless the caller says otherwise.
+def generation_config_args(directory: Path, specials: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the arguments of `GenerationConfig`: end-of-turn ids and default sampling.
 
-    Of a generation_config.json in the directory only the sampling is taken; a length limit or a penalty would change
-    greedy answers as well.
+    Only the sampling of an existing generation_config.json is kept; a length limit or a penalty would change greedy answers
+    as well.
     """
     sampling: dict[str, Any] = dict(DEFAULT_SAMPLING)
     if (directory / "generation_config.json").is_file():
-        given = read_json(directory / "generation_config.json")
-        names = ("temperature", "top_p", "top_k") if given.get("do_sample") else ()
-        sampling = {"do_sample": bool(names), **{name: given[name] for name in names if name in given}}
-    ends = [special[token] for token in ("<|user|>", "<|observation|>") if token in special]
-    return {**sampling, "eos_token_id": [EOS_TOKEN_ID, *ends], "pad_token_id": PAD_TOKEN_ID}
+        original = read_json(directory / "generation_config.json")
+        names = ("temperature", "top_p", "top_k") if original.get("do_sample") else ()
+        sampling = {"do_sample": bool(names), **{name: original[name] for name in names if name in original}}
+    end_of_turn = [specials[token] for token in ("<|user|>", "<|observation|>") if token in specials]
+    return {**sampling, "eos_token_id": [EOS_TOKEN_ID, *end_of_turn], "pad_token_id": PAD_TOKEN_ID}
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion
 def open_chatglm(directory: Path) -> LazyCheckpoint:
-    """A published checkpoint as a plan of the Glm checkpoint that it is; no weight is read.
+    """Opens an original checkpoint as the equivalent Glm checkpoint; no weight is read.
 
     Raises:
-        UserError: if its configuration, weights or tokenizer cannot be Glm's, or do not fit together.
+        UserError: if configuration, weights or tokenizer cannot be converted or do not match.
     """
     config = read_json(directory / "config.json")
     settings = glm_config_args(config, directory)
     tensors = open_checkpoint(directory)
     if any(name.startswith("transformer.prefix_encoder.") for name in tensors):
         raise UserError(
-            f"the weights in {directory} hold a prefix (P-Tuning), which Glm does not have. "
-            "Fetch the model without it, or train a LoRA adapter instead."
+            f"the weights in {directory} have a prefix (P-Tuning), which Glm does not support. "
+            "Download the model without it, or train a LoRA adapter instead."
         )
     tensors.pop(ROPE_BUFFER, None)
     check_tensors(directory, tensors, chatglm_shapes(settings))
     tokenizer = directory / "tokenizer.model"
-    special = check_tokenizer(tokenizer, settings["vocab_size"]) if tokenizer.is_file() else {}
+    specials = check_tokenizer(tokenizer, settings["vocab_size"]) if tokenizer.is_file() else {}
 
     from transformers import GenerationConfig, GlmConfig
 
     return LazyCheckpoint(
         GlmConfig(**settings, dtype=tensors[WORD_EMBEDDINGS].dtype),
-        GenerationConfig(**generation_config_args(directory, special)),
+        GenerationConfig(**generation_config_args(directory, specials)),
         convert_tensors(tensors, settings, per_head=not config.get("multi_query_attention", False)),
         directory,
     )
 
 
-def convert_chatglm(source: Path, destination: Path, overwrite: bool = False) -> None:
-    """Writes a published ChatGLM2 or ChatGLM3 checkpoint as a directory that plain transformers loads as Glm.
+@dataclass(frozen=True)
+class ConversionResult:
+    """What `convert_chatglm` converted and wrote; `str()` is the report for the terminal."""
 
-    Weights keep every bit and their dtype; beside them stand the configuration and, if the source has tokenizer.model, the
-    fast tokenizer and chat template. Memory holds a few megabytes of the weights at a time.
+    model: str
+    stats: WriteStats
+    seconds: float
+    destination: Path
+    notes: list[str]
+
+    def __str__(self) -> str:
+        done = f"converted: {self.stats}, {self.seconds} s, in {self.destination}"
+        return "\n".join([self.model, *self.notes, done])
+
+
+def convert_chatglm(source: Path, destination: Path, overwrite: bool = False) -> ConversionResult:
+    """Converts an original ChatGLM2 or ChatGLM3 checkpoint to a directory that transformers loads as Glm.
+
+    Weights keep their dtype and every bit. The configuration is written beside them and, if the source has a
+    tokenizer.model, the fast tokenizer and chat template. Memory holds a few megabytes of the weights at a time.
 
     Raises:
-        UserError: as `open_chatglm` and `atomic_directory`; if `destination` lies in `source` or around it.
+        UserError: as `open_chatglm` and `atomic_directory`; if one directory contains the other.
     """
-    watch = Timer()
+    timer = Timer()
     source, destination = source.expanduser().resolve(), destination.expanduser().resolve()
     if not source.is_dir():
         raise UserError(f"the checkpoint directory {source} does not exist.")
     if destination.is_relative_to(source) or source.is_relative_to(destination):
-        raise UserError(f"{destination} and {source} lie in each other. Write to a directory of its own.")
+        raise UserError(f"one of {destination} and {source} contains the other. Write to a separate directory.")
     check_destination(destination, overwrite)
     checkpoint = open_chatglm(source)
     config = read_json(source / "config.json")
-    print0(describe_model(config))
+    notes = []
     made_from = {str(source): checksum(source)}
     with atomic_directory(destination, replace=overwrite, made_from=made_from) as partial:
         if (source / "tokenizer.model").is_file():
             save_tokenizer(source / "tokenizer.model", partial)
         else:
-            print0(f"{source} has no tokenizer.model: the weights are converted alone.")
-        written = checkpoint.write(partial)
+            notes.append(f"{source} has no tokenizer.model: only the weights are converted.")
+        stats = checkpoint.write(partial)
     if "chatglm2" in str(config.get("_name_or_path")).lower():
-        print0("The chat template is ChatGLM3's; ChatGLM2 was trained with another chat format.")
-    print0(f"converted: {written}, {watch.seconds()} s, in {destination}")
+        notes.append("The chat template is ChatGLM3's; ChatGLM2 was trained with another chat format.")
+    return ConversionResult(describe_model(config), stats, timer.seconds(), destination, notes)

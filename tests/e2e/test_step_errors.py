@@ -50,7 +50,7 @@ def test_cut_weights_are_one_message_of_every_script(model, tmp_path, words, dir
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stderr.count("error:") == 1
-    assert "is damaged or cut off" in ended.stderr
+    assert "is damaged or truncated" in ended.stderr
     assert file.name in ended.stderr
 
 

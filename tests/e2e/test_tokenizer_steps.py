@@ -98,7 +98,9 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
     assert ratio == {"zh": 1.0, "en": 1.0}
     split = metrics.pop("segmentations")
     assert len(split["ja"]["after"]) < len(split["ja"]["before"])
-    as_bytes = [bytes.fromhex(one[1:-1]) if one.startswith("‹") else one.encode() for one in split["ja"]["after"]]
+    as_bytes = [
+        bytes.fromhex(token[3:-1]) if token.startswith("<0x") else token.encode() for token in split["ja"]["after"]
+    ]
     assert b"".join(as_bytes).decode().strip() == split["ja"]["text"]
     assert all(split[language]["before"] == split[language]["after"] for language in ("zh", "en"))
     assert metrics == {
@@ -145,7 +147,8 @@ def test_step_1_by_sentencepiece_or_on_top_of_other_pieces(places, tiny_tokenize
     assert second.returncode == 0, second.stderr
     base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
     chosen = new_pieces(
-        merge_reachable(base, filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE).pieces)[0], base
+        merge_reachable(base, filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE).accepted)[0],
+        base,
     )
     pieces = [piece.piece for piece in read_sentencepiece(work / "step1_ja_tokenizer" / "ja_bpe.model").pieces]
     assert pieces[len(base.pieces) :][: len(chosen)] == chosen
@@ -167,7 +170,7 @@ def test_step_1_wants_chinese_text_before_it_reads_japanese(places, tiny_tokeniz
     [
         (lambda proto: proto.pieces.add(piece="", score=-1e6, type=NORMAL), "an empty piece"),
         (lambda proto: proto.pieces.add(piece="sop", score=-1e6, type=NORMAL), "a special token's name"),
-        (lambda proto: proto.pieces.add(piece="の▁の", score=-1e6, type=NORMAL), "a blank inside"),
+        (lambda proto: proto.pieces.add(piece="の▁の", score=-1e6, type=NORMAL), "a space inside"),
         (lambda proto: proto.pieces.add(piece=proto.pieces[-1].piece, score=-1e6, type=NORMAL), "2 times"),
     ],
 )

@@ -4,9 +4,9 @@ import pytest
 
 from llmtuner.model.loading import load_model
 from llmtuner.outputs import atomic_directory
+from llmtuner.tokenizer.fast import copy_tokenizer
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import NewTokens
-from llmtuner.weights.merge_lora import copy_tokenizer
 from llmtuner.weights.resize_embeddings import resize_token_embeddings
 from tests.checkpoints import TINY
 

@@ -73,7 +73,7 @@ def test_undo_clear_and_tokens(converse, script):
     assert output[3] == "There is no answer yet."
     pieces = output[9].split("│")
     assert "".join(pieces[:-4]).strip() == "一条河"
-    assert pieces[-4:] == ["‹F0›", "‹9F›", "‹90›", "‹9F›"]
+    assert pieces[-4:] == ["<0xF0>", "<0x9F>", "<0x90>", "<0x9F>"]
     assert output[10] == f"{len(pieces)} tokens, 4 characters"
     assert output[12:15] == ["The last question is now:", "you> 山？", "model> 一条河🐟"]
     assert output[16] == "The dialogue is empty now."

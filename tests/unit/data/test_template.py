@@ -8,7 +8,7 @@ import pytest
 from llmtuner.console import UserError
 from llmtuner.data.converter import to_messages
 from llmtuner.data.template import IGNORE_INDEX, Template
-from llmtuner.tokenizer.fast import encode_batch, save_tokenizer
+from llmtuner.tokenizer.fast import PROCESSORS, encode_batch, save_tokenizer
 from tests.helpers import ROOT
 from tests.unit.data.datasets import AS_PYTHON, TOOLS, WITH_TOOLS, calling
 
@@ -161,6 +161,6 @@ def test_both_encoders_give_the_same_ids(tokenizer, monkeypatch):
     fast = [ids.tolist() for ids in template.encode_documents(tokenizer, texts, threads=2)]
     utf8 = [text.encode() for text in texts]
     assert [ids.tolist() for ids in template.encode_documents(tokenizer, utf8)] == fast
-    monkeypatch.setattr(tokenizer, "sentencepiece", None)
+    monkeypatch.delitem(PROCESSORS, tokenizer)
     assert [ids.tolist() for ids in template.encode_documents(tokenizer, texts)] == fast
     assert [ids.tolist() for ids in template.encode_documents(tokenizer, utf8)] == fast

@@ -22,8 +22,7 @@ from llmtuner.data.sources import get_dataset_attr, is_validation, read_texts
 from llmtuner.data.template import Template
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.hparams import DataArguments
-from llmtuner.tokenizer.fast import load_tokenizer, read_sentencepiece
-from llmtuner.tokenizer.merge_vocab import to_processor
+from llmtuner.tokenizer.fast import PROCESSORS, load_tokenizer, read_sentencepiece, to_processor
 from tests.helpers import ROOT
 from tests.unit.data.datasets import ALPACA, DIALOGUES, DOCUMENTS, SHAREGPT, info, lines, settings, source, turns
 
@@ -218,13 +217,13 @@ def test_settings_that_change_the_ids_make_another_cache(corpus, tokenizer, tiny
     other_pieces = load_tokenizer(tiny_tokenizer_dir)
     model = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
     model.pieces[-1].score -= 1
-    other_pieces.sentencepiece = to_processor(model)
+    PROCESSORS[other_pieces] = to_processor(model)
     others.append(directory(tokenizer=other_pieces))
     other_ends = load_tokenizer(tiny_tokenizer_dir)
     other_ends.eos_token = "eop"
     others.append(directory(tokenizer=other_ends))
     by_backend = load_tokenizer(tiny_tokenizer_dir)
-    by_backend.sentencepiece = None
+    del PROCESSORS[by_backend]
     others.append(directory(tokenizer=by_backend))
     by_backend.add_tokens(["木匠"])
     others.append(directory(tokenizer=by_backend))

@@ -40,7 +40,7 @@ def in_shards(model):
 @pytest.mark.parametrize("load", [load_model, load_for_evaluation])
 def test_cut_weights_are_named(model, load):
     file = cut(model)
-    with pytest.raises(UserError, match="damaged or cut off") as caught:
+    with pytest.raises(UserError, match="damaged or truncated") as caught:
         load(model)
     assert str(file) in str(caught.value)
 
@@ -50,10 +50,10 @@ def test_cut_or_missing_shard_is_named(model):
     load_model(model)
     shard = model / "model-00002-of-00002.safetensors"
     os.truncate(shard, 100)
-    with pytest.raises(UserError, match=f"{shard.name} is damaged or cut off"):
+    with pytest.raises(UserError, match=f"{shard.name} is damaged or truncated"):
         load_model(model)
     shard.unlink()
-    with pytest.raises(UserError, match=f"not there: {shard.name}"):
+    with pytest.raises(UserError, match=f"are missing: {shard.name}"):
         load_model(model)
 
 

@@ -177,7 +177,13 @@ def test_tokens(work_dir, no_figures):
     row = re.search(r'<dt>before: 7</dt><dd lang="ja">(.*?)</dd>', text, re.DOTALL)[1]
     pieces = re.findall(r'<span class="(token|byte)">([^<]*)</span>', row)
     assert [kind for kind, _ in pieces] == ["token", "token", "byte", "byte", "byte", "token", "token"]
-    assert [piece for _, piece in pieces][2:] == ["‹E3›", "‹81›", "‹AF›", "␣", "&lt;script&gt;alert(1)&lt;/script&gt;"]
+    assert [piece for _, piece in pieces][2:] == [
+        "&lt;0xE3&gt;",
+        "&lt;0x81&gt;",
+        "&lt;0xAF&gt;",
+        "␣",
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+    ]
 
 
 def test_answers(work_dir, no_figures):

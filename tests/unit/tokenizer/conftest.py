@@ -34,7 +34,7 @@ def merged_file(base_file, candidate_file, tmp_path_factory):
     base = read_sentencepiece(base_file)
     choice = filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE)
     file = tmp_path_factory.mktemp("merged") / "tokenizer.model"
-    file.write_bytes(merge_reachable(base, choice.pieces)[0].SerializeToString())
+    file.write_bytes(merge_reachable(base, choice.accepted)[0].SerializeToString())
     return file
 
 

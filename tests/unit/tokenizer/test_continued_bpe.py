@@ -6,20 +6,14 @@ from collections import Counter
 
 import pytest
 
+from llmtuner.tokenizer.comparison import compare, encoding_mismatches
 from llmtuner.tokenizer.continued_bpe import ContinuedBPE, segment_corpus
 from llmtuner.tokenizer.fast import (
     build_fast_tokenizer,
     read_sentencepiece,
-)
-from llmtuner.tokenizer.merge_vocab import (
-    compare,
-    count_scripts,
-    encoding_mismatches,
-    filter_candidates,
-    merge_vocab,
     to_processor,
-    unreachable_tokens,
 )
+from llmtuner.tokenizer.merge_vocab import count_scripts, filter_candidates, merge_vocab, unreachable_tokens
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 from tests.tokenizers import CHINESE, ENGLISH, JA, JAPANESE, ODD, hand_made, learned
 
@@ -107,7 +101,7 @@ def test_learned_pieces_shorten_japanese_and_change_nothing_else(base_file, tmp_
     assert compare(before, after, CHINESE + ENGLISH + ["山上有一座城，城里、乡下。", "2020 2021"]).changes == []
     assert compare(before, after, JAPANESE[:5]).token_ratio < 0.35
     assert not any(character.isdigit() for piece in pieces for character in piece)
-    assert filter_candidates(base, merge_vocab(base, pieces, placeholders=False), JA, CHINESE).pieces == pieces
+    assert filter_candidates(base, merge_vocab(base, pieces, placeholders=False), JA, CHINESE).accepted == pieces
     file = tmp_path / "tokenizer.model"
     file.write_bytes(merged.SerializeToString())
     assert encoding_mismatches(build_fast_tokenizer(file), after, JAPANESE[:5] + CHINESE + ENGLISH + ODD) == []

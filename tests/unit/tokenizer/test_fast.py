@@ -10,6 +10,7 @@ import sentencepiece
 
 from llmtuner.console import UserError
 from llmtuner.tokenizer.fast import (
+    PROCESSORS,
     SPECIAL_TOKENS,
     build_fast_tokenizer,
     encode,
@@ -124,8 +125,8 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
     save_tokenizer(merged_file, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     calls = []
-    encode_by_sentencepiece = tokenizer.sentencepiece.encode
-    tokenizer.sentencepiece = SimpleNamespace(
+    encode_by_sentencepiece = PROCESSORS[tokenizer].encode
+    PROCESSORS[tokenizer] = SimpleNamespace(
         encode=lambda texts, **options: calls.append(texts) or encode_by_sentencepiece(texts, **options)
     )
     texts = JAPANESE[:5] + CHINESE + ENGLISH + ODD + INJECTED
@@ -137,7 +138,7 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
     swapped.pieces[-1].piece, swapped.pieces[-2].piece = swapped.pieces[-2].piece, swapped.pieces[-1].piece
     for other in (renamed, swapped, read_sentencepiece(base_file)):
         (tmp_path / "tokenizer.model").write_bytes(other.SerializeToString())
-        with pytest.raises(UserError, match="do not hold the same pieces"):
+        with pytest.raises(UserError, match="differ in their pieces"):
             load_tokenizer(tmp_path)
 
 
@@ -145,8 +146,8 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
     ("rules", "message"),
     [
         ({"byte_fallback": False}, "no byte fallback"),
-        ({"add_dummy_prefix": False}, "no blank before"),
-        ({"remove_extra_whitespaces": True}, "removes white space"),
+        ({"add_dummy_prefix": False}, "no space before"),
+        ({"remove_extra_whitespaces": True}, "removes whitespace"),
     ],
 )
 def test_models_under_other_rules_are_refused(rules, message, tmp_path):
@@ -160,7 +161,7 @@ def test_models_that_ordered_merges_cannot_express_are_refused(tmp_path):
     tied.pieces[-1].score = tied.pieces[-2].score
     with pytest.raises(UserError, match="same score"):
         build_fast_tokenizer(written(tied, tmp_path))
-    with pytest.raises(UserError, match="a character that is no piece"):
+    with pytest.raises(UserError, match="a character that is not a piece"):
         build_fast_tokenizer(written(hand_made(["▁", "a", "ab"]), tmp_path))
     with pytest.raises(UserError, match="named like special tokens"):
         build_fast_tokenizer(written(hand_made(["▁", "s", "o", "p", "op", "sop"]), tmp_path))

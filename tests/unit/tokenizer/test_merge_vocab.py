@@ -6,24 +6,23 @@ import pyarrow.parquet
 import pytest
 
 from llmtuner.console import UserError
+from llmtuner.tokenizer.comparison import compare, encoding_mismatches
 from llmtuner.tokenizer.fast import (
     CONTROL,
     NORMAL,
     SPECIAL_TOKENS,
     build_fast_tokenizer,
     read_sentencepiece,
+    to_processor,
 )
 from llmtuner.tokenizer.merge_vocab import (
-    compare,
     count_scripts,
-    encoding_mismatches,
     filter_candidates,
     find_unreachable,
     merge_as_original,
     merge_reachable,
     merge_vocab,
     new_candidates,
-    to_processor,
     unreachable_tokens,
 )
 from llmtuner.tokenizer.sentencepiece_bpe import (
@@ -58,13 +57,13 @@ def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
         + ["▁学校", "▁駅上", "畑", "校畑", "蛉", "蛉の", "働", "働の", "々", "ーの", "ー", "山。"]
     )
     choice = filter_candidates(base, candidates, JA, ["我们的学校很大，駅上", "这里是働のところ", "働"])
-    assert choice.pieces == ["の山", "山の", "学駅", "の。", "・の", "▁の", "畑", "校畑", "々", "ーの", "ー"]
+    assert choice.accepted == ["の山", "山の", "学駅", "の。", "・の", "▁の", "畑", "校畑", "々", "ーの", "ー"]
     assert choice.rejected == {
         "digit, letter or sign": 4,  # 第1 Aの ！ 山。
-        "written in the other language too": 6,  # 学校 ▁学校 蛉 are of GB 2312, 駅上 ▁駅上 働 stand in the reference
+        "also written in the other language": 6,  # 学校 ▁学校 蛉 are of GB 2312, 駅上 ▁駅上 働 stand in the reference
         "of a character in bytes": 2,  # 蛉の 働の: 蛉 and 働 have no piece of their own
     }
-    assert count_scripts(choice.pieces) == {
+    assert count_scripts(choice.accepted) == {
         "han + hiragana": 2,
         "han": 4,
         "hiragana + marks": 2,
@@ -79,7 +78,7 @@ def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
     [
         (["の山", ""], "an empty piece"),
         (["の山", "山の", "の山"], "'の山' 2 times"),
-        (["の▁山"], "'の▁山' with a blank inside"),
+        (["の▁山"], "'の▁山' with a space inside"),
         (["の山", "sop"], "'sop', a special token's name"),
         (["▁<|user|>"], "a special token's name"),
     ],
@@ -113,7 +112,7 @@ def test_new_pieces_rank_below_every_native_piece_in_their_order(base_file, cand
         ("山の", -2),
         ("畑", -3),
     ]
-    with pytest.raises(UserError, match="new pieces already"):
+    with pytest.raises(UserError, match="merged already"):
         merge_vocab(merged, ["の"])
 
 
@@ -215,6 +214,6 @@ def test_real_candidates_are_filtered():
         for name in CHINESE_FILES
         for text in pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
     )
-    merged, _ = merge_reachable(base, filter_candidates(base, candidates, JA, reference).pieces)
+    merged, _ = merge_reachable(base, filter_candidates(base, candidates, JA, reference).accepted)
     assert len(new_pieces(merged, base)) > 11_000
     assert unreachable_tokens(base, merged) == []

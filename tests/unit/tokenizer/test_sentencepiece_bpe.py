@@ -85,7 +85,7 @@ def test_failed_training_leaves_no_file(tmp_path):
 
     with pytest.raises(UserError, match="row 2 is damaged"):
         train_bpe(broken(), tmp_path / "ja.model", 300, threads=1)
-    with pytest.raises(UserError, match="no sentence"):
+    with pytest.raises(UserError, match="no sentences"):
         train_bpe([], tmp_path / "ja.model", 300, threads=1)
     assert list(tmp_path.iterdir()) == []
 

@@ -8,8 +8,8 @@ from transformers import GlmConfig, GlmForCausalLM
 from benchmarks.memory_budget import LivingTensors, follow_step, without_content
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model.adapters import init_adapter
+from llmtuner.model.model_dir import APPENDED_ROWS
 from llmtuner.train.memory import estimate_step_memory, saved_activation_bytes
-from llmtuner.weights.resize_embeddings import APPENDED_ROWS
 
 
 def glm(layers, width, heads, rows, intermediate, attention, dtype):

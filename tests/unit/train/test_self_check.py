@@ -13,11 +13,10 @@ from llmtuner.console import UserError
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.model import fused
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
 from llmtuner.train import self_check
 from llmtuner.train.trainer import run_model
 from llmtuner.train.tuner import run_exp
-from llmtuner.weights.merge_lora import copy_tokenizer
 
 WHOLE_LINE = re.compile(
     r"^self-check: loss [\d.]+, within (\S+) of .*; documents isolated within (\S+); (\d+) ms$", re.MULTILINE

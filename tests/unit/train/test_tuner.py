@@ -24,7 +24,7 @@ def model(tiny_model_dir, tmp_path):
 
 def test_training_finds_cut_weights_before_data_are_tokenized(model, tiny_run):
     file = cut(model)
-    with pytest.raises(UserError, match="damaged or cut off") as caught:
+    with pytest.raises(UserError, match="damaged or truncated") as caught:
         run_exp({**tiny_run, "model_name_or_path": str(model)})
     assert str(file) in str(caught.value)
     assert not Path(tiny_run["cache_dir"]).exists()

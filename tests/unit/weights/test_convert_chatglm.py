@@ -216,9 +216,9 @@ def rotation_in_the_original(position, base_factor=1.0, position_divisor=1.0):
         ("THUDM/chatglm2-6b-32k", 16, {"position_divisor": 16}, "positions divided by 16"),
     ],
 )
-def test_rotary_embedding_of_the_long_variants(tmp_path, capsys, name, ratio, original, said):
+def test_rotary_embedding_of_the_long_variants(tmp_path, name, ratio, original, said):
     changes = {"_name_or_path": name, "rope_ratio": ratio, "seq_length": 32_768}
-    convert_chatglm(publish(tmp_path / "published", **changes), tmp_path / "glm")
+    output = str(convert_chatglm(publish(tmp_path / "published", **changes), tmp_path / "glm"))
     for position in (1, 30_000):
         for found, wanted in zip(
             rotation_of(tmp_path / "glm", position), rotation_in_the_original(position, **original), strict=True
@@ -227,7 +227,6 @@ def test_rotary_embedding_of_the_long_variants(tmp_path, capsys, name, ratio, or
     far = rotation_in_the_original(30_000, **original)[0]
     assert ratio is None or (far - rotation_in_the_original(30_000)[0]).abs().max() > 0.1
     assert AutoConfig.from_pretrained(tmp_path / "glm").max_position_embeddings == 32_768
-    output = capsys.readouterr().out
     assert said in output
     assert ("chat template is ChatGLM3's" in output) == ("chatglm2" in name)
 
@@ -268,9 +267,8 @@ def test_the_licence_of_weights_goes_where_they_go(tmp_path):
     assert not (tmp_path / "merged" / "LICENSE").exists()
 
 
-def test_without_tokenizer_the_weights_alone(glm, tmp_path, capsys):
-    convert_chatglm(publish(tmp_path / "published"), tmp_path / "glm")
-    assert "no tokenizer.model" in capsys.readouterr().out
+def test_without_tokenizer_the_weights_alone(glm, tmp_path):
+    assert "no tokenizer.model" in str(convert_chatglm(publish(tmp_path / "published"), tmp_path / "glm"))
     names = {MARKER, "config.json", "generation_config.json", "model.safetensors"}
     assert {file.name for file in glm.iterdir()} == names
     assert json.loads((glm / "generation_config.json").read_text())["eos_token_id"] == [2]
@@ -309,7 +307,7 @@ def add_pieces(proto):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (add_pieces, "609 ids, the embeddings have 512 rows"),
+        (add_pieces, "609 ids, but the embeddings have 512 rows"),
         (lambda proto: setattr(proto.normalizer_spec, "precompiled_charsmap", b"x"), "it normalizes text"),
         (lambda proto: setattr(proto.trainer_spec, "byte_fallback", False), "no byte fallback"),
         (None, "not a sentencepiece model"),
@@ -329,7 +327,7 @@ def test_tokenizer_that_cannot_be_used(tmp_path, tiny_tokenizer_dir, change, par
 def test_tokenizer_of_a_smaller_model(tiny_tokenizer_dir):
     model_file = tiny_tokenizer_dir / "tokenizer.model"
     assert check_tokenizer(model_file, 409 + 255)["[MASK]"] == 400
-    with pytest.raises(UserError, match="409 ids, the embeddings have 665 rows"):
+    with pytest.raises(UserError, match="409 ids, but the embeddings have 665 rows"):
         check_tokenizer(model_file, 409 + 256)
 
 
@@ -373,7 +371,7 @@ def test_what_configurations_leave_out():
 
 
 @pytest.mark.parametrize(
-    ("content", "part"), [(None, "cannot read"), ("{", "not valid JSON"), ("[]", "no JSON object")]
+    ("content", "part"), [(None, "cannot read"), ("{", "not valid JSON"), ("[]", "not a JSON object")]
 )
 def test_configuration_that_cannot_be_read(tmp_path, content, part):
     source = publish(tmp_path / "published")
@@ -403,7 +401,7 @@ def with_number(number, dtype=torch.float32):
     ("name", "tensor", "parts"),
     [
         (EMBEDDINGS, None, ["1 missing", EMBEDDINGS]),
-        ("transformer.encoder.layers.3.input_layernorm.weight", torch.ones(64), ["1 left over", "layers.3"]),
+        ("transformer.encoder.layers.3.input_layernorm.weight", torch.ones(64), ["1 unexpected", "layers.3"]),
         (FIRST_FUSED, torch.ones(127, 64), ["1 of another shape", "[127, 64] instead of [128, 64]"]),
         (EMBEDDINGS, torch.ones(512, 64, dtype=torch.int8), ["is quantized", "precision", "I8"]),
         ("transformer.prefix_encoder.embedding.weight", torch.ones(8, 64), ["P-Tuning"]),
@@ -417,7 +415,7 @@ def test_weights_that_are_not_the_configurations(tmp_path, name, tensor, parts):
 def test_all_differences_are_listed_at_once(tmp_path):
     tensors = with_tensor(EMBEDDINGS, None) | {"stranger": torch.ones(1), FIRST_FUSED: torch.ones(2, 2)}
     refused(
-        publish(tmp_path / "published", tensors), tmp_path / "room", "1 missing", "1 left over", "1 of another shape"
+        publish(tmp_path / "published", tensors), tmp_path / "room", "1 missing", "1 unexpected", "1 of another shape"
     )
 
 
@@ -433,7 +431,7 @@ def test_shard_that_is_missing(tmp_path, layout):
     source = publish(tmp_path / "published", tensors=False)
     LAYOUTS[layout](weights(), source)
     next(source.glob("*-00002-of-*")).unlink()
-    refused(source, tmp_path / "room", "index.json", "not there", "-00002-of-00003")
+    refused(source, tmp_path / "room", "index.json", "are missing", "-00002-of-00003")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "safetensors beside a damaged bin"])
@@ -449,7 +447,7 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
     source = publish(tmp_path / "published")
     tensor = open_checkpoint(source)[FIRST_FUSED]
     os.truncate(source / "model.safetensors", 1_000)
-    with pytest.raises(UserError, match="became shorter"):
+    with pytest.raises(UserError, match="was truncated"):
         tensor.read_rows(0, 128)
     (source / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot read"):
@@ -459,10 +457,10 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda places: places.update({EMBEDDINGS: "model-00009-of-00003.safetensors"}), ["not there", "00009"]),
-        (lambda places: places.update({"stranger": places[EMBEDDINGS]}), ["do not hold", "stranger"]),
-        (lambda places: places.pop(EMBEDDINGS), ["places elsewhere or not at all", EMBEDDINGS]),
-        (lambda places: places.update({EMBEDDINGS: places[FIRST_FUSED]}), ["places elsewhere", EMBEDDINGS]),
+        (lambda places: places.update({EMBEDDINGS: "model-00009-of-00003.safetensors"}), ["are missing", "00009"]),
+        (lambda places: places.update({"stranger": places[EMBEDDINGS]}), ["not in its files", "stranger"]),
+        (lambda places: places.pop(EMBEDDINGS), ["assigns to another file or does not list", EMBEDDINGS]),
+        (lambda places: places.update({EMBEDDINGS: places[FIRST_FUSED]}), ["assigns to another file", EMBEDDINGS]),
         (lambda places: places.update({EMBEDDINGS: "../model.safetensors"}), ["no weight_map", "beside it"]),
         (lambda places: places.update({EMBEDDINGS: 3}), ["no weight_map"]),
     ],
@@ -481,11 +479,11 @@ def test_shard_that_the_index_does_not_name(tmp_path):
     source = publish(tmp_path / "published", tensors=False)
     LAYOUTS["safetensors in shards"](weights(), source)
     save_file({"left": torch.ones(2)}, source / "model-00004-of-00004.safetensors")
-    refused(source, tmp_path / "room", "model-00004-of-00004.safetensors", "not at all: left")
+    refused(source, tmp_path / "room", "model-00004-of-00004.safetensors", "does not list: left")
 
 
 def test_directory_without_weights(tmp_path):
-    refused(publish(tmp_path / "published", tensors=False), tmp_path / "room", "holds no weights", "published")
+    refused(publish(tmp_path / "published", tensors=False), tmp_path / "room", "has no weights", "published")
     refused(tmp_path / "nowhere", tmp_path / "room", "nowhere does not exist")
 
 
@@ -511,7 +509,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, save):
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [([1, 2], "no tensors by name"), ({"epoch": 3}, "epoch is int"), ({"a": torch.ones(2).to_sparse()}, "a is ")],
+    [([1, 2], "not a dict of tensors"), ({"epoch": 3}, "epoch is int"), ({"a": torch.ones(2).to_sparse()}, "a is ")],
 )
 def test_pickle_of_something_else(tmp_path, content, part):
     source = publish(tmp_path / "published", tensors=False)
@@ -539,6 +537,6 @@ def test_what_stands_at_the_destination(glm, tmp_path):
             convert_chatglm(source, foreign, overwrite=True)
         assert (foreign / "note").read_text() == "mine"
     for inside in (source, source / "glm", tmp_path):
-        with pytest.raises(UserError, match="lie in each other"):
+        with pytest.raises(UserError, match="contains the other"):
             convert_chatglm(source, inside, overwrite=True)
     assert sorted(file.name for file in source.iterdir()) == ["config.json", "model.safetensors"]

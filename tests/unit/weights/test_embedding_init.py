@@ -6,18 +6,17 @@ import pytest
 import torch
 
 from llmtuner.console import UserError
-from llmtuner.weights import embedding_init
+from llmtuner.weights import embedding_init, focus
 from llmtuner.weights.embedding_init import (
     CONVEX_METHODS,
     METHODS,
     NewTokens,
-    focus_weights,
     init_new_embeddings,
     median_norm,
     position_weights,
-    sparsemax,
     weighted_rows,
 )
+from llmtuner.weights.focus import focus_weights, sparsemax
 
 NATIVES = range(3, 51)  # behind <unk>, <s>, </s>; nine special tokens and four rows of padding follow
 NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unk_id=0)
@@ -32,7 +31,7 @@ def matrix():
 
 
 @pytest.fixture
-def focus():
+def weights_of_focus():
     """Weights in which each new piece has natives of its own."""
     vectors = torch.nn.functional.normalize(torch.randn(64, 8, generator=torch.Generator().manual_seed(2)), dim=1)
     return focus_weights(vectors, NEW)
@@ -41,8 +40,9 @@ def focus():
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Several parts and a rest in every loop over parts."""
-    for name, size in (("_ROW_CHUNK", 10), ("_COLUMN_CHUNK", 16), ("_TOKEN_CHUNK", 50)):
+    for name, size in (("_ROW_CHUNK", 10), ("_COLUMN_CHUNK", 16)):
         monkeypatch.setattr(embedding_init, name, size)
+    monkeypatch.setattr(focus, "_BATCH_TOKENS", 50)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -77,9 +77,9 @@ def test_statistics_are_of_native_pieces_alone(matrix):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_norm_correction_keeps_the_direction(matrix, focus, method):
-    plain = init_new_embeddings(matrix, NEW, method, weights=focus)
-    corrected = init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=focus)
+def test_norm_correction_keeps_the_direction(matrix, weights_of_focus, method):
+    plain = init_new_embeddings(matrix, NEW, method, weights=weights_of_focus)
+    corrected = init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=weights_of_focus)
     assert torch.allclose(corrected.norm(dim=1), torch.full((4,), median_norm(matrix, NEW)))
     assert torch.allclose(torch.cosine_similarity(plain, corrected), torch.ones(4))
 
@@ -90,27 +90,32 @@ def test_norm_correction_of_a_zero_row_is_zero(matrix):
 
 
 def test_an_unknown_method_is_refused(matrix):
-    with pytest.raises(UserError, match=r"'median' is unknown.*mean, first_weighted"):
+    with pytest.raises(UserError, match=r"unknown initialisation method 'median'.*mean, first_weighted"):
         init_new_embeddings(matrix, NEW, "median")
 
 
 # ------------------------------------------------------------------------------------------------------- the promise
 @pytest.mark.parametrize("method", CONVEX_METHODS)
-def test_convex_output_rows_never_win(matrix, focus, method):
+def test_convex_output_rows_never_win(matrix, weights_of_focus, method):
     """The greatest logit of a new piece is at most the greatest native one, whatever the hidden state."""
     hidden = torch.randn(5000, 40, generator=torch.Generator().manual_seed(3))
     natives = (hidden @ matrix[NATIVES.start : NATIVES.stop].T).max(dim=1).values
-    excess = (hidden @ init_new_embeddings(matrix, NEW, method, weights=focus).T).max(dim=1).values - natives
+    excess = (hidden @ init_new_embeddings(matrix, NEW, method, weights=weights_of_focus).T).max(dim=1).values - natives
     assert float(excess.max()) < 1e-4
     corrected = (
-        (hidden @ init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=focus).T).max(dim=1).values
+        (hidden @ init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=weights_of_focus).T)
+        .max(dim=1)
+        .values
     )
     if method != "global_mean":  # so short before that even scaled it wins nowhere here
         assert float((corrected - natives).max()) > 1
 
 
-def test_weights_are_convex(focus):
-    for weights in (focus, *(position_weights(NEW, method) for method in ("mean", "first_weighted", "last_weighted"))):
+def test_weights_are_convex(weights_of_focus):
+    for weights in (
+        weights_of_focus,
+        *(position_weights(NEW, method) for method in ("mean", "first_weighted", "last_weighted")),
+    ):
         dense = weights.to_dense()
         assert dense.shape == (4, 60)
         assert float(dense.min()) >= 0

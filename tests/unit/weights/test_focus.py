@@ -7,13 +7,9 @@ import numpy
 import pytest
 import torch
 
-from llmtuner.weights import embedding_init
-from llmtuner.weights.embedding_init import (
-    NewTokens,
-    focus_weights,
-    position_weights,
-    static_vectors,
-)
+from llmtuner.weights import embedding_init, focus
+from llmtuner.weights.embedding_init import NewTokens, position_weights
+from llmtuner.weights.focus import focus_weights, static_vectors
 
 NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unk_id=0)
 
@@ -21,8 +17,9 @@ NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unk_id
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Several parts and a rest in every loop over parts."""
-    for name, size in (("_ROW_CHUNK", 10), ("_COLUMN_CHUNK", 16), ("_TOKEN_CHUNK", 50)):
+    for name, size in (("_ROW_CHUNK", 10), ("_COLUMN_CHUNK", 16)):
         monkeypatch.setattr(embedding_init, name, size)
+    monkeypatch.setattr(focus, "_BATCH_TOKENS", 50)
 
 
 def axes(**where: int) -> torch.Tensor:
@@ -62,13 +59,13 @@ def test_pairs_are_counted_within_texts():
         for (one, first), (other, second) in itertools.combinations(enumerate(text), 2):
             if other - one <= 3:
                 expected[min(first, second), max(first, second)] += 1
-    keys, counts, tokens = embedding_init._count_cooccurrences(texts, 12, window=3)
+    keys, counts, tokens = focus._count_cooccurrences(texts, 12, window=3)
     assert {divmod(int(key), 12): count for key, count in zip(keys, counts, strict=True)} == expected
     assert Counter({index: int(count) for index, count in enumerate(tokens)}) == Counter(itertools.chain(*texts))
 
 
 def test_positive_information_by_its_definition():
-    keys, counts, _ = embedding_init._count_cooccurrences(random_texts(), 12, window=3)
+    keys, counts, _ = focus._count_cooccurrences(random_texts(), 12, window=3)
     first, second = numpy.divmod(keys, 12)
     table = numpy.zeros((12, 12))
     numpy.add.at(table, (first, second), counts)
@@ -77,7 +74,7 @@ def test_positive_information_by_its_definition():
     joint, own, context = table / table.sum(), table.sum(axis=1) / table.sum(), contexts / contexts.sum()
     with numpy.errstate(divide="ignore"):
         expected = numpy.maximum(numpy.log(joint / (own[:, None] * context)), 0)
-    found = embedding_init._positive_pmi(first, second, counts, 12).to_dense().numpy()
+    found = focus._positive_pmi(first, second, counts, 12).to_dense().numpy()
     assert numpy.allclose(found, expected, atol=1e-5)
 
 

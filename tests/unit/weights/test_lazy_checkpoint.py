@@ -14,17 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from llmtuner.console import UserError
 from llmtuner.files import MARKER
+from llmtuner.model.model_dir import check_not_quantized
 from llmtuner.outputs import atomic_directory
 from llmtuner.weights import lazy_checkpoint
 from llmtuner.weights.convert_chatglm import convert_chatglm
-from llmtuner.weights.lazy_checkpoint import (
-    LazyTensor,
-    check_not_quantized,
-    concatenate,
-    in_memory,
-    open_checkpoint,
-    write_checkpoint,
-)
+from llmtuner.weights.lazy_checkpoint import LazyTensor, concatenate, in_memory, open_checkpoint, write_checkpoint
 from tests.checkpoints import TINY, publish, refused
 
 

@@ -17,10 +17,10 @@ from llmtuner.console import UserError
 from llmtuner.files import MARKER
 from llmtuner.model.loading import load_model
 from llmtuner.outputs import atomic_directory
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.fast import TOKENIZER_FILES, copy_tokenizer, load_tokenizer
 from llmtuner.weights import merge_lora
 from llmtuner.weights.lazy_checkpoint import LazyCheckpoint
-from llmtuner.weights.merge_lora import copy_tokenizer, merge_adapter
+from llmtuner.weights.merge_lora import merge_adapter
 from tests.helpers import ROOT
 from tests.unit.adapters import IDS, KINDS, largest_file, prepare, stored, train, trained_run
 
@@ -189,7 +189,7 @@ def test_base_as_published(tiny_model_dir, tmp_path, with_tokenizer):
     base = published(tiny_model_dir, tmp_path / "published")
     model = trained_run(tiny_model_dir, tmp_path / "run", **KINDS["embeddings"])
     if not with_tokenizer:  # then that of the base
-        for name in merge_lora.TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             (tmp_path / "run" / name).unlink(missing_ok=True)
     merge_adapter(base, tmp_path / "run", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -220,20 +220,20 @@ def test_growing_that_the_adapter_cannot_tell(tiny_model_dir, grown_dir, tmp_pat
         assert not (tmp_path / "merged").exists()
 
     trained_run(grown_dir, tmp_path / "run", lora_rank=4, additional_target=["lm_head"])
-    refused(r"grow the base first \(step3_resize_model.py\)")
+    refused(r"resize the base first \(step3_resize_model.py\)")
     trained_run(grown_dir, tmp_path / "run", **KINDS["new rows"])
-    refused(r"it trained row \d+ of .*grow the base first")
+    refused(r"it trained row \d+ of .*resize the base first")
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["embeddings"])
     refused(r"is \[\d+, 32\], the model's \[\d+, 32\]", grown_dir)  # fewer rows
     trained_run(grown_dir, tmp_path / "run", **KINDS["embeddings"])
-    for name in merge_lora.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (tmp_path / "run" / name).unlink(missing_ok=True)
-    refused("Grow the base first")  # whose tokenizer would it be?
+    refused("Resize the base first")  # whose tokenizer would it be?
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["lora"])
     monkeypatch.setattr(
         merge_lora, "load_tokenizer", lambda directory: range(400 if directory == tiny_model_dir else 5000)
     )
-    refused("has 5,000 ids, the model .* embedding rows: .*Grow the base first")
+    refused("has 5,000 ids, the model .* embedding rows: .*Resize the base first")
 
 
 # ------------------------------------------------------------------------------------------------- merges that are refused
@@ -264,13 +264,13 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
     [
         (
             lambda t: {**t, "base_model.model.lm_head.lora_embedding_A": torch.ones(4, 32)},
-            "lora_embedding_A .* belongs to no",
+            "lora_embedding_A .* matches no",
         ),
         (
             lambda t: {**t, "base_model.model.model.x.lora_A.weight": torch.ones(4, 32)},
-            r"x.lora_A.weight .* belongs to no",
+            r"x.lora_A.weight .* matches no",
         ),
-        (lambda t: {**t, "something": torch.ones(1)}, "something .* belongs to no tensor"),
+        (lambda t: {**t, "something": torch.ones(1)}, "something .* matches no tensor"),
         (lambda t: {**t, Q + "lora_A.weight": torch.ones(4, 64)}, r"lora_A of .*q_proj is \[4, 64\].* has 32 inputs"),
         (lambda t: {**t, Q + "lora_B.weight": torch.ones(64, 4)}, r"lora_B of .*q_proj is \[64, 4\], not \[32, 4\]"),
         (lambda t: {**t, Q + "lora_A.weight": torch.ones(5, 32)}, r"lora_A of .* the adapter rank 4"),
@@ -281,7 +281,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
             lambda t: {**t, "base_model.model.model.norm.weight": torch.ones(31)},
             r"norm.weight is \[31\], the model's \[32\]",
         ),
-        (lambda t: {**t, "base_model.model.model.norm.lora_A.weight": torch.ones(4, 32)}, "of model.norm it holds"),
+        (lambda t: {**t, "base_model.model.model.norm.lora_A.weight": torch.ones(4, 32)}, "model.norm has .lora_A"),
         (
             lambda t: {
                 **t,
@@ -295,7 +295,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
             lambda t: {**t, "base_model.model.lm_head" + merge_lora.TRAINABLE_TOKENS: torch.ones(2, 32)},
             "trainable_token_indices",
         ),
-        (lambda t: {**t, Q + "lora_B.weight": torch.full((32, 4), torch.nan)}, "q_proj.* holds NaN"),
+        (lambda t: {**t, Q + "lora_B.weight": torch.full((32, 4), torch.nan)}, "q_proj.* contains NaN"),
         (lambda t: {**t, Q + "lora_B.weight": torch.ones(32, 4, dtype=torch.int8)}, "not a tensor of floating-point"),
     ],
 )
@@ -335,7 +335,7 @@ def test_other_base_and_other_rank(tiny_model_dir, run, tmp_path):
 def test_directories_without_an_adapter(tiny_model_dir, run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    refuse(tiny_model_dir, empty, tmp_path / "merged", r"holds no trained adapter .*config.json\)\.$")
+    refuse(tiny_model_dir, empty, tmp_path / "merged", r"has no trained adapter .*config.json\)\.$")
     for number, time in ((9, 1), (10, 2)):
         shutil.copytree(run, empty / f"checkpoint-{number}")
         os.utime(empty / f"checkpoint-{number}", (time, time))

@@ -97,7 +97,7 @@ def test_rows_come_from_the_callers_function(glm, tmp_path):
     after = load_file(tmp_path / "zero" / "model.safetensors")
     assert (after["model.embed_tokens.weight"][FIRST : NEW.end] == 1).all()
     assert (after["lm_head.weight"][FIRST : NEW.end] == 2).all()
-    with pytest.raises(ValueError, match="162 new pieces"):
+    with pytest.raises(ValueError, match="162 new tokens"):
         grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.ones(3, 64))
     with pytest.raises(UserError, match="NaN or infinity"):
         grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.full((162, 64), float("nan")))
@@ -148,7 +148,7 @@ def without(directory, name):
 
 
 def test_base_with_fewer_rows_than_ids(glm, tmp_path):
-    with pytest.raises(UserError, match="512 embedding rows, its tokenizer 513 ids"):
+    with pytest.raises(UserError, match="512 embedding rows, but its tokenizer has 513 ids"):
         grow(glm, tmp_path / "zero", NewTokens(513, [[5]], 0))
 
 

@@ -1,0 +1,63 @@
+"""Compares two tokenizers on the same texts: token counts, and where the ids differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmtuner.tokenizer.fast import encode_fast, encode_sentencepiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BATCH_SIZE = 4_096  # texts encoded at once
+
+
+@dataclass(frozen=True)
+class EncodingChange:
+    """A text that two tokenizers encode differently, from the first difference on."""
+
+    before: list[str]
+    after: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same texts encoded with two tokenizers."""
+
+    texts: int
+    tokens_before: int
+    tokens_after: int
+    changes: list[EncodingChange]
+
+    @property
+    def token_ratio(self) -> float:
+        """Tokens after the merge per token before; below 1 is shorter."""
+        return self.tokens_after / self.tokens_before
+
+
+def compare(before: Any, after: Any, texts: Sequence[str], window: int = 8) -> Comparison:
+    """Counts tokens and collects the texts whose ids differ.
+
+    Args:
+        before, after: sentencepiece processors (`to_processor`).
+        texts: at least one that is not empty.
+        window: number of tokens to show of a change.
+    """
+    tokens_before = tokens_after = 0
+    changes = []
+    for start in range(0, len(texts), BATCH_SIZE):
+        batch = list(texts[start : start + BATCH_SIZE])
+        for old, new in zip(encode_sentencepiece(before, batch), encode_sentencepiece(after, batch), strict=True):
+            tokens_before += len(old)
+            tokens_after += len(new)
+            if old != new:
+                first = next((i for i, (left, right) in enumerate(zip(old, new, strict=False)) if left != right), 0)
+                shown = slice(first, first + window)
+                changes.append(EncodingChange(before.id_to_piece(old[shown]), after.id_to_piece(new[shown])))
+    return Comparison(len(texts), tokens_before, tokens_after, changes)
+
+
+def encoding_mismatches(tokenizer: "PreTrainedTokenizerFast", processor: Any, texts: Sequence[str]) -> list[str]:
+    """The texts to which a fast tokenizer and a sentencepiece processor assign different ids."""
+    fast, expected = encode_fast(tokenizer, texts), encode_sentencepiece(processor, texts)
+    return [text for text, ids, expected_ids in zip(texts, fast, expected, strict=True) if ids != expected_ids]
