@@ -22,13 +22,12 @@ from transformers import PreTrainedModel
 
 from llmtuner.console import UserError, print0
 from llmtuner.files import translate_disk_errors
-from llmtuner.hparams import FinetuningArguments
+from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
 from llmtuner.model.model_dir import APPENDED_ROWS, MERGED_ADAPTER, adapter_checksum, read_json
 from llmtuner.outputs import finish_publishing, publish_files
 from llmtuner.tokenizer.fast import TOKENIZER_FILES, copy_tokenizer
 
 NO_LORA_ON_LM_HEAD = "the output layer is trained in full or not at all. Put it into additional_target."
-EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Whichever of them is there marks a whole adapter and says of which kind it is.
 ADAPTER_CONFIG_FILES = (ADAPTER_CONFIG, "config.json")

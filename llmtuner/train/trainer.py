@@ -22,7 +22,7 @@ from llmtuner.console import UserError
 from llmtuner.data.packing import PackedDataCollator, PadToMultiple
 from llmtuner.eval.bits_per_byte import Windows, document_bits
 from llmtuner.files import atomic_write_json
-from llmtuner.hparams import FinetuningArguments
+from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
 from llmtuner.model.attention import VARLEN
 from llmtuner.train.callbacks import (
     GracefulStopSignal,
@@ -203,7 +203,8 @@ class PackedTrainer(Trainer):
 
     def _get_lr_group(self, name: str) -> str:
         """Which of LR_GROUPS a parameter is trained at."""
-        if self.finetuning_args.embedding_learning_rate is not None and ("embed_tokens" in name or "lm_head" in name):
+        is_embedding = any(module in name for module in EMBEDDING_MODULES)
+        if is_embedding and self.finetuning_args.embedding_learning_rate is not None:
             return "embedding_learning_rate"
         return "loraplus" if self.finetuning_args.loraplus_lr_ratio and ".lora_B." in name else "learning_rate"
 
