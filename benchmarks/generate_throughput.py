@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any
 
 from llmtuner.console import format_table, print0, run_cli
-from llmtuner.data.sources import get_dataset_attr, read_rows
+from llmtuner.data.readers import read_rows
+from llmtuner.data.sources import get_dataset_attr
 from llmtuner.eval.generation import generate_answers
 from llmtuner.files import atomic_write_json
 from llmtuner.model.loading import load_for_evaluation

@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmtuner.console import format_table, print0, run_cli
-from llmtuner.data.sources import FILE_TYPES, DatasetAttr, read_texts
+from llmtuner.data.readers import read_texts
+from llmtuner.data.sources import FILE_TYPES, DatasetAttr
 from llmtuner.files import atomic_write_json
 from llmtuner.tokenizer.comparison import compare
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe

@@ -22,7 +22,8 @@ from typing import Any
 
 from llmtuner.console import UserError, format_table, print0, run_cli
 from llmtuner.data.converter import to_messages
-from llmtuner.data.sources import get_dataset_attr, read_rows, read_texts
+from llmtuner.data.readers import read_rows, read_texts
+from llmtuner.data.sources import get_dataset_attr
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import DataArguments

@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmtuner.console import format_table, print0, progress, run_cli
-from llmtuner.data.sources import FILE_TYPES, DatasetAttr, read_texts
+from llmtuner.data.readers import read_texts
+from llmtuner.data.sources import FILE_TYPES, DatasetAttr
 from llmtuner.files import atomic_write_json
 from llmtuner.tokenizer.fast import (
     build_fast_tokenizer,

@@ -26,7 +26,8 @@ import pyarrow
 import pyarrow.parquet
 
 from llmtuner.console import UserError, format_table, print0, run_cli
-from llmtuner.data.sources import DatasetAttr, read_texts
+from llmtuner.data.readers import read_texts
+from llmtuner.data.sources import DatasetAttr
 from llmtuner.files import atomic_write_json
 from llmtuner.report.environment import environment
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe

@@ -37,7 +37,8 @@ import transformers
 from llmtuner.console import UserError, format_table, print0, print_header, run_cli
 from llmtuner.data.loader import load_tokenized_datasets
 from llmtuner.data.packing import pack_best_fit
-from llmtuner.data.sources import get_dataset_attr, read_rows
+from llmtuner.data.readers import read_rows
+from llmtuner.data.sources import get_dataset_attr
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import get_train_args
 from llmtuner.tokenizer.fast import load_tokenizer

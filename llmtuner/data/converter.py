@@ -1,88 +1,107 @@
-"""Rows -> documents and messages: every row either gives text that can be trained on, or says why it cannot."""
+"""Converts rows to documents and dialogues: every row either yields text to train on, or the reason why it is invalid."""
 
 import json
 import keyword
 from collections.abc import Collection
 from typing import Any
 
+from llmtuner.data.held_out import text_hash
+from llmtuner.data.readers import Row
 from llmtuner.data.sources import DEFAULT_TAGS, DatasetAttr
 from llmtuner.data.template import Message
 
-# ChatGLM3's own words before the list of a dialogue's tools.
+# ChatGLM3's own introduction of the tools of a dialogue.
 TOOL_SYSTEM_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 MAX_MESSAGES = 1_000  # in one dialogue; more is a file that was put together wrongly
 Values = dict[str, Any]
+_encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would create an encoder for each row
 
 
 class InvalidRow(Exception):
-    """A row cannot be used; the message says why, for a reader who has the row before him."""
+    """A row cannot be used; the message says why, for a reader who has the row in front of them."""
 
 
-def check_columns(source: DatasetAttr, stage: str, columns: Collection[str], complete: bool = False) -> None:
-    """Makes sure that no column is named wrongly in dataset_info.json; a single row may lack any.
+def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str], complete: bool = False) -> None:
+    """Checks that dataset_info.json names no column that does not exist; a single row may lack any.
 
     Args:
         columns: names of the columns that at least one of the rows so far has.
-        complete: these are all rows. Then columns that are named though no row needs them must be there too, but for
-            `tools`: sets with and without tools may share their form.
+        complete: these are all rows. Then optional columns that are named must exist too, except for `tools`: datasets with
+            and without tools may share an entry's form.
 
     Raises:
-        UserError: names the column that is configured and those that exist.
+        UserError: names the configured column and those that exist.
     """
     if stage == "pt":
         roles = ["prompt"]
-    elif source.formatting == "sharegpt":
+    elif dataset_attr.formatting == "sharegpt":
         roles = ["messages"]
     else:
         roles = ["prompt", "response"]
     if complete and stage == "sft":
-        roles += [role for role in ("query", "history", "system") if role in source.columns]
+        roles += [role for role in ("query", "history", "system") if role in dataset_attr.columns]
     for role in roles:
-        source.resolve_column(role, columns)
+        dataset_attr.resolve_column(role, columns)
 
 
-def to_document(source: DatasetAttr, values: Values) -> bytes:
-    """The text of a row for the pt stage, in UTF-8; empty if it is blank.
+def convert_row(row: Row, dataset_attr: DatasetAttr, stage: str, default_system: str | None = None) -> None:
+    """Sets `content`, `num_bytes` and `hash` of a row. A blank document has no bytes.
 
     Raises:
-        InvalidRow: if there is none.
+        InvalidRow: if the row holds no document (`pt`) or dialogue (`sft`).
     """
-    name = _require_column(source, "prompt", values)
+    if stage == "pt":
+        text = row.content = to_document(dataset_attr, row.values)
+        row.num_bytes = len(text)
+    else:
+        row.content = to_messages(dataset_attr, row.values, default_system)
+        row.num_bytes = sum(len(message["content"].encode()) for message in row.content)
+        text = _encode_json(row.content).encode()
+    row.hash = text_hash(text)
+
+
+def to_document(dataset_attr: DatasetAttr, values: Values) -> bytes:
+    """The document in a row, in UTF-8; empty if it is blank.
+
+    Raises:
+        InvalidRow: if the row has no such column, or no text in it.
+    """
+    name = _require_column(dataset_attr, "prompt", values)
     text, data = _text(values[name], f"column {name!r}")
     return data if text.strip() else b""
 
 
-def to_messages(source: DatasetAttr, values: Values, default_system: str | None = None) -> list[Message]:
-    """A dialogue: perhaps a system message, then a question or observation and an answer in turn, an answer last.
+def to_messages(dataset_attr: DatasetAttr, values: Values, default_system: str | None = None) -> list[Message]:
+    """The dialogue in a row: an optional system message, then questions or observations and answers in turn, an answer last.
 
-    An answer that calls a tool has the tool's name under `metadata`. A row with tools has ChatGLM3's own system message
-    of them, behind the row's system message if it has one. `default_system` is that of rows without one.
+    An answer that calls a tool has the tool's name under `metadata`. A row with tools gets ChatGLM3's system message for
+    tools, after the row's own system message if it has one. `default_system` is used for rows without one.
 
     Raises:
         InvalidRow: if the row does not hold such a dialogue.
     """
-    messages = (_sharegpt if source.formatting == "sharegpt" else _alpaca)(source, values)
-    system = _optional_text(source, "system", values)
+    messages = (_sharegpt if dataset_attr.formatting == "sharegpt" else _alpaca)(dataset_attr, values)
+    system = _optional_text(dataset_attr, "system", values)
     if messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
     system = system if system.strip() else default_system or ""
-    if tools := _tools(source, values):
+    if tools := _tools(dataset_attr, values):
         system = "\n".join([*([system] if system.strip() else []), TOOL_SYSTEM_PROMPT, tools])
     if system.strip():
         messages = [{"role": "system", "content": system}, *messages]
     if len(messages) > MAX_MESSAGES:
-        raise InvalidRow(f"holds {len(messages):,} messages; {MAX_MESSAGES:,} is the most")
+        raise InvalidRow(f"holds {len(messages):,} messages; {MAX_MESSAGES:,} is the maximum")
     return messages
 
 
-def _alpaca(source: DatasetAttr, values: Values) -> list[Message]:
-    query = _optional_text(source, "query", values)
-    if query.strip() and not _optional_text(source, "prompt", values).strip():
+def _alpaca(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
+    query = _optional_text(dataset_attr, "query", values)
+    if query.strip() and not _optional_text(dataset_attr, "prompt", values).strip():
         question = query
     else:
-        question = _required_text(source, "prompt", values)
+        question = _required_text(dataset_attr, "prompt", values)
         question = f"{question}\n{query}" if query else question
-    turns = [*_history(source, values), (question, _required_text(source, "response", values))]
+    turns = [*_history(dataset_attr, values), (question, _required_text(dataset_attr, "response", values))]
     return [
         {"role": role, "content": content}
         for turn in turns
@@ -90,8 +109,8 @@ def _alpaca(source: DatasetAttr, values: Values) -> list[Message]:
     ]
 
 
-def _history(source: DatasetAttr, values: Values) -> list[tuple[str, str]]:
-    name = _find_column(source, "history", values)
+def _history(dataset_attr: DatasetAttr, values: Values) -> list[tuple[str, str]]:
+    name = _find_column(dataset_attr, "history", values)
     pairs = values[name] if name else None
     if not pairs:
         return []
@@ -106,25 +125,25 @@ def _history(source: DatasetAttr, values: Values) -> list[tuple[str, str]]:
     ]
 
 
-def _sharegpt(source: DatasetAttr, values: Values) -> list[Message]:
-    name = _require_column(source, "messages", values)
+def _sharegpt(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
+    name = _require_column(dataset_attr, "messages", values)
     listed = values[name]
     if not isinstance(listed, list):
         raise InvalidRow(f"column {name!r} holds {_type_name(listed)}, not a list of messages")
     if not listed:
         raise InvalidRow("holds no message")
-    tags = {**DEFAULT_TAGS, **source.tags}
+    tags = {**DEFAULT_TAGS, **dataset_attr.tags}
     roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "function", "system")}
     messages: list[Message] = []
-    for number, one in enumerate(listed, start=1):
-        if not isinstance(one, dict):
-            raise InvalidRow(f"message {number} holds {_type_name(one)}, not a role and a text")
-        said_by = one.get(tags["role_tag"])
-        role = roles.get(said_by) if isinstance(said_by, str) else None
+    for number, message in enumerate(listed, start=1):
+        if not isinstance(message, dict):
+            raise InvalidRow(f"message {number} holds {_type_name(message)}, not a role and a text")
+        tag = message.get(tags["role_tag"])
+        role = roles.get(tag) if isinstance(tag, str) else None
         if role is None:
-            raise InvalidRow(f"message {number} has the unknown role {said_by!r}")
+            raise InvalidRow(f"message {number} has the unknown role {tag!r}")
         last = messages[-1]["role"] if messages else ""
-        text = one.get(tags["content_tag"])
+        text = message.get(tags["content_tag"])
         if role == "system" and number > 1:
             raise InvalidRow(f"message {number} is from system, which may only speak first")
         if role == "system" and _is_blank(text):
@@ -142,9 +161,9 @@ def _sharegpt(source: DatasetAttr, values: Values) -> list[Message]:
     return messages
 
 
-def _tools(source: DatasetAttr, values: Values) -> str:
-    """The tools that a row offers, as ChatGLM3 lists them; empty if there are none."""
-    name = _find_column(source, "tools", values)
+def _tools(dataset_attr: DatasetAttr, values: Values) -> str:
+    """The tools of a row, as ChatGLM3 lists them; empty if there are none."""
+    name = _find_column(dataset_attr, "tools", values)
     if not name or _is_blank(values[name]):
         return ""
     what = f"column {name!r}"
@@ -160,24 +179,24 @@ def _tools(source: DatasetAttr, values: Values) -> str:
 
 
 def _tool_call(value: Any, what: str) -> tuple[str, str]:
-    """A call `{"name": NAME, "arguments": {KEY: VALUE}}` as ChatGLM3 writes it: the name, and Python that is evaluated."""
+    """Converts a call `{"name": NAME, "arguments": {KEY: VALUE}}` to ChatGLM3's form: the name, and Python to evaluate."""
     call = _parse_json(value, what)
     if isinstance(call, list) and len(call) > 1:
-        raise InvalidRow(f"{what} calls {len(call)} tools at once; ChatGLM3 calls one a message")
+        raise InvalidRow(f"{what} calls {len(call)} tools at once; ChatGLM3 calls one per message")
     call = call[0] if isinstance(call, list) and call else call
     name = call.get("name") if isinstance(call, dict) else None
     arguments = _parse_json(call.get("arguments") or {}, f"`arguments` of {what}") if isinstance(call, dict) else None
     if not isinstance(name, str) or len(name.split()) != 1 or not isinstance(arguments, dict):
         raise InvalidRow(f'{what} is not a call of the form {{"name": NAME, "arguments": {{KEY: VALUE}}}}')
     if all(key.isidentifier() and not keyword.iskeyword(key) for key in arguments):
-        passed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     else:
-        passed = f"**{arguments!r}"
-    return name.strip(), f"```python\ntool_call({passed})\n```"
+        keywords = f"**{arguments!r}"
+    return name.strip(), f"```python\ntool_call({keywords})\n```"
 
 
 def _parse_json(value: Any, what: str) -> Any:
-    """What stands as JSON in a text; a value that is no text stays as it is."""
+    """Parses a value that is text; other values are returned as they are."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
@@ -188,32 +207,32 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _find_column(source: DatasetAttr, role: str, values: Values) -> str | None:
-    for name in source.column_names(role):
+def _find_column(dataset_attr: DatasetAttr, role: str, values: Values) -> str | None:
+    for name in dataset_attr.column_names[role]:
         if name in values:
             return name
     return None
 
 
-def _require_column(source: DatasetAttr, role: str, values: Values) -> str:
-    name = _find_column(source, role, values)
+def _require_column(dataset_attr: DatasetAttr, role: str, values: Values) -> str:
+    name = _find_column(dataset_attr, role, values)
     if name is None:
-        raise InvalidRow(f"has no column {' or '.join(map(repr, source.column_names(role)))}")
+        raise InvalidRow(f"has no column {' or '.join(map(repr, dataset_attr.column_names[role]))}")
     return name
 
 
-def _required_text(source: DatasetAttr, role: str, values: Values) -> str:
-    name = _require_column(source, role, values)
+def _required_text(dataset_attr: DatasetAttr, role: str, values: Values) -> str:
+    name = _require_column(dataset_attr, role, values)
     return _nonempty_text(values[name], f"column {name!r}")
 
 
-def _optional_text(source: DatasetAttr, role: str, values: Values) -> str:
-    name = _find_column(source, role, values)
+def _optional_text(dataset_attr: DatasetAttr, role: str, values: Values) -> str:
+    name = _find_column(dataset_attr, role, values)
     return _text(values[name], f"column {name!r}")[0] if name and values[name] is not None else ""
 
 
 def _nonempty_text(value: Any, what: str) -> str:
-    """Text that is not empty."""
+    """Text that is not blank."""
     text, _ = _text(value, what)
     if not text.strip():
         raise InvalidRow(f"{what} is empty")
@@ -221,7 +240,7 @@ def _nonempty_text(value: Any, what: str) -> str:
 
 
 def _text(value: Any, what: str) -> tuple[str, bytes]:
-    """A text and its UTF-8, which JSON's lone surrogates do not have."""
+    """A text and its UTF-8 encoding, which lone surrogates in JSON do not have."""
     if not isinstance(value, str):
         raise InvalidRow(f"{what} holds {_type_name(value)}, not text")
     try:

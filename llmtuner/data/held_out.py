@@ -1,95 +1,111 @@
-"""Held-out text of each language: what no step trains on, for measuring tokenizers and models by the same documents."""
+"""Held-out text of each language, on which no step trains: the same documents measure tokenizers and models."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from llmtuner.console import UserError
-from llmtuner.data.sources import DatasetAttr, get_dataset_attr, is_validation, read_texts
+from llmtuner.data.readers import read_texts
+from llmtuner.data.sources import DatasetAttr, get_dataset_attr
+
+
+def text_hash(data: bytes) -> int:
+    """A number in [0, 2**64) that depends on a document's UTF-8 alone."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
+def is_validation(text: str, ratio: float) -> bool:
+    """Whether a document is held out: decided by its text alone, so that every step decides alike.
+
+    Args:
+        ratio: of the documents that are held out.
+    """
+    return text_hash(text.encode()) < ratio * 2**64
 
 
 def held_out_texts(
-    test_set: str, training_sets: list[str], dataset_info: Path, corpus_dir: Path, share: float, max_bytes: int
+    test_set: str, training_sets: list[str], dataset_info: Path, corpus_dir: Path, ratio: float, max_bytes: int
 ) -> list[str]:
-    """Texts of one language that no step trains on: its test files, else the held-out documents of its training sets.
+    """Held-out texts of one language: of its test files, or else of its training sets.
 
-    Each file, or each training set, gives an equal part of `max_bytes`; the last document of a part is cut to fit.
+    Each file, or each training set, contributes an equal part of `max_bytes`; the last document of a part is truncated.
 
     Args:
         test_set, training_sets: names in `dataset_info`; files are looked up in `corpus_dir`.
-        share: share of a training set's documents that is held out.
-        max_bytes: UTF-8 bytes of all texts together, at most.
+        ratio: of the documents of a training set that are held out.
+        max_bytes: maximum UTF-8 bytes of all texts together.
 
     Raises:
         UserError: if there is neither a test file nor a training set, or no document in them.
     """
-    found: list[Iterable[str]] = []
-    problems = []
+    parts: list[Iterable[str]] = []
+    errors = []
     try:
         tests = get_dataset_attr(test_set, dataset_info, corpus_dir)
-        found = [read_texts(replace(tests, files=(file,))) for file in tests.files] or [read_texts(tests)]
+        parts = [read_texts(replace(tests, files=(file,))) for file in tests.files] or [read_texts(tests)]
     except UserError as error:
-        problems.append(str(error))
+        errors.append(str(error))
         for name in training_sets:
             try:
-                found.append(_held_out_documents(get_dataset_attr(name, dataset_info, corpus_dir), share))
+                parts.append(_held_out_documents(get_dataset_attr(name, dataset_info, corpus_dir), ratio))
             except UserError as error:
-                problems.append(str(error))
-    if not found:
-        raise UserError("there is no text to measure with:\n  " + "\n  ".join(problems))
-    texts = [text for part in found for text in take_bytes(part, max_bytes // len(found))]
+                errors.append(str(error))
+    if not parts:
+        raise UserError("there is no text to measure with:\n  " + "\n  ".join(errors))
+    texts = [text for part in parts for text in take_bytes(part, max_bytes // len(parts))]
     if not texts:
         raise UserError(
             f"there is no text to measure with: none of the documents of {', '.join(training_sets)} in {corpus_dir} "
-            f"is in the held-out {share:.0%}. Put more there, or files of {test_set}."
+            f"is in the held-out {ratio:.0%}. Put more there, or files of {test_set}."
         )
     return texts
 
 
-def training_documents(source: DatasetAttr, share: float) -> Iterator[str]:
-    """The documents of a training set that steps may learn from: all but the held-out share."""
-    return (text for text in read_texts(source) if not is_validation(text, share))
+def training_documents(dataset_attr: DatasetAttr, ratio: float) -> Iterator[str]:
+    """The documents of a training set that steps may learn from: all that are not held out."""
+    return (text for text in read_texts(dataset_attr) if not is_validation(text, ratio))
 
 
 def reference_documents(
-    names: list[str], dataset_info: Path, corpus_dir: Path, share: float, max_bytes: int
+    names: list[str], dataset_info: Path, corpus_dir: Path, ratio: float, max_bytes: int
 ) -> Iterator[str]:
-    """Training text of all files of some data sets alike: what small files leave of their part, larger ones may use.
+    """Training text from all files of some datasets in equal parts; larger files use what smaller ones leave.
 
     Args:
-        names: data sets in `dataset_info`.
-        share: the held-out share, which is left out.
-        max_bytes: UTF-8 bytes of all texts together, at most.
+        names: datasets in `dataset_info`.
+        ratio: of the documents, held out and so excluded.
+        max_bytes: maximum UTF-8 bytes of all texts together.
 
     Raises:
-        UserError: at once, if a data set is nowhere to be found.
+        UserError: immediately, if a dataset cannot be found.
     """
-    sources = [get_dataset_attr(name, dataset_info, corpus_dir) for name in names]
-    parts = [replace(source, files=(file,)) for source in sources for file in source.files]
-    parts.sort(key=lambda source: Path(source.files[0]).stat().st_size)
-    parts += [source for source in sources if not source.files]  # from the hub
+    datasets = [get_dataset_attr(name, dataset_info, corpus_dir) for name in names]
+    parts = [replace(dataset, files=(file,)) for dataset in datasets for file in dataset.files]
+    parts.sort(key=lambda part: Path(part.files[0]).stat().st_size)
+    parts += [dataset for dataset in datasets if not dataset.files]  # from the hub
 
     def documents() -> Iterator[str]:
         left = max_bytes
         for number, part in enumerate(parts):
-            for text in take_bytes(training_documents(part, share), left // (len(parts) - number)):
+            for text in take_bytes(training_documents(part, ratio), left // (len(parts) - number)):
                 left -= len(text.encode())
                 yield text
 
     return documents()
 
 
-def _held_out_documents(source: DatasetAttr, share: float) -> Iterator[str]:
-    return (text for text in read_texts(source) if is_validation(text, share))
+def _held_out_documents(dataset_attr: DatasetAttr, ratio: float) -> Iterator[str]:
+    return (text for text in read_texts(dataset_attr) if is_validation(text, ratio))
 
 
 def take_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """The first texts of a stream, `max_bytes` in UTF-8 at most; the last one is cut to fit."""
+    """Yields the first texts of a stream, at most `max_bytes` in UTF-8; the last one is truncated."""
     left = max_bytes
     for text in texts:
         if left <= 0:
             return
         data = text.encode()[:left]
         left -= len(data)
-        if cut := data.decode(errors="ignore"):  # a character cut in two goes
-            yield cut
+        if truncated := data.decode(errors="ignore"):  # drops a character that is cut in two
+            yield truncated

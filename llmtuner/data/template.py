@@ -1,4 +1,4 @@
-"""ChatGLM3's chat format, built from ids so that no text can ever become a role or an end mark."""
+"""ChatGLM3's chat template, built from ids so that no text can become a role or an end-of-turn token."""
 
 import itertools
 from collections import Counter
@@ -12,9 +12,9 @@ from llmtuner.console import UserError
 from llmtuner.tokenizer.fast import PROCESSORS, encode_batch, encode_fast
 
 ROLES = ("system", "user", "assistant", "observation")
-IGNORE_INDEX = -100  # label of a token that is read but not trained
-# {"role": system | user | assistant | observation, "content": text}; a call of a tool is an assistant's message that has
-# the tool's name under "metadata" too.
+IGNORE_INDEX = -100  # label of a token without loss
+# {"role": system | user | assistant | observation, "content": text}; a call of a tool is an assistant's message that also
+# has the tool's name under "metadata".
 Message = dict[str, str]
 Ids = numpy.ndarray  # int32, one dimension
 
@@ -49,12 +49,12 @@ class Template:
         for index, count in Counter(ids.values()).items():
             if index is not None and count > 1:
                 problems.append(
-                    f"{' and '.join(name for name, own in ids.items() if own == index)} share the id {index}"
+                    f"{' and '.join(name for name, other in ids.items() if other == index)} share the id {index}"
                 )
         if problems:
             where = getattr(tokenizer, "name_or_path", "")
             raise UserError(
-                f"the tokenizer {where or type(tokenizer).__name__} does not fit the chatglm3 template: "
+                f"the tokenizer {where or type(tokenizer).__name__} does not support the chatglm3 template: "
                 f"{'; '.join(problems)}. Documents and dialogues are wrapped in these tokens. Use a model with ChatGLM3's "
                 "tokenizer: convert ChatGLM3-6B (python -m llmtuner convert), or take the result of "
                 "step2_merge_tokenizer.py or a later step."
@@ -68,18 +68,18 @@ class Template:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends an assistant's turn."""
+        """Ids that end an assistant's turn."""
         return [self.eos, self.roles["user"], self.roles["observation"]]
 
     def encode_documents(self, tokenizer: Any, texts: list[str] | list[bytes], threads: int = 1) -> list[Ids]:
-        """Ids of whole documents, end mark included; texts in UTF-8 are encoded without being made anew."""
-        prefix, end = _ids(self.prefix), _ids([self.eos])
-        parts = [part for ids in _encode(tokenizer, texts, threads) for part in (prefix, ids, end)]
-        ids, places = _concatenate(parts, range(0, len(parts) + 1, 3))
-        return [ids[start:stop] for start, stop in itertools.pairwise(places)]
+        """Encodes documents, including prefix and end-of-sequence token; texts in UTF-8 are encoded without a copy."""
+        prefix, eos = _ids(self.prefix), _ids([self.eos])
+        parts = [part for ids in _encode(tokenizer, texts, threads) for part in (prefix, ids, eos)]
+        ids, bounds = _concatenate(parts, range(0, len(parts) + 1, 3))
+        return [ids[start:stop] for start, stop in itertools.pairwise(bounds)]
 
     def encode_prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
-        """Ids of a dialogue so far, ready for the assistant to speak."""
+        """Encodes a dialogue up to the role of the assistant, who speaks next."""
         texts = [text for message in messages for text in (f"{message.get('metadata', '')}\n", message["content"])]
         encoded = iter(encode_batch(tokenizer, texts))
         ids = list(self.prefix)
@@ -95,13 +95,16 @@ class Template:
         train_on_prompt: bool = False,
         threads: int = 1,
     ) -> list[tuple[Ids, Ids]]:
-        """Ids and labels of whole dialogues; target tokens are the assistant's words and what ends each of its turns.
+        """Encodes complete dialogues. Loss is computed only on assistant tokens and on the token that ends each answer.
 
-        Its words are metadata and content: to call a tool is to write the tool's name and the call.
+        Assistant tokens are metadata and content: calling a tool means to write its name and the call.
 
         Args:
-            mask_history: only the last turn is trained.
-            train_on_prompt: the other side's words and all roles are trained too; the prefix never is.
+            mask_history: compute loss only on the last turn.
+            train_on_prompt: compute loss also on the user's tokens and on all roles; never on the prefix.
+
+        Returns:
+            Ids and labels of each dialogue, aligned, int32.
         """
         texts = [message["content"] for messages in dialogues for message in messages]
         tools = sorted({message["metadata"] for messages in dialogues for message in messages if "metadata" in message})
@@ -109,31 +112,31 @@ class Template:
         metadata = dict(zip(["", *tools], [newline, *encoded], strict=False))
         contents = iter(encoded[len(tools) :])
         prefix, eos = _ids(self.prefix), _ids([self.eos])
-        roles = {role: _ids([one]) for role, one in self.roles.items()}
+        roles = {role: _ids([role_id]) for role, role_id in self.roles.items()}
         parts: list[Ids] = []
-        trained_parts: list[bool] = []
-        ends = [0]  # of the parts of each dialogue
+        is_target: list[bool] = []  # of each part
+        ends = [0]  # index of the part after each dialogue
         for messages in dialogues:
-            first = len(messages) - (2 if train_on_prompt else 1) if mask_history else 0  # message that is trained
+            first = len(messages) - (2 if train_on_prompt else 1) if mask_history else 0  # message with loss
             parts.append(prefix)
-            trained_parts.append(False)
-            ends_trained = False  # an id that ends a trained answer is trained
+            is_target.append(False)
+            end_is_target = False  # of the id that ends the previous message
             for number, message in enumerate(messages):
-                trained = number >= first and (train_on_prompt or message["role"] == "assistant")
+                has_loss = number >= first and (train_on_prompt or message["role"] == "assistant")
                 parts += (roles[message["role"]], metadata[message.get("metadata", "")], next(contents))
-                trained_parts += (ends_trained or (trained and train_on_prompt), trained, trained)
-                ends_trained = trained
+                is_target += (end_is_target or (has_loss and train_on_prompt), has_loss, has_loss)
+                end_is_target = has_loss
             parts.append(roles["observation"] if "metadata" in messages[-1] else eos)
-            trained_parts.append(ends_trained)
+            is_target.append(end_is_target)
             ends.append(len(parts))
-        ids, places = _concatenate(parts, ends)
-        trained_ids = numpy.repeat(numpy.array(trained_parts, dtype=bool), [len(part) for part in parts])
-        labels = numpy.where(trained_ids, ids, numpy.int32(IGNORE_INDEX))
-        return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(places)]
+        ids, bounds = _concatenate(parts, ends)
+        target_mask = numpy.repeat(numpy.array(is_target, dtype=bool), [len(part) for part in parts])
+        labels = numpy.where(target_mask, ids, numpy.int32(IGNORE_INDEX))
+        return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
 def _special_id(tokenizer: Any, name: str) -> int | None:
-    """The id of a special token; None where it is unknown, for which tokenizers give None, 0 or the id of <unk>."""
+    """The id of a special token; None if it is unknown, for which tokenizers return None, 0 or the id of <unk>."""
     index = tokenizer.convert_tokens_to_ids(name)
     is_special = index in tokenizer.all_special_ids and tokenizer.convert_ids_to_tokens(index) == name
     return index if is_special else None
@@ -144,9 +147,9 @@ def _ids(ids: Sequence[int]) -> Ids:
 
 
 def _concatenate(parts: list[Ids], bounds: Sequence[int]) -> tuple[Ids, list[int]]:
-    """All parts in one array, of which each document or dialogue is a view, and where in it some of them begin."""
-    ends = list(itertools.accumulate(map(len, parts), initial=0))
-    return numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts]), [ends[bound] for bound in bounds]
+    """All parts in one array, of which each document or dialogue is a view; and the offsets of the parts `bounds` in it."""
+    offsets = list(itertools.accumulate(map(len, parts), initial=0))
+    return numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts]), [offsets[bound] for bound in bounds]
 
 
 def _encode(tokenizer: Any, texts: list[str] | list[bytes], threads: int) -> list[Ids]:

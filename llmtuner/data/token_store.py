@@ -1,108 +1,139 @@
-"""Token ids and labels of a data set, read in place from the Arrow file that examples.py makes."""
+"""Tokenized datasets on disk: flat, memory-mapped token ids and an index of the documents in them."""
 
-import bisect
 import math
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
-import pyarrow
 
+from llmtuner.data.readers import Row
 from llmtuner.data.template import Ids
 
-SCHEMA = pyarrow.schema(
+IDS_FILE, LABELS_FILE, INDEX_FILE = "input_ids.bin", "labels.bin", "index.bin"
+INDEX_ENTRY = numpy.dtype(
     [
-        ("input_ids", pyarrow.list_(pyarrow.int32())),
-        ("labels", pyarrow.list_(pyarrow.int32())),  # empty for documents, whose labels are their ids
-        ("bytes", pyarrow.int32()),  # UTF-8, of the text or of all contents
-        ("hash", pyarrow.uint64()),  # of the text, or of the messages as JSON
-        ("file", pyarrow.int32()),
-        ("line", pyarrow.int64()),
+        ("end", "<i8"),  # tokens up to the end of the document
+        ("hash", "<u8"),  # of the text, or of the messages as JSON
+        ("line", "<i8"),
+        ("file", "<i4"),
+        ("bytes", "<i4"),  # UTF-8, of the text or of all contents
     ]
 )
 
 
-class TokenStore:
-    """Rows of token ids in an Arrow file that is mapped, not read: a row is a view into the file.
+class TokenStoreWriter(ExitStack):
+    """Appends documents to a TokenStore; memory does not grow with its size. To be closed, or used in a `with` statement."""
 
-    Another process gets the path and maps the file itself.
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._files = [
+            self.enter_context((directory / name).open("wb")) for name in (IDS_FILE, LABELS_FILE, INDEX_FILE)
+        ]
+        self.num_tokens = 0
+
+    def append(self, rows: list[Row], input_ids: list[Ids], labels: Iterable[Ids]) -> None:
+        """Appends one document or dialogue for each row.
+
+        Args:
+            labels: none at all for documents, whose labels are their ids.
+        """
+        index = numpy.empty(len(rows), INDEX_ENTRY)
+        index["end"] = self.num_tokens + numpy.cumsum([len(ids) for ids in input_ids])
+        index["hash"] = [row.hash for row in rows]
+        index["line"] = [row.line for row in rows]
+        index["file"] = [row.file for row in rows]
+        index["bytes"] = [row.num_bytes for row in rows]
+        self.num_tokens = int(index["end"][-1])
+        for file, arrays in zip(self._files, (input_ids, labels, [index]), strict=True):
+            file.writelines(array.data for array in arrays)
+
+
+class TokenStore:
+    """Token ids and labels of documents, memory-mapped: a document is a view into a file.
+
+    Three flat files, little-endian: all ids and all labels (int32, no labels for documents), and an index entry for each
+    document. Another process gets the path and maps the files itself.
+
+    Raises:
+        ValueError: if the files do not belong together.
+        OSError: if one cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._starts = numpy.cumsum([0] + [batch.num_rows for batch in batches]).tolist()
-        self._lists = {
-            name: [_offsets_and_values(batch[name]) for batch in batches] for name in ("input_ids", "labels")
-        }
-        self._numbers = {name: [batch[name].to_numpy() for batch in batches] for name in SCHEMA.names[2:]}
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._index = _map(directory / INDEX_FILE, INDEX_ENTRY)
+        self._ids, self._labels = (_map(directory / name, numpy.dtype("<i4")) for name in (IDS_FILE, LABELS_FILE))
+        num_tokens = int(self._index["end"][-1]) if len(self._index) else 0
+        if len(self._ids) != num_tokens or len(self._labels) not in (0, num_tokens):
+            raise ValueError(f"{len(self._ids):,} ids and {len(self._labels):,} labels, not {num_tokens:,}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenStore, (self.path,)
+        return TokenStore, (self.directory,)
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._index)
 
     @cached_property
+    def offsets(self) -> numpy.ndarray:
+        """int64 [documents + 1]: where each document begins, and the end of the last."""
+        return numpy.concatenate([[0], self._index["end"]])
+
+    @property
     def lengths(self) -> numpy.ndarray:
-        """Tokens of each row, int64."""
-        parts = [numpy.diff(offsets) for offsets, _ in self._lists["input_ids"]]
-        return numpy.concatenate([numpy.zeros(0, numpy.int64), *parts]).astype(numpy.int64)
+        """Tokens of each document, int64."""
+        return numpy.diff(self.offsets)
 
     def ids(self, row: int) -> Ids:
-        """Token ids of a row: int32, a view that cannot be written to."""
-        return self._view("input_ids", row)
-
-    def labels(self, row: int) -> Ids:
-        """Labels of a row, aligned with its ids; none for a document."""
-        return self._view("labels", row)
-
-    def column(self, name: str) -> numpy.ndarray:
-        """`bytes`, `hash`, `file` or `line` of all rows."""
-        empty = numpy.zeros(0, SCHEMA.field(name).type.to_pandas_dtype())
-        return numpy.concatenate([empty, *self._numbers[name]])
-
-    def _view(self, name: str, row: int) -> Ids:
-        batch, place = self.locate(row)
-        offsets, values = self._lists[name][batch]
-        return values[offsets[place] : offsets[place + 1]]
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """The record batch of a row and its place there.
+        """Token ids of a document: int32, read-only.
 
         Raises:
             IndexError: if there is no such row.
         """
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        batch = bisect.bisect_right(self._starts, row) - 1
-        return batch, row - self._starts[batch]
+        return self._ids[self._span(row)]
+
+    def labels(self, row: int) -> Ids:
+        """Labels of a dialogue, aligned with its ids; empty for a document."""
+        return self._labels[self._span(row)]
+
+    def column(self, name: str) -> numpy.ndarray:
+        """`bytes`, `hash`, `file` or `line` of all documents."""
+        return numpy.ascontiguousarray(self._index[name])
 
     def value(self, name: str, row: int) -> int:
-        """`bytes`, `hash`, `file` or `line` of one row."""
-        batch, place = self.locate(row)
-        return int(self._numbers[name][batch][place])
+        """`bytes`, `hash`, `file` or `line` of one document."""
+        return int(self._index[name][row])
+
+    def _span(self, row: int) -> slice:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return slice(self.offsets[row], self.offsets[row + 1])
 
 
-def _offsets_and_values(lists: pyarrow.ListArray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    return lists.offsets.to_numpy(), lists.values.to_numpy()
+def _map(file: Path, dtype: numpy.dtype) -> numpy.ndarray:
+    size = file.stat().st_size
+    if size % dtype.itemsize:
+        raise ValueError(f"{file.name} has {size:,} bytes")
+    # Plain arrays are sliced faster than numpy.memmap; empty files cannot be mapped.
+    return numpy.memmap(file, dtype, "r").view(numpy.ndarray) if size else numpy.zeros(0, dtype)
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """One tokenized data set, read in place from disk."""
+    """One tokenized dataset on disk."""
 
     name: str
     store: TokenStore
     locations: tuple[str, ...]
-    """Files (or the hub's data set) that the column `file` counts in."""
+    """Files (or the hub dataset) that the column `file` refers to."""
     counts: dict[str, int]
-    """Rows read, filtered (by row_filter), rejected, empty, kept, duplicates (kept too); tokens and bytes of those kept."""
+    """Rows: `read`, `filtered` (by row_filter), `invalid`, `empty`, `kept`, `duplicates` (kept as well); of those kept,
+    `tokens` and `bytes`."""
     directory: Path
-    """Holds tokens.arrow, metadata.json, invalid_rows.jsonl."""
+    """Contains the store, metadata.json and invalid_rows.jsonl."""
 
     def __len__(self) -> int:
         return len(self.store)
@@ -112,11 +143,14 @@ class TokenizedDataset:
         return f"{self.locations[self.store.value('file', row)]}, line {self.store.value('line', row)}"
 
     def split(self, val_size: float) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Row numbers, int64, of what is trained on and what is held out; rows of the same text stay together.
+        """Splits the rows into those to train on and those held out; rows with the same text stay together.
 
         Args:
-            val_size: below 1 a share of the texts, chosen as `is_validation` does; from 1 the number of rows (those of the
-                smallest hash, and their duplicates); 0 holds none out.
+            val_size: below 1 a ratio of the texts, chosen as by `is_validation`; from 1 a number of rows (those with the
+                smallest hashes, and their duplicates); 0 holds out none.
+
+        Returns:
+            Row indices, int64, in order.
         """
         hashes = self.store.column("hash")
         if val_size < 1:

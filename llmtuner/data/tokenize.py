@@ -1,4 +1,4 @@
-"""Rows -> token ids and labels in an Arrow file (tokens.py): made once, by one process, whatever the number of runs."""
+"""Tokenizes a dataset into a TokenStore on disk: once, by one process, however many processes and runs use it."""
 
 import gc
 import hashlib
@@ -6,24 +6,23 @@ import itertools
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy
 import psutil
-import pyarrow
 from filelock import FileLock
 from tqdm import tqdm
 
 from llmtuner.console import UserError, print0
-from llmtuner.data.converter import InvalidRow, check_columns, to_document, to_messages
-from llmtuner.data.sources import DatasetAttr, Row, file_type, get_dataset_attr, read_rows, text_hash
-from llmtuner.data.template import Ids, Message, Template
-from llmtuner.data.token_store import SCHEMA, TokenizedDataset, TokenStore
+from llmtuner.data.converter import InvalidRow, check_columns, convert_row
+from llmtuner.data.readers import Row, read_rows
+from llmtuner.data.sources import DatasetAttr, file_type, get_dataset_attr
+from llmtuner.data.template import Ids, Template
+from llmtuner.data.token_store import TokenizedDataset, TokenStore, TokenStoreWriter
 from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
 from llmtuner.tokenizer.fast import PROCESSORS
@@ -31,50 +30,50 @@ from llmtuner.tokenizer.fast import PROCESSORS
 if TYPE_CHECKING:
     from llmtuner.hparams import DataArguments
 
-MAX_BATCH_BYTES = 1 << 22  # text handed to the tokenizer at once, enough for all threads; one document may be longer
+MAX_BATCH_BYTES = 1 << 22  # text that is tokenized at once, enough for all threads; one document may be longer
 MAX_BATCH_ROWS = 1_000
 COLUMN_CHECK_ROWS = 1_000  # if none of them has a column that every row needs, its name is wrong
-encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
-CACHE_VERSION = 3  # counted up when what is stored changes
+CACHE_VERSION = 4  # incremented when what is stored changes
+METADATA_FILE, INVALID_ROWS_FILE = "metadata.json", "invalid_rows.jsonl"
+Encoded = tuple[list[Ids], list[Ids]]  # ids of each document or dialogue, and labels of each dialogue
 
 
 def load_tokenized_dataset(name: str, stage: str, tokenizer: Any, data_args: "DataArguments") -> TokenizedDataset:
-    """Tokenized examples of one data set, memory-mapped from disk; made first where they are not there yet.
+    """Loads a tokenized dataset, memory-mapped from disk; tokenizes it first if it is not cached.
 
-    Any number of processes may call it at once: one tokenizes, the others wait as long as that takes.
+    Any number of processes may call this at once: one tokenizes, the others wait.
 
     Args:
-        name: a data set in dataset_info.json.
+        name: a dataset in dataset_info.json.
         stage: `pt` (documents) or `sft` (dialogues).
 
     Raises:
-        UserError: if the data set cannot be found or read, has too many unusable rows or no usable one, or was kept
-            under `tokenized_path` by another tokenizer or other settings.
+        UserError: if the dataset cannot be found or read, has too many invalid rows or no valid one, or was tokenized into
+            `tokenized_path` by another version or tokenizer, or with other settings.
     """
     settings = _cache_settings(name, stage, tokenizer, data_args)
-    plain = re.sub(r"[^\w.-]", "_", f"{name}-{stage}")  # safe for any file system
-    source = None
+    safe_name = re.sub(r"[^\w.-]", "_", f"{name}-{stage}")  # for any file system
+    dataset_attr = None
     if data_args.tokenized_path:
-        directory = Path(data_args.tokenized_path) / plain
+        directory = Path(data_args.tokenized_path) / safe_name
     else:
-        source = _find_dataset(name, data_args)
-        content = json.dumps([settings, source.fingerprint()], sort_keys=True)
-        directory = Path(data_args.cache_dir) / f"{plain}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    if not _is_cached(directory, data_args.overwrite_cache):
+        dataset_attr = _find_dataset(name, data_args)
+        content = json.dumps([settings, dataset_attr.fingerprint()], sort_keys=True)
+        directory = Path(data_args.cache_dir) / f"{safe_name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    if not _is_cached(name, directory, data_args.overwrite_cache):
         with _lock(directory):
-            if not _is_cached(directory, data_args.overwrite_cache):
-                _tokenize_dataset(
-                    directory, source or _find_dataset(name, data_args), stage, tokenizer, data_args, settings
-                )
-    examples = _open_cached(name, directory, settings)
-    if message := _check_invalid_ratio(name, directory, examples.counts, data_args.max_invalid_ratio):
-        print0(message)
-    return examples
+            if not _is_cached(name, directory, data_args.overwrite_cache):
+                dataset_attr = dataset_attr or _find_dataset(name, data_args)
+                _tokenize_dataset(directory, dataset_attr, stage, tokenizer, data_args, settings)
+    dataset, notes = _open_cached(name, directory, settings)
+    for note in [*notes, *_check_invalid_ratio(dataset, data_args.max_invalid_ratio)]:
+        print0(f"{name}: {note}")
+    return dataset
 
 
 @contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    """Lets one process at a time into a directory; the lock of a process that died is free."""
+    """Admits one process at a time to a directory; the lock of a process that died is free."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{directory}.lock")
@@ -96,25 +95,25 @@ def _find_dataset(name: str, data_args: "DataArguments") -> DatasetAttr:
 
 
 def _cache_settings(name: str, stage: str, tokenizer: Any, data_args: "DataArguments") -> dict[str, Any]:
-    """Everything but the rows that the stored ids and labels depend on."""
-    settings: dict[str, Any] = {
+    """Everything except the rows that the stored ids and labels depend on."""
+    settings = {
         "cache_version": CACHE_VERSION,
         "name": name,
         "stage": stage,
         "max_samples": data_args.max_samples,
+        "tokenizer": _tokenizer_fingerprint(tokenizer),
     }
     if stage == "sft":
-        for setting in ("template", "mask_history", "train_on_prompt"):
-            settings[setting] = getattr(data_args, setting)
-        if data_args.default_system:  # left out where it is not set: what was tokenized before it existed stays valid
-            settings["default_system"] = data_args.default_system
-    return settings | {"tokenizer": _tokenizer_fingerprint(tokenizer)}
+        names = ("template", "mask_history", "train_on_prompt", "default_system")
+        settings |= {setting: getattr(data_args, setting) for setting in names}
+    return settings
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Changes when a tokenizer would give other ids.
+    """Changes if a tokenizer would give other ids.
 
-    sentencepiece's model is at hand in bytes, where it encodes: the fast tokenizer takes ten times as long to describe.
+    A tokenizer that encodes by sentencepiece has its model at hand in bytes; to serialize the fast tokenizer takes ten
+    times as long.
     """
     backend, processor = tokenizer.backend_tokenizer, PROCESSORS.get(tokenizer)
     if processor:
@@ -125,23 +124,29 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _is_cached(directory: Path, overwrite: bool) -> bool:
-    """Whether a data set is there. One that shall be overwritten is, once it is younger than this process.
+def _is_cached(name: str, directory: Path, overwrite: bool) -> bool:
+    """Whether a dataset is there. With `overwrite`, it must be younger than this process.
 
-    All processes of a run start before any of them tokenizes, so what one has made is not made again by the next.
+    All processes of a run start before any of them tokenizes, so what one has tokenized is not tokenized by the next.
     """
     try:
-        made = (directory / "metadata.json").stat().st_mtime
-    except OSError:  # it may go between any two lines, while another process makes it again
+        modified = (directory / METADATA_FILE).stat().st_mtime
+    except OSError:  # it may disappear at any time, while another process tokenizes again
+        if not overwrite and (directory / "examples.arrow").exists():
+            raise UserError(
+                f"data set {name}: {directory} was made by an earlier version, whose format is no longer read. Set "
+                "overwrite_cache: true to tokenize it again, or name another tokenized_path."
+            ) from None
         return False
-    return not overwrite or made >= psutil.Process().create_time()
+    return not overwrite or modified >= psutil.Process().create_time()
 
 
-def _open_cached(name: str, directory: Path, settings: dict[str, Any]) -> TokenizedDataset:
+def _open_cached(name: str, directory: Path, settings: dict[str, Any]) -> tuple[TokenizedDataset, list[str]]:
+    """Opens a tokenized dataset; returns it, and notes for the user."""
     try:
-        metadata = json.loads((directory / "metadata.json").read_text(encoding="utf-8"))
-        table = TokenStore(directory / "tokens.arrow")
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        metadata = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
+        store = TokenStore(directory)
+    except (OSError, ValueError) as error:
         raise UserError(f"data set {name}: {directory} is damaged ({error}). Delete it and start again.") from error
     changed = [
         f"{key} was {metadata['settings'].get(key)}, now {settings.get(key)}"
@@ -151,122 +156,93 @@ def _open_cached(name: str, directory: Path, settings: dict[str, Any]) -> Tokeni
     if changed:
         raise UserError(
             f"data set {name}: {directory} was made with other settings ({'; '.join(changed)}). Set overwrite_cache: true "
-            "to make it again, or name another tokenized_path."
+            "to tokenize it again, or name another tokenized_path."
         )
-    for note in metadata.get("notes", []):
-        print0(f"{name}: {note}")
-    return TokenizedDataset(name, table, tuple(metadata["locations"]), metadata["counts"], directory)
+    dataset = TokenizedDataset(name, store, tuple(metadata["locations"]), metadata["counts"], directory)
+    return dataset, metadata["notes"]
 
 
-def _check_invalid_ratio(name: str, directory: Path, counts: dict[str, int], max_invalid_ratio: float) -> str:
-    """One line on how many rows cannot be used; empty if all can.
+def _check_invalid_ratio(dataset: TokenizedDataset, max_invalid_ratio: float) -> list[str]:
+    """Describes how many rows are invalid, in one line; none if all are valid.
 
     Raises:
-        UserError: if there are more than `max_invalid_ratio`, a share of those that `row_filter` let through, or if none is kept.
+        UserError: if more than `max_invalid_ratio` of the rows that pass the `row_filter` are invalid, or if none is kept.
     """
-    num_invalid, of = counts["invalid"], counts["read"] - counts["filtered"]
-    with (directory / "invalid_rows.jsonl").open(encoding="utf-8") as lines:
+    counts = dataset.counts
+    num_invalid, num_rows = counts["invalid"], counts["read"] - counts["filtered"]
+    ratio = num_invalid / max(num_rows, 1)
+    with (dataset.directory / INVALID_ROWS_FILE).open(encoding="utf-8") as lines:
         entries = [json.loads(line) for line in itertools.islice(lines, 3)]
     reasons = [f"{entry['file']}, line {entry['line']}: {entry['reason']}" for entry in entries]
-    if num_invalid > max_invalid_ratio * of:
+    if ratio > max_invalid_ratio:
         raise UserError(
-            f"data set {name}: {num_invalid:,} of {of:,} rows ({num_invalid / of:.2%}) cannot be used, more than max_invalid_ratio "
-            f"({max_invalid_ratio:.2%}) allows:\n  " + "\n  ".join(reasons) + "\nMend them, or raise max_invalid_ratio."
+            f"data set {dataset.name}: {num_invalid:,} of {num_rows:,} rows ({ratio:.2%}) are invalid, more than "
+            f"max_invalid_ratio ({max_invalid_ratio:.2%}) allows:\n  "
+            + "\n  ".join(reasons)
+            + "\nCorrect them, or raise "
+            "max_invalid_ratio."
         )
     if not counts["kept"]:
         raise UserError(
-            f"data set {name}: no row is left of {counts['read']:,}: {counts['filtered']:,} filtered away by row_filter, "
-            f"{num_invalid:,} unusable, {counts['empty']:,} empty. Put text into it, or leave it out of the mix."
+            f"data set {dataset.name}: no row is left of {counts['read']:,}: {counts['filtered']:,} excluded by row_filter, "
+            f"{num_invalid:,} invalid, {counts['empty']:,} empty. Put text into it, or leave it out of the mix."
         )
-    return (
-        f"{name}: {of:,} rows, {num_invalid:,} of them unusable ({num_invalid / of:.2%}), first: {reasons[0]}"
-        if num_invalid
-        else ""
-    )
+    return [f"{num_rows:,} rows, {num_invalid:,} of them invalid ({ratio:.2%}), first: {reasons[0]}"] if entries else []
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizing
-class ValidRow(NamedTuple):
-    """A row that can be trained on."""
-
-    content: bytes | list[Message]
-    """A document in UTF-8, or a dialogue."""
-    size: int
-    hash: int
-    file: int
-    line: int
-
-
 def _tokenize_dataset(
     directory: Path,
-    source: DatasetAttr,
+    dataset_attr: DatasetAttr,
     stage: str,
     tokenizer: Any,
     data_args: "DataArguments",
     settings: dict[str, Any],
 ) -> None:
-    """Tokenizes a data set into `directory`, which appears whole or not at all."""
-    template = Template.from_tokenizer(tokenizer)
-    threads = data_args.preprocessing_num_workers
-    counts: Counter[str] = Counter(
-        dict.fromkeys(["read", "filtered", "invalid", "empty", "kept", "tokens", "bytes"], 0)
-    )
+    """Tokenizes a dataset into `directory`, which appears complete or not at all."""
+    template, threads = Template.from_tokenizer(tokenizer), data_args.preprocessing_num_workers
 
-    columns: dict[str, None] = {}
-
-    def encode(contents: list[Any]) -> list[tuple[Ids, Ids]]:
+    def encode(rows: list[Row]) -> Encoded:
+        contents = [row.content for row in rows]
         if stage == "pt":
-            return [(ids, ids[:0]) for ids in template.encode_documents(tokenizer, contents, threads)]
-        return template.encode_dialogues(
-            tokenizer, contents, data_args.mask_history, data_args.train_on_prompt, threads=threads
-        )
+            return template.encode_documents(tokenizer, contents, threads), []
+        masks = data_args.mask_history, data_args.train_on_prompt
+        ids, labels = zip(*template.encode_dialogues(tokenizer, contents, *masks, threads), strict=True)
+        return list(ids), list(labels)
 
     with atomic_directory(directory, replace=True) as partial, _gc_frozen():
-        with (partial / "invalid_rows.jsonl").open("w", encoding="utf-8") as rejected:
-
-            def reject(row: Row, reason: str) -> None:
-                counts["invalid"] += 1
-                entry = {
-                    "data_set": source.name,
-                    "file": source.locations()[row.file],
-                    "line": row.line,
-                    "reason": reason,
-                }
-                rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-            limit = min(data_args.max_samples or sys.maxsize, source.num_samples or sys.maxsize)
-            rows = itertools.islice(_filter_rows(source, counts), limit)
-            usable = _valid_rows(rows, source, stage, counts, reject, columns, data_args.default_system)
-            with (
-                pyarrow.OSFile(str(partial / "tokens.arrow"), "wb") as file,
-                pyarrow.ipc.new_file(file, SCHEMA) as writer,
-            ):
-                shown = tqdm(usable, f"tokenize {source.name}", unit=" rows", mininterval=0.5)
-                for batch, encoded in _prefetch_encode(encode, _batches(shown)):
-                    record_batch = _record_batch(batch, encoded)
-                    counts["kept"] += len(batch)
-                    counts["bytes"] += sum(row.size for row in batch)
-                    counts["tokens"] += len(record_batch["input_ids"].values)
-                    writer.write_batch(record_batch)
-        if columns:
-            check_columns(source, stage, columns, complete=counts["read"] - counts["filtered"] < limit)
-        _check_invalid_ratio(source.name, partial, counts, data_args.max_invalid_ratio)
-        notes = []
-        if stage == "sft" and (tools := source.column_names("tools")) and not columns.keys() & {*tools}:
-            notes.append(f"no row has a column {' or '.join(map(repr, tools))}: no tools are trained")
-        table = TokenStore(partial / "tokens.arrow")
-        hashes = table.column("hash")
+        with (
+            (partial / INVALID_ROWS_FILE).open("w", encoding="utf-8") as invalid_rows,
+            TokenStoreWriter(partial) as writer,
+            tqdm(desc=f"tokenize {dataset_attr.name}", unit=" rows", mininterval=0.5) as progress,
+        ):
+            reader = _BatchReader(dataset_attr, stage, data_args, invalid_rows)
+            for rows, (ids, labels) in _prefetch_encode(encode, reader.batches()):
+                writer.append(rows, ids, labels)
+                progress.update(len(rows))
+        store, counts = TokenStore(partial), reader.counts
+        hashes = store.column("hash")
         counts["duplicates"] = len(hashes) - len(numpy.unique(hashes))
-        if texts := [number for number, file in enumerate(source.files) if file_type(file) == ".txt"]:
-            count = numpy.isin(table.column("file"), texts).sum()
-            notes.append(f"{source.describe_sample_by()}: {count:,} documents from {len(texts):,} files")
-        metadata = {"settings": settings, "locations": source.locations(), "counts": counts, "notes": notes}
-        atomic_write_json(partial / "metadata.json", metadata)
+        counts |= {"kept": len(store), "tokens": writer.num_tokens, "bytes": int(store.column("bytes").sum())}
+        locations = dataset_attr.locations
+        _check_invalid_ratio(
+            TokenizedDataset(dataset_attr.name, store, locations, counts, partial), data_args.max_invalid_ratio
+        )
+        notes = []
+        if stage == "sft" and (tools := dataset_attr.column_names["tools"]) and not reader.columns.keys() & {*tools}:
+            notes.append(f"no row has a column {' or '.join(map(repr, tools))}: no tools are trained")
+        if txt_files := [number for number, file in enumerate(dataset_attr.files) if file_type(file) == ".txt"]:
+            num_documents = numpy.isin(store.column("file"), txt_files).sum()
+            notes.append(
+                f"{dataset_attr.describe_sample_by()}: {num_documents:,} documents from {len(txt_files):,} files"
+            )
+        metadata = {"settings": settings, "locations": locations, "counts": counts, "notes": notes}
+        atomic_write_json(partial / METADATA_FILE, metadata)
 
 
 @contextmanager
 def _gc_frozen() -> Iterator[None]:
-    """Python's collector looks at what is made from here on, not at the libraries' half a million objects again and again."""
+    """Freezes existing objects (gc.freeze): otherwise every collection would visit half a million objects of libraries."""
     gc.freeze()
     try:
         yield
@@ -274,86 +250,79 @@ def _gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _filter_rows(source: DatasetAttr, counts: Counter[str]) -> Iterator[Row]:
-    for row in read_rows(source):
-        counts["read"] += 1
-        if row.error or source.matches_filter(row.values):
-            yield row
-        else:
-            counts["filtered"] += 1
+class _BatchReader:
+    """Reads, filters and converts rows; counts them, and lists those that are invalid."""
 
+    def __init__(self, dataset_attr: DatasetAttr, stage: str, data_args: "DataArguments", invalid_rows: TextIO) -> None:
+        self.dataset_attr, self.stage, self.default_system = dataset_attr, stage, data_args.default_system
+        self.limit = min(data_args.max_samples or sys.maxsize, dataset_attr.num_samples or sys.maxsize)
+        self.invalid_rows = invalid_rows
+        self.counts = {"read": 0, "filtered": 0, "invalid": 0, "empty": 0}
+        self.columns: dict[str, None] = {}
+        """Columns that at least one row has, in order."""
 
-def _valid_rows(
-    rows: Iterable[Row],
-    source: DatasetAttr,
-    stage: str,
-    counts: Counter[str],
-    reject: Callable[[Row, str], None],
-    columns: dict[str, None],
-    default_system: str | None,
-) -> Iterator[ValidRow]:
-    """Rows that can be trained on; fills `columns` with the names that the rows have."""
-    number = 0
-    for row in rows:
-        if row.error:
-            reject(row, row.error)
-            continue
-        if row.values.keys() - columns.keys():
-            columns |= dict.fromkeys(row.values)
-        number += 1
-        if number == COLUMN_CHECK_ROWS:
-            check_columns(source, stage, columns)
-        try:
-            if stage == "pt":
-                data = to_document(source, row.values)
-                if not data:
-                    counts["empty"] += 1
-                    continue
-                yield ValidRow(data, len(data), text_hash(data), row.file, row.line)
-            else:
-                messages = to_messages(source, row.values, default_system)
-                size = sum(len(message["content"].encode()) for message in messages)
-                data = encode_json(messages).encode()
-                yield ValidRow(messages, size, text_hash(data), row.file, row.line)
-        except InvalidRow as error:
-            reject(row, str(error))
+    def batches(self) -> Iterator[list[Row]]:
+        """Yields converted rows in batches of at most `MAX_BATCH_ROWS`, and of few more than `MAX_BATCH_BYTES`.
 
-
-def _batches(rows: Iterable[ValidRow]) -> Iterator[list[ValidRow]]:
-    batch: list[ValidRow] = []
-    size = 0
-    for row in rows:
-        batch.append(row)
-        size += row.size
-        if size >= MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS:
+        Raises:
+            UserError: as `read_rows` and `check_columns`.
+        """
+        counts, num_readable = self.counts, 0
+        batch: list[Row] = []
+        size = 0
+        for row in read_rows(self.dataset_attr):
+            counts["read"] += 1
+            if not row.error and not self.dataset_attr.matches_filter(row.values):
+                counts["filtered"] += 1
+                continue
+            if not row.error:
+                self.columns |= dict.fromkeys(row.values)
+                num_readable += 1
+                if num_readable == COLUMN_CHECK_ROWS:
+                    check_columns(self.dataset_attr, self.stage, self.columns)
+            if self._convert(row):
+                batch.append(row)
+                size += row.num_bytes
+                if size >= MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS:
+                    yield batch
+                    batch, size = [], 0
+            if counts["read"] - counts["filtered"] == self.limit:
+                break
+        if batch:
             yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        if self.columns:
+            complete = counts["read"] - counts["filtered"] < self.limit
+            check_columns(self.dataset_attr, self.stage, self.columns, complete)
+
+    def _convert(self, row: Row) -> bool:
+        """Whether the row is valid and not empty."""
+        if not row.error:
+            try:
+                convert_row(row, self.dataset_attr, self.stage, self.default_system)
+            except InvalidRow as error:
+                row.error = str(error)
+        if row.error:
+            self.counts["invalid"] += 1
+            file = self.dataset_attr.locations[row.file]
+            entry = {"dataset": self.dataset_attr.name, "file": file, "line": row.line, "reason": row.error}
+            self.invalid_rows.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            return False
+        if not row.content:
+            self.counts["empty"] += 1
+            return False
+        return True
 
 
 def _prefetch_encode(
-    encode: Callable[[list[Any]], list[tuple[Ids, Ids]]], batches: Iterable[list[ValidRow]]
-) -> Iterator[tuple[list[ValidRow], list[tuple[Ids, Ids]]]]:
-    """Encodes each batch while the next one is read and the last one written: sentencepiece lets Python go on meanwhile."""
+    encode: Callable[[list[Row]], Encoded], batches: Iterable[list[Row]]
+) -> Iterator[tuple[list[Row], Encoded]]:
+    """Encodes each batch while the next is read and the previous one written: sentencepiece releases the GIL."""
     with ThreadPoolExecutor(1) as encoder:
-        before: tuple[list[ValidRow], Future] | None = None
+        previous: tuple[list[Row], Future] | None = None
         for batch in batches:
-            now = batch, encoder.submit(encode, [row.content for row in batch])
-            if before:
-                yield before[0], before[1].result()
-            before = now
-        if before:
-            yield before[0], before[1].result()
-
-
-def _record_batch(rows: list[ValidRow], encoded: list[tuple[Ids, Ids]]) -> pyarrow.RecordBatch:
-    columns = [_list_array([ids for ids, _ in encoded]), _list_array([labels for _, labels in encoded])]
-    numbers = zip(*(row[1:] for row in rows), strict=True)
-    columns += [pyarrow.array(values, kind) for values, kind in zip(numbers, SCHEMA.types[2:], strict=True)]
-    return pyarrow.record_batch(columns, schema=SCHEMA)
-
-
-def _list_array(rows: list[Ids]) -> pyarrow.ListArray:
-    offsets = numpy.cumsum([0, *map(len, rows)], dtype=numpy.int32)
-    return pyarrow.ListArray.from_arrays(offsets, numpy.concatenate(rows))
+            current = batch, encoder.submit(encode, batch)
+            if previous:
+                yield previous[0], previous[1].result()
+            previous = current
+        if previous:
+            yield previous[0], previous[1].result()

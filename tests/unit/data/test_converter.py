@@ -77,7 +77,7 @@ def test_observations_take_the_place_of_questions():
         (SHAREGPT, turns("h", "s", "g"), "message 2 is from system, which may only speak first"),
         (SHAREGPT, turns("h", "g", "h"), "the last message is not the assistant's"),
         (SHAREGPT, turns("s"), "the last message is not the assistant's"),
-        (SHAREGPT, turns(*"hg" * 501), "holds 1,002 messages; 1,000 is the most"),
+        (SHAREGPT, turns(*"hg" * 501), "holds 1,002 messages; 1,000 is the maximum"),
         (SHAREGPT, {"conversations": [{"from": "human", "value": ""}]}, "message 1 is empty"),
         (SHAREGPT, {"conversations": [{"from": "human"}]}, "message 1 holds nothing, not text"),
     ],

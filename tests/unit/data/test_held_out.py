@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmtuner.console import UserError
-from llmtuner.data.held_out import held_out_texts, training_documents
+from llmtuner.data.held_out import held_out_texts, is_validation, training_documents
 from llmtuner.data.sources import get_dataset_attr
 from tests.helpers import ROOT
 from tests.tokenizers import CHINESE, JAPANESE, write_corpus
@@ -42,3 +42,9 @@ def test_missing_held_out_text_names_the_files(tmp_path):
     local.write_text(json.dumps(entries), encoding="utf-8")
     with pytest.raises(UserError, match=r"en_\*\.test\.[^$]*en_wiki\.train\."):
         held_out_texts("test_en", ["wikitext_en"], local, tmp_path, 0.05, 1000)
+
+
+def test_held_out_share_is_about_what_was_asked_for():
+    held_out = sum(is_validation(f"document {number}", 0.05) for number in range(20_000))
+    assert 0.045 < held_out / 20_000 < 0.055
+    assert not any(is_validation(f"document {number}", 0.0) for number in range(100))

@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import json
-import math
 import os
 import resource
 import subprocess
@@ -17,11 +16,12 @@ import pytest
 from llmtuner.console import UserError
 from llmtuner.data import tokenize as tokenize_module
 from llmtuner.data.converter import to_messages
-from llmtuner.data.loader import get_dataset, load_tokenized_datasets
-from llmtuner.data.sources import get_dataset_attr, is_validation, read_texts
+from llmtuner.data.held_out import is_validation
+from llmtuner.data.readers import read_texts
+from llmtuner.data.sources import get_dataset_attr
 from llmtuner.data.template import Template
 from llmtuner.data.tokenize import load_tokenized_dataset
-from llmtuner.hparams import DataArguments
+from llmtuner.outputs import write_marker
 from llmtuner.tokenizer.fast import PROCESSORS, load_tokenizer, read_sentencepiece, to_processor
 from tests.helpers import ROOT
 from tests.unit.data.datasets import ALPACA, DIALOGUES, DOCUMENTS, SHAREGPT, info, lines, settings, source, turns
@@ -85,106 +85,17 @@ def test_split_keeps_the_same_text_on_one_side(corpus, tokenizer):
         assert len(trained) == 0 or hashes[held_out].max() < hashes[trained].min()
 
 
-# ------------------------------------------------------------------------------------------------------- what is held out
-@pytest.fixture
-def overlapping(corpus):
-    """`documents` and `dialogues`, for each another set `more_...` that shares half of its texts, and one that shares all."""
-    for kind in ("documents", "dialogues"):
-        rows = [json.loads(line) for line in (corpus / f"{kind}.jsonl").read_text().splitlines()]
-        key = "text" if kind == "documents" else "a"
-        lines(corpus / f"more_{kind}.jsonl", [*rows[::2], *({**row, key: row[key] + "！"} for row in rows)])
-    entries = {"documents": DOCUMENTS, "dialogues": DIALOGUES}
-    entries |= {f"more_{kind}": {**entry, "file_name": f"more_{kind}.*"} for kind, entry in entries.items()}
-    entries |= {f"same_{kind}": entries[kind] for kind in ("documents", "dialogues")}
-    info(corpus, **entries)
-    return corpus
-
-
-def loaded(corpus, tokenizer, stage, **changed):
-    """The token_dataset of a run, its rows, and as sets of hashes what is trained through each data set and what is held out."""
-    data_args = DataArguments(dataset_dir=str(corpus), cache_dir=str(corpus / "cache"), **changed)
-    token_dataset, trained, held_out = load_tokenized_datasets(data_args, stage, tokenizer)
-    hashes = numpy.concatenate([one.store.column("hash") for one in token_dataset.datasets])
-    return (
-        token_dataset,
-        trained,
-        held_out,
-        [set(hashes[rows].tolist()) for rows in trained],
-        set(hashes[numpy.concatenate(held_out)].tolist()),
-    )
-
-
-@pytest.mark.parametrize(("stage", "kind"), [("pt", "documents"), ("sft", "dialogues")])
-def test_a_held_out_text_is_trained_through_no_data_set(overlapping, tokenizer, stage, kind):
-    names = [kind, f"more_{kind}"]
-    for changed in (dict(dataset=names, val_size=7), dict(dataset=names[1:], eval_dataset=names[:1])):
-        token_dataset, trained, _, trained_hashes, held_out = loaded(overlapping, tokenizer, stage, **changed)
-        assert held_out
-        assert all(held_out.isdisjoint(own) for own in trained_hashes)
-        for place, (rows, own) in enumerate(zip(trained, token_dataset.datasets, strict=False)):
-            hashes = own.store.column("hash")
-            alone = numpy.flatnonzero(~numpy.isin(hashes, list(held_out))) + token_dataset.offsets[place]
-            assert rows.tolist() == alone.tolist()  # nothing else is left out, and the order stays
-            only = own.split(changed.get("val_size", 0))[0]
-            assert token_dataset.held_out_elsewhere[place] == len(only) - len(rows)
-        assert any(token_dataset.held_out_elsewhere)
-    with pytest.raises(UserError, match=f"data set {kind}: all .* rows that are left to train on are also held out"):
-        loaded(overlapping, tokenizer, stage, dataset=[kind], eval_dataset=[f"more_{kind}", f"same_{kind}"])
-
-
-@pytest.mark.parametrize(("stage", "kind"), [("pt", "documents"), ("sft", "dialogues")])
-def test_a_share_is_held_out_by_hash_alone(overlapping, tokenizer, stage, kind):
-    """Rows and their order, and so the order of training, depend on nothing but each row's own hash."""
-    names = [kind, f"more_{kind}"]
-    token_dataset, trained, held_out, *_ = loaded(overlapping, tokenizer, stage, dataset=names, val_size=0.3)
-    for place, own in enumerate(token_dataset.datasets):
-        chosen = own.store.column("hash") < numpy.uint64(math.ceil(0.3 * 2**64))
-        assert trained[place].tolist() == (numpy.flatnonzero(~chosen) + token_dataset.offsets[place]).tolist()
-        assert held_out[place].tolist() == (numpy.flatnonzero(chosen) + token_dataset.offsets[place]).tolist()
-    assert token_dataset.held_out_elsewhere == [0, 0]
-
-
-# ------------------------------------------------------------------------------------------------------- long dialogues
-@pytest.fixture
-def long_talk(corpus):
-    """One dialogue of a system message and four turns."""
-    row = turns("s", "h", "g", "h", "g", "h", "g", "h", "g")
-    lines(corpus / "talks.jsonl", [row])
-    info(corpus, talks={"file_name": "talks.jsonl", "formatting": "sharegpt"})
-    return to_messages(SHAREGPT, row)
-
-
-def packed(corpus, tokenizer, **changed):
-    data_args = DataArguments(dataset=["talks"], dataset_dir=str(corpus), cache_dir=str(corpus / "cache"), **changed)
-    return get_dataset("sft", data_args, 0, tokenizer).train
-
-
-@pytest.mark.parametrize("options", [{}, {"train_on_prompt": True}])
-def test_mask_history_drops_whole_turns_from_the_front(corpus, tokenizer, long_talk, options):
-    """What is left of a long dialogue is what a shorter one would have been."""
-    dialogues = Template.from_tokenizer(tokenizer).encode_dialogues
-    for dropped in range(4):
-        messages = [long_talk[0], *long_talk[1 + 2 * dropped :]]
-        [(ids, labels)] = dialogues(tokenizer, [messages], mask_history=True, **options)
-        [sequence] = packed(corpus, tokenizer, mask_history=True, cutoff_len=len(ids), **options)
-        assert sequence["input_ids"].tolist() == ids.tolist()
-        assert sequence["labels"].tolist() == labels.tolist()
-    [(ids, labels)] = dialogues(tokenizer, [long_talk])
-    [sequence] = packed(corpus, tokenizer, cutoff_len=40)
-    assert sequence["input_ids"].tolist() == ids[:40].tolist()  # without mask_history the beginning stays
-    assert sequence["labels"].tolist() == labels[:40].tolist()
-
-
-def test_dialogues_that_are_all_dropped_are_refused(corpus, tokenizer, long_talk):
-    message = "data set talks: all 1 dialogues are dropped.*first 9 tokens.*Raise cutoff_len, or set mask_history: true"
-    with pytest.raises(UserError, match=message):
-        packed(corpus, tokenizer, cutoff_len=9)
-    assert len(packed(corpus, tokenizer, cutoff_len=9, mask_history=True)) == 1
-    lines(corpus / "wordy.jsonl", [{"q": "words " * 100, "in": "", "a": "no"}])
-    info(corpus, dialogues=DIALOGUES, wordy={**DIALOGUES, "file_name": "wordy.jsonl"})
-    data_args = DataArguments(["dialogues"], ["wordy"], str(corpus), cache_dir=str(corpus / "cache"), cutoff_len=60)
-    with pytest.raises(UserError, match="held-out data: all 1 dialogues are dropped"):
-        get_dataset("sft", data_args, 0, tokenizer)
+def test_the_log_says_what_a_document_of_a_text_file_is(corpus, tokenizer, capsys):
+    (corpus / "documents.jsonl").unlink()
+    (corpus / "documents.txt").write_text("一つ目。\n二つ目。\n\n三つ目。\n", encoding="utf-8")
+    for _ in range(2):  # from the cache too
+        assert len(load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))) == 3
+        said = capsys.readouterr().out
+        assert "documents: one document of a .txt file is a line (sample_by: line, paragraph, document)" in said
+        assert said.rstrip().endswith(": 3 documents from 1 files")
+    info(corpus, documents={**DOCUMENTS, "sample_by": "paragraph"})
+    assert len(load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))) == 2
+    assert "a block of lines between blank ones" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{}, {"mask_history": True}, {"train_on_prompt": True}])
@@ -248,7 +159,7 @@ def test_row_limits_and_row_filter(corpus, tokenizer):
     assert examples.store.column("line").tolist() == list(range(2, 41, 2))
     assert len(load_tokenized_dataset("all", "sft", tokenizer, settings(corpus, max_samples=5))) == 5
     assert len(load_tokenized_dataset("some", "sft", tokenizer, settings(corpus))) == 12
-    with pytest.raises(UserError, match="40 filtered away by row_filter"):
+    with pytest.raises(UserError, match="40 excluded by row_filter"):
         load_tokenized_dataset("none", "sft", tokenizer, settings(corpus, max_invalid_ratio=1.0))
     csv = corpus / "rows.csv"
     csv.write_text("text,label\nyes,1\nno,0\n", encoding="utf-8")
@@ -264,11 +175,11 @@ def test_unusable_rows_are_left_out_and_listed(corpus, tokenizer, capsys):
     info(corpus, dialogues={**DIALOGUES, "columns": {"prompt": "q", "response": "a"}})
     examples = load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
     file = str(corpus / "dialogues.jsonl")
-    assert f"dialogues: 51 rows, 2 of them unusable (3.92%), first: {file}, line 17: column 'a' is empty" in (
+    assert f"dialogues: 51 rows, 2 of them invalid (3.92%), first: {file}, line 17: column 'a' is empty" in (
         capsys.readouterr().out
     )
     listed = [json.loads(line) for line in (examples.directory / "invalid_rows.jsonl").read_text().splitlines()]
-    assert listed[0] == {"data_set": "dialogues", "file": file, "line": 17, "reason": "column 'a' is empty"}
+    assert listed[0] == {"dataset": "dialogues", "file": file, "line": 17, "reason": "column 'a' is empty"}
     assert (listed[1]["line"], "not valid JSON" in listed[1]["reason"]) == (51, True)
     assert (examples.counts["invalid"], examples.counts["kept"], len(listed)) == (2, 49, 2)
     assert 17 not in examples.store.column("line")
@@ -343,7 +254,7 @@ def test_a_row_may_lack_a_column_that_others_have(corpus, tokenizer, where):
 
 def test_a_column_that_no_row_has_is_noticed_early(corpus, tokenizer, monkeypatch):
     lines(corpus / "documents.jsonl", [{"body": "a"}] * 3_000)
-    monkeypatch.setattr(tokenize_module, "to_document", watched := Mock(side_effect=tokenize_module.to_document))
+    monkeypatch.setattr(tokenize_module, "convert_row", watched := Mock(side_effect=tokenize_module.convert_row))
     with pytest.raises(UserError, match="no column 'text'; it has 'body'"):
         load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus, max_invalid_ratio=1.0))
     assert watched.call_count == 999
@@ -377,10 +288,10 @@ def test_the_cache_notices_other_content_of_equal_size_and_date(corpus, tokenize
 
 def test_what_was_tokenized_is_not_tokenized_again(corpus, tokenizer, monkeypatch):
     made = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus)).directory
-    before = (made / "tokens.arrow").stat().st_mtime_ns
+    before = (made / "input_ids.bin").stat().st_mtime_ns
     monkeypatch.setattr(tokenize_module, "_tokenize_dataset", None)
     again = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
-    assert (again.directory / "tokens.arrow").stat().st_mtime_ns == before
+    assert (again.directory / "input_ids.bin").stat().st_mtime_ns == before
     assert (
         load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus, overwrite_cache=True)).directory == made
     )
@@ -389,9 +300,27 @@ def test_what_was_tokenized_is_not_tokenized_again(corpus, tokenizer, monkeypatc
     with pytest.raises(TypeError):
         load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus, overwrite_cache=True))
     assert load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus)).directory == made
-    (made / "tokens.arrow").write_bytes(b"")
-    with pytest.raises(UserError, match="is damaged"):
-        load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
+    for name in ("input_ids.bin", "index.bin", "metadata.json"):
+        content = (made / name).read_bytes()
+        for damaged in (b"", content[:-2], content[: len(content) // 2]):
+            (made / name).write_bytes(damaged)
+            with pytest.raises(UserError, match="is damaged"):
+                load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
+        (made / name).write_bytes(content)
+    assert load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus)).directory == made
+
+
+def test_what_an_earlier_version_tokenized_is_refused_or_replaced(corpus, tokenizer):
+    kept = settings(corpus, tokenized_path=str(corpus / "kept"))
+    made = load_tokenized_dataset("documents", "pt", tokenizer, kept).directory
+    (made / "metadata.json").rename(made / "about.json")
+    (made / "input_ids.bin").rename(made / "examples.arrow")
+    write_marker(made, "an earlier version")
+    with pytest.raises(UserError, match=r"kept/documents-pt was made by an earlier version.* overwrite_cache: true"):
+        load_tokenized_dataset("documents", "pt", tokenizer, kept)
+    kept.overwrite_cache = True
+    assert len(load_tokenized_dataset("documents", "pt", tokenizer, kept)) == 30
+    assert not (made / "examples.arrow").exists()
 
 
 def test_tokenized_path_outlives_the_texts(corpus, tokenizer, tiny_tokenizer_dir):
@@ -442,7 +371,8 @@ import json, pathlib, sys, time
 from types import SimpleNamespace
 from sentencepiece import SentencePieceProcessor
 from llmtuner.data import tokenize
-from llmtuner.tokenizer.fast import SPECIAL_TOKENS
+from llmtuner.outputs import write_marker
+from llmtuner.tokenizer.fast import PROCESSORS, SPECIAL_TOKENS
 directory, model_file, settings, number = sys.argv[1:]
 directory = pathlib.Path(directory)
 make = tokenize._tokenize_dataset
@@ -451,14 +381,14 @@ def slow(*args):
     time.sleep(0.5)  # the other one is at the lock by then
     make(*args)
 tokenize._tokenize_dataset = slow
-tokenizer = SimpleNamespace(  # a real one takes seconds to import
-    sentencepiece=SentencePieceProcessor(model_file),
-    backend_tokenizer=SimpleNamespace(get_added_tokens_decoder=dict),
-    convert_tokens_to_ids=SPECIAL_TOKENS.index,
-    convert_ids_to_tokens=SPECIAL_TOKENS.__getitem__,
-    all_special_ids=range(len(SPECIAL_TOKENS)),
-    eos_token_id=100,
-)
+class Tokenizer:  # a real one takes seconds to import
+    backend_tokenizer = SimpleNamespace(get_added_tokens_decoder=dict)
+    convert_tokens_to_ids = SPECIAL_TOKENS.index
+    convert_ids_to_tokens = SPECIAL_TOKENS.__getitem__
+    all_special_ids = range(len(SPECIAL_TOKENS))
+    eos_token_id = 100
+tokenizer = Tokenizer()
+PROCESSORS[tokenizer] = SentencePieceProcessor(model_file)
 (directory / f"ready-{number}").touch()
 while not (directory / "ready-0").exists() or not (directory / "ready-1").exists():
     time.sleep(0.01)

@@ -55,7 +55,7 @@ def test_lengths_of_what_is_trained_on(tiny_run, tmp_path):
 
 def test_tokenized_once_and_again_when_the_text_changes(tiny_run, tmp_path):
     def cached():
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/tokens.arrow")}
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/input_ids.bin")}
 
     run_exp({**tiny_run, "output_dir": str(tmp_path / "one")})
     before = cached()
