@@ -15,7 +15,7 @@ from llmtuner.console import command, format_table, print0, print_header, run_cl
 from llmtuner.eval.language import LANGUAGES
 
 QUESTIONS_PER_GROUP = 60
-SHOWN = 3
+NUM_EXAMPLES = 3
 
 
 def main() -> None:
@@ -30,35 +30,41 @@ def main() -> None:
     from llmtuner.model.loading import choose_placement, load_for_evaluation
     from llmtuner.tokenizer.fast import encode_batch
 
-    everything = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
-    questions = [one for one in everything if one.group in LANGUAGES]
+    questions = [
+        question for question in read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP) if question.group in LANGUAGES
+    ]
     texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers, bits, tokens_per_character = {}, {}, {}
     for name, directory in (("base", BASE_MODEL_DIR), ("zero", ZERO_DIR)):
         print0(f"{name}: needs {choose_placement(directory)}")
         model, tokenizer = load_for_evaluation(directory)
         tokens_per_character[name] = {
-            language: round(sum(map(len, encode_batch(tokenizer, own))) / sum(map(len, own)), 4)
-            for language, own in texts.items()
+            language: round(sum(map(len, encode_batch(tokenizer, documents))) / sum(map(len, documents)), 4)
+            for language, documents in texts.items()
         }
-        answers[name] = generate_answers(model, tokenizer, [one.question for one in questions]).texts
+        answers[name] = generate_answers(model, tokenizer, [question.question for question in questions]).texts
         bits[name] = bpb_by_language(model, tokenizer, texts, PROFILE.context_length, name)
         del model  # before the other is loaded
 
     print_header("the same questions, base and Zero model")
     metrics: dict[str, dict] = {}
     for group in ("zh", "en", "ja"):
-        asked = [index for index, one in enumerate(questions) if one.group == group]
-        identical = sum(answers["base"][index] == answers["zero"][index] for index in asked)
-        correct = sum(is_correct(questions[index], answers["zero"][index]) for index in asked)
-        metrics[group] = {"total": len(asked), **({"correct": correct} if group == "ja" else {"identical": identical})}
-        for index in asked[:SHOWN]:
+        indices = [index for index, question in enumerate(questions) if question.group == group]
+        identical = sum(answers["base"][index] == answers["zero"][index] for index in indices)
+        correct = sum(is_correct(questions[index], answers["zero"][index]) for index in indices)
+        metrics[group] = {
+            "total": len(indices),
+            **({"correct": correct} if group == "ja" else {"identical": identical}),
+        }
+        for index in indices[:NUM_EXAMPLES]:
             print0(f"{group}  Q     {questions[index].question}")
             print0(f"    base  {answers['base'][index]}\n    zero  {answers['zero'][index]}")
-        print0(f"{group}: {identical} of {len(asked)} answers identical, {correct} right\n")
+        print0(f"{group}: {identical} of {len(indices)} answers identical, {correct} correct\n")
     print_header("held-out text (lower is better)")
     print0(format_bpb_table(bits))
-    rows = [[name, *(f"{own[one]:.3f}" for one in LANGUAGES)] for name, own in tokens_per_character.items()]
+    rows = [
+        [name, *(f"{values[language]:.3f}" for language in LANGUAGES)] for name, values in tokens_per_character.items()
+    ]
     print0("\n" + format_table(["tokens per character", *LANGUAGES], rows))
 
     pipeline.finish_step("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})

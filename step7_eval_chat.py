@@ -151,7 +151,7 @@ def write_answers(questions: "list[Question]", answers: dict[str, list[str]]) ->
 
     lines = []
     for index, question in enumerate(questions):
-        own = {name: answers[name][index] for name in MODELS}
+        by_model = {name: answers[name][index] for name in MODELS}
         row: dict[str, Any] = {
             "group": question.group,
             "language": question.language,
@@ -159,10 +159,10 @@ def write_answers(questions: "list[Question]", answers: dict[str, list[str]]) ->
             "right": question.value,
             "wrong_values": question.wrong_values,
             "subject": question.subject,
-            **own,
+            **by_model,
         }
         if question.value is not None:
-            row["correct"] = {name: is_correct(question, answer) for name, answer in own.items()}
+            row["correct"] = {name: is_correct(question, answer) for name, answer in by_model.items()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     atomic_write_text(WORK_DIR / "answers.jsonl", "".join(lines))
 
@@ -222,7 +222,7 @@ def print_results(metrics: dict[str, Any]) -> None:
         ]
         for name, candidate in metrics["generation"]["candidates"].items()
     ]
-    print0(format_table(["settings", "repeated", "longest loop", "ended", "right", "tokens/s"], rows))
+    print0(format_table(["settings", "repeated", "longest loop", "finished", "right", "tokens/s"], rows))
     chosen = metrics["generation"]["chosen"]
     print0(f"Selected: {chosen} (least repetition at a cost of at most 2 points of accuracy).")
     print0(

@@ -1,1 +1,1 @@
-"""What a model can do: bits per byte, answers to questions, repetition, and figures."""
+"""Evaluation: bits per byte, answers to questions, repetition, language confusion, standard benchmarks."""

@@ -1,1 +1,1 @@
-"""Shows what was measured: figures, checks, one page."""
+"""Reports what a run measured: figures, checks, the report page, the model card."""

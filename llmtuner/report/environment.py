@@ -1,4 +1,4 @@
-"""What figures depend on beside the settings of a run: versions, the machine, the commit of this code."""
+"""What results depend on besides settings: package versions, the machine, the commit of this code."""
 
 import importlib.metadata
 import os
@@ -14,17 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, dict[str, str]]:
-    """What a run's figures depend on beside its settings: versions of packages, the machine, the commit of this code."""
+    """Versions of Python and required packages, the machine, and the commit of this code."""
     requirements = ROOT / "requirements.txt"
     lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
     packages = [name[0] for line in lines if (name := re.match(r"[\w.-]+", line))]
-    found = {"Python": platform.python_version(), **versions(packages)}
+    installed = {"Python": platform.python_version(), **versions(packages)}
     commit = _commit()
-    return {"versions": found, "machine": _machine(), **({"code": {"commit": commit}} if commit else {})}
+    return {"versions": installed, "machine": _machine(), **({"code": {"commit": commit}} if commit else {})}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that are installed; none is imported."""
+    """Versions of the installed ones among `packages`, without importing them."""
     found = {}
     for name in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -36,21 +36,23 @@ def _machine() -> dict[str, str]:
     machine = {"platform": platform.platform(), "cores": str(os.cpu_count())}
     if hasattr(os, "sysconf"):  # not on Windows
         machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
-    torch = sys.modules.get("torch")  # a step that needed no GPU shall not wait for it
+    torch = sys.modules.get("torch")  # not imported for a step that does not need it
     if torch and torch.cuda.is_available():
         machine["GPU"] = torch.cuda.get_device_name()
     return machine
 
 
 def _commit() -> str | None:
-    """The commit of this repository, or None where it or git is missing."""
+    """The commit of this repository; None without git or a repository."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return None  # unpacked somewhere inside another repository
+            return None  # an export inside another repository
         return git("rev-parse", "HEAD") + (
             " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
         )

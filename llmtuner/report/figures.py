@@ -1,4 +1,4 @@
-"""Figures of what was measured: plain data in, drawings out, readable on a telephone and the same on every machine."""
+"""Figures of a run: plain data in, drawings out, readable on a phone and identical on every machine."""
 
 import functools
 import io
@@ -28,82 +28,62 @@ from llmtuner.files import translate_disk_errors
 Log = list[dict[str, Any]]
 Series = tuple[numpy.ndarray, numpy.ndarray]  # steps and values
 
-WIDTH, HEIGHT = 5.0, 3.1  # inches; shown 360 pixels wide, text of 10 points is 10 pixels high
+WIDTH, HEIGHT = 5.0, 3.1  # inches; shown 360 pixels wide, where 10-point text is 10 pixels high
 # Distinguishable with any colour vision, and dark enough on white (4.5 : 1) for text.
 COLORS = {"ja": "#B84A00", "zh": "#00795A", "en": "#0067A3"}
 TRAIN, EVAL, BEFORE, INK, GRID = "#3B4A5C", "#AA3377", "#AEB9C6", "#222222", "#E3E6EA"
 UNIT: dict[str, Any] = {"loc": "left", "size": 9.5, "color": "#55606C"}
-LOG_SCALE_FROM = 10  # a range of values by more than this factor is drawn on a logarithmic axis
-PLATEAU_EXPONENT = (
-    0.0145  # twice the steps lower the loss by 1 % (2 ** -0.0145 = 0.99); runs that learn have 0.05 and more
-)
+LOG_SCALE_FROM = 10  # a value range of more than this factor gets a logarithmic axis
+PLATEAU_EXPONENT = 0.0145  # doubling the steps lowers the loss by 1 %; runs that learn have 0.05 and more
 MAX_NAME_WIDTH = 24  # columns; a longer name loses its middle
 CJK_FAMILIES = (
-    *(
-        "Noto Sans CJK JP",
-        "Noto Sans JP",
-        "Source Han Sans JP",
-        "IPAexGothic",
-        "IPAGothic",
-        "TakaoGothic",
-        "TakaoPGothic",
-    ),
-    *("VL Gothic", "Hiragino Sans", "Hiragino Kaku Gothic ProN", "Yu Gothic", "Meiryo", "MS Gothic", "BIZ UDGothic"),
-    *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
-    *("Droid Sans Fallback", "PingFang SC", "Microsoft YaHei", "SimHei"),
-)
+    "Noto Sans CJK JP", "Noto Sans JP", "Source Han Sans JP", "IPAexGothic", "IPAGothic", "TakaoGothic", "TakaoPGothic",
+    "VL Gothic", "Hiragino Sans", "Hiragino Kaku Gothic ProN", "Yu Gothic", "Meiryo", "MS Gothic", "BIZ UDGothic",
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "Droid Sans Fallback", "PingFang SC", "Microsoft YaHei", "SimHei",
+)  # fmt: skip
 STEPS = {"step4": "Tokenizer", "step5": "Continued pretraining", "step6": "Instruction tuning"}
 TEXTS = {  # title and caption of each figure
     "tokens_per_character": (
         "tokens per character",
-        "How many tokens a character of held-out text takes before and after the new pieces; fewer is faster and leaves "
-        "more room in the context.",
+        "Tokens per character of held-out text before and after the merge; fewer means faster, and more text per context.",
     ),
     "initial_loss": (
         "loss before the first step",
-        "What the model finds hard before it is trained on it; a data set far above the others may be damaged or in "
-        "another format.",
+        "Loss of each data set before training; one far above the others may be damaged or in another format.",
     ),
-    "loss": (
-        "loss",
-        "The faint line is what was logged, the strong one its running mean, and the dots are the loss on held-out text.",
-    ),
+    "loss": ("loss", "Faint: logged values. Strong: their running mean. Dots: loss on held-out text."),
     "power_law": (
         "loss on logarithmic axes",
-        "A power law is a straight line here; the dashed one is fitted to the second half, and its exponent b says how "
-        "fast the loss still falls.",
+        "A power law is a straight line here. Dashed: a fit to the second half; the exponent b is how fast the loss still falls.",
     ),
     "bits_per_byte": (
         "bits per byte",
-        "How well held-out text of each language is predicted as training goes on, whatever the tokenizer; lower is "
-        "better.",
+        "How well held-out text of each language is predicted during training, independent of the tokenizer; lower is better.",
     ),
-    "learning_rate": ("learning rate", "How large a step the optimizer takes: it warms up, then decays."),
+    "learning_rate": ("learning rate", "Step size of the optimizer: warmup, then decay."),
     "speed": (
-        "speed",
-        "Tokens that go through the model each second, and those among them that it learns to predict.",
+        "throughput",
+        "Tokens processed per second, and the target tokens among them, on which loss is computed.",
     ),
-    "mix": (
-        "mix of data sets",
-        "The share of all trained tokens that each data set gave, beside the share that was planned where there was a plan.",
-    ),
-    "lengths": ("lengths", "Each bar counts the texts in a range of lengths; the ranges double from bar to bar."),
+    "mix": ("data mix", "Share of each data set in all target tokens, and the target share if there is one."),
+    "lengths": ("sequence lengths", "Number of texts by length; each range is twice as wide as the one before."),
 }
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure as a page takes it."""
+    """A figure of the report page."""
 
     name: str
-    """Unique in a report, such as step5_loss; every id in the drawing begins with it."""
+    """Unique in a report, such as step5_loss; prefix of all ids in the drawing."""
     title: str
     caption: str
-    """One sentence that says how to read it."""
+    """How to read it."""
     alt: str
-    """What a person who cannot see the figure should know."""
+    """Text alternative: what it shows."""
     svg: str
-    """The drawing, to be put into HTML as it is; it takes the width that it is given."""
+    """The drawing, to be embedded in HTML unescaped; it fills the available width."""
 
 
 class PowerLaw(NamedTuple):
@@ -115,7 +95,7 @@ class PowerLaw(NamedTuple):
 
 
 def read_log(path: Path) -> Log:
-    """The lines of a run's trainer_log.jsonl; a last line that is only half there is passed over.
+    """The entries of a run's trainer_log.jsonl; an incomplete last line is ignored.
 
     Raises:
         UserError: if it cannot be read, or another line is damaged.
@@ -140,22 +120,22 @@ def build_figures(metrics: dict[str, dict], logs: dict[str, Log]) -> list[Report
     """All figures for which there is data.
 
     Args:
-        metrics: what the steps measured, under "step4", "step5" and so on.
-        logs: the lines of trainer_log.jsonl of the runs, under "step5" and "step6".
+        metrics: {"step4", "step5", ...: metrics of the step}.
+        logs: {"step5", "step6": entries of its trainer_log.jsonl}.
     """
     tokens = metrics.get("step4", {}).get("tokens_per_character", {})
     drawn = [("step4", "tokens_per_character", tokens_per_character(tokens))]
     for step, unit in (("step5", "documents"), ("step6", "dialogues")):
-        own, log = metrics.get(step, {}), logs.get(step, [])
+        measured, log = metrics.get(step, {}), logs.get(step, [])
         drawn += [
-            (step, "initial_loss", initial_losses(own.get("initial_loss", {}))),
+            (step, "initial_loss", initial_losses(measured.get("initial_loss", {}))),
             (step, "loss", loss_curve(log)),
             (step, "power_law", loss_power_law(log)),
             (step, "bits_per_byte", bits_per_byte(log)),
             (step, "learning_rate", learning_rates(log)),
             (step, "speed", speed(log)),
-            (step, "mix", mix(own.get("data", {}))),
-            (step, "lengths", lengths(own.get("lengths", {}), own.get("padding_ratio"), unit)),
+            (step, "mix", mix(measured.get("data", {}))),
+            (step, "lengths", lengths(measured.get("lengths", {}), measured.get("padding_ratio"), unit)),
         ]
     return [_report_figure(step, name, figure) for step, name, figure in drawn if figure is not None]
 
@@ -223,7 +203,7 @@ def _warn_of_missing_glyphs() -> None:
 # ------------------------------------------------------------------------------------------------------------- the look
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib's own defaults, whatever a user has set, with this report's text and lines."""
+    """This report's style on top of matplotlib's defaults, regardless of the user's settings."""
     settings = {
         "font.family": list(fonts()),
         "font.size": 10,
@@ -247,7 +227,7 @@ def _style() -> Iterator[None]:
         "legend.columnspacing": 1.2,
         "lines.linewidth": 1.8,
         "lines.solid_capstyle": "round",
-        "path.simplify_threshold": 0.5,  # of a 72nd of an inch: a run of 100,000 steps is no heavier than the eye can see
+        "path.simplify_threshold": 0.5,  # points: drops detail of long runs that is too fine to see
         "svg.fonttype": "path",
         "svg.hashsalt": "llmtuner",
     }
@@ -256,7 +236,7 @@ def _style() -> Iterator[None]:
 
 
 def _canvas(title: str, unit: str = "", height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure whose title says what was found; the unit of the upright axis stands above that axis."""
+    """A figure whose title states the result; the unit of the y axis is above that axis."""
     figure = Figure((WIDTH, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", size=11)
     axes = figure.add_subplot()
@@ -265,19 +245,19 @@ def _canvas(title: str, unit: str = "", height: float = HEIGHT) -> tuple[Figure,
 
 
 def _legend(axes: Axes) -> None:
-    """Above the drawing, where it covers nothing."""
+    """Adds a legend above the plot, where it covers nothing."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9.5)
 
 
 def _number(value: float, _: object = None) -> str:
-    """A number on an axis: 0.0005, 12, 1,500, 3M."""
+    """An axis label: 0.0005, 12, 1,500, 3M."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}".replace("-", "−")
 
 
 def _digits(value: float) -> str:
-    """A number in a text, with three digits: 8.92, 0.500, −0.0120."""
+    """A number with three digits: 8.92, 0.500, −0.0120."""
     return f"{value:#.3g}".rstrip(".").replace("-", "−")
 
 
@@ -291,7 +271,7 @@ def _linear(axis: Axis, integer: bool = False) -> None:
 
 
 def _logarithmic(axes: Axes, which: str, values: numpy.ndarray) -> None:
-    """Makes axis x or y logarithmic, with few ticks and plain numbers: 1, 2, 5, 10; powers of ten over a wide range."""
+    """Makes the x or y axis logarithmic, with few ticks: 1, 2, 5, 10, ...; powers of ten over a wide range."""
     axes.set(**{f"{which}scale": "log"})
     axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
     span = values.max() / values.min()
@@ -321,7 +301,7 @@ def loss_curve(log: Log) -> Figure | None:
 
 @_style()
 def loss_power_law(log: Log) -> Figure | None:
-    """The same on logarithmic axes, from step 1 on, with a straight line through the second half."""
+    """The same on logarithmic axes from step 1 on, with a power law fitted to the second half."""
     train, held_out = (_positive(_series(log, name)) for name in ("loss", "eval_loss"))
     if train is None or len(train[0]) < 2:
         return None
@@ -339,9 +319,9 @@ def loss_power_law(log: Log) -> Figure | None:
 
 
 def fit_power_law(steps: numpy.ndarray, values: numpy.ndarray) -> PowerLaw | None:
-    """A straight line through the second half, in log step, of the logarithms of a loss; None from less than 4 points.
+    """Fits a straight line to log loss over log step, in the second half of log step; None below 4 points.
 
-    Logged points crowd together towards the end in log step, so each is weighted by the room it has there.
+    Points get denser with log step, so each is weighted by its distance to its neighbours.
     """
     middle = math.sqrt(steps[0] * steps[-1])
     half = steps >= middle
@@ -357,25 +337,25 @@ def _describe_power_law(law: PowerLaw | None) -> str:
         return "Too few points to fit a power law"
     change = f"{abs(1 - 2**-law.exponent):.1%}"
     if law.exponent <= -PLATEAU_EXPONENT:
-        return f"The loss rises: twice the steps, {change} more"
+        return f"Rising: doubling the steps raises the loss by {change}"
     if law.exponent < PLATEAU_EXPONENT:
-        return f"Stall: twice the steps change the loss by {change}"
-    return f"b = {_digits(law.exponent)}: twice the steps, {change} less loss"
+        return f"Plateau: doubling the steps changes the loss by {change}"
+    return f"b = {_digits(law.exponent)}: doubling the steps lowers the loss by {change}"
 
 
 @_style()
 def learning_rates(log: Log) -> Figure | None:
-    """Learning rate of the adapters and of the embeddings over steps; one line where they are the same."""
+    """Learning rates of adapters and embeddings over steps; one line if they are equal."""
     rate, embedding = _series(log, "learning_rate"), _series(log, "embedding_learning_rate")
     if rate is None:
         return None
     rates = {"adapters": rate}
     if embedding is not None and not (len(rate[1]) == len(embedding[1]) and numpy.allclose(rate[1], embedding[1])):
         rates["embeddings"] = embedding
-    highest = ", ".join(f"{float(f'{own[1].max():.3g}'):g} ({name})" for name, own in rates.items())
+    highest = ", ".join(f"{float(f'{values.max():.3g}'):g} ({name})" for name, (_, values) in rates.items())
     figure, axes = _canvas(f"Up to {highest if len(rates) > 1 else highest.split()[0]}", "learning rate")
-    for (name, own), color, line in zip(rates.items(), (TRAIN, EVAL), ("-", "--"), strict=False):
-        axes.plot(*own, line, color=color, label=name)
+    for (name, series), color, style in zip(rates.items(), (TRAIN, EVAL), ("-", "--"), strict=False):
+        axes.plot(*series, style, color=color, label=name)
     if len(rates) > 1:
         _legend(axes)
     axes.set_ylim(bottom=0)
@@ -386,14 +366,14 @@ def learning_rates(log: Log) -> Figure | None:
 
 @_style()
 def speed(log: Log) -> Figure | None:
-    """Tokens, and trained tokens, per second over steps."""
+    """Tokens and target tokens per second over steps."""
     every, trained = _series(log, "tokens_per_second"), _series(log, "target_tokens_per_second")
     if every is None:
         return None
     figure, axes = _canvas(f"{numpy.median(every[1]):,.0f} tokens per second (median)", "tokens / s")
     axes.plot(*every, color=TRAIN, label="all")
     if trained is not None:
-        axes.plot(*trained, "--", color=EVAL, label="trained")
+        axes.plot(*trained, "--", color=EVAL, label="target")
         _legend(axes)
     axes.set_ylim(bottom=0)
     _linear(axes.yaxis)
@@ -403,7 +383,7 @@ def speed(log: Log) -> Figure | None:
 
 @_style()
 def bits_per_byte(log: Log) -> Figure | None:
-    """Bits per byte of held-out text of each language over steps, named at the ends of the lines."""
+    """Bits per byte of each language over steps, with labels at the ends of the lines."""
     found = {
         language: _positive(_series(log, f"eval_bits_per_byte_{language}"), first_step=0) for language in LANGUAGES
     }
@@ -426,29 +406,29 @@ def bits_per_byte(log: Log) -> Figure | None:
 
 
 def _label_line_ends(axes: Axes, lines: dict[str, Series]) -> None:
-    """Writes each language and its last value at the right, at the height of its line's end or as near as there is room."""
-    room = 0.09  # of the height of the axes, for one line of text
-    axes.get_ylim()  # brings the limits up to date, by which the transform goes
+    """Writes each language and its last value to the right of its line's end, moved up or down if labels would overlap."""
+    spacing = 0.09  # of one label, relative to the height of the axes
+    axes.get_ylim()  # updates the limits, on which the transform depends
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted((to_axes.transform((line[0][-1], line[1][-1]))[1], language) for language, line in lines.items())
     lowest = 0.0
     for place, (height, language) in enumerate(ends):
-        highest = 1 - room * (len(ends) - 1 - place)
+        highest = 1 - spacing * (len(ends) - 1 - place)
         lowest = min(max(height, lowest), highest)
         text = f"{LANGUAGES[language]} {_digits(lines[language][1][-1])}"
         axes.text(1.02, lowest, text, transform=axes.transAxes, color=COLORS[language], va="center")
-        lowest += room
+        lowest += spacing
 
 
 def _series(log: Log, name: str) -> Series | None:
-    """Steps and values of one quantity, as far as they are finite; None if there are none."""
+    """Steps and finite values of one quantity; None if there are none."""
     points = [(entry["step"], entry[name]) for entry in log if isinstance(entry.get(name), int | float)]
     points = [point for point in points if math.isfinite(point[1])]
     return (numpy.array([step for step, _ in points]), numpy.array([value for _, value in points])) if points else None
 
 
 def _positive(series: Series | None, first_step: int = 1) -> Series | None:
-    """What of it can stand on logarithmic axes."""
+    """The part that logarithmic axes can show."""
     if series is None:
         return None
     fits = (series[0] >= first_step) & (series[1] > 0)
@@ -456,7 +436,7 @@ def _positive(series: Series | None, first_step: int = 1) -> Series | None:
 
 
 def _smooth(values: numpy.ndarray) -> numpy.ndarray:
-    """Running mean over a twentieth of the run, centred; narrower at the beginning, where a loss falls steeply."""
+    """Centred running mean over a twentieth of the run; narrower at the beginning, where the loss falls steeply."""
     sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
     places = numpy.arange(len(values))
     reach = numpy.minimum(places, max(1, len(values) // 40))
@@ -479,7 +459,7 @@ def _step_axis(axes: Axes) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- bars
 class Bars(NamedTuple):
-    """One bar for each name, with the text at its end."""
+    """One bar per name, with a text at its end."""
 
     lengths: list[float]
     texts: list[str]
@@ -488,7 +468,7 @@ class Bars(NamedTuple):
 
 
 def _bar_figure(title: str, names: list[str], *groups: Bars) -> tuple[Figure, Axes]:
-    """Horizontal bars with their names at the left, those of all groups side by side; as high as it needs to be."""
+    """Horizontal bars with their names on the left, those of all groups side by side."""
     bars = len(names) * len(groups)
     figure, axes = _canvas(title, height=0.8 + 0.24 * bars + 0.1 * len(names))
     thickness = 0.8 / len(groups)
@@ -500,14 +480,14 @@ def _bar_figure(title: str, names: list[str], *groups: Bars) -> tuple[Figure, Ax
     axes.set_ylim(len(names) - 0.5, -0.5)  # first name on top
     axes.tick_params(left=False)
     axes.grid(False)
-    axes.xaxis.set_visible(False)  # the texts say it
+    axes.xaxis.set_visible(False)  # the texts give the values
     axes.spines["bottom"].set_visible(False)
     return figure, axes
 
 
 @_style()
 def tokens_per_character(tokens: dict[str, dict[str, float]]) -> Figure | None:
-    """Tokens per character of each language with the base tokenizer and with the new one, and the factor between them."""
+    """Tokens per character of each language under the base and the merged tokenizer, and the factor between them."""
     before, after = tokens.get("base", {}), tokens.get("zero", {})
     found = [language for language in LANGUAGES if before.get(language) and after.get(language)]
     if not found:
@@ -517,10 +497,10 @@ def tokens_per_character(tokens: dict[str, dict[str, float]]) -> Figure | None:
     figure, axes = _bar_figure(
         f"{LANGUAGES[most]} takes {_format_factor(factors[most])} tokens",
         [LANGUAGES[language] for language in found],
-        Bars([before[one] for one in found], [f"{before[one]:.2f}" for one in found], BEFORE),
+        Bars([before[language] for language in found], [f"{before[language]:.2f}" for language in found], BEFORE),
         Bars(
-            [after[one] for one in found],
-            [f"{after[one]:.2f} ({_format_factor(factors[one])})" for one in found],
+            [after[language] for language in found],
+            [f"{after[language]:.2f} ({_format_factor(factors[language])})" for language in found],
             [COLORS[language] for language in found],
         ),
     )
@@ -548,28 +528,27 @@ def initial_losses(initial: dict[str, float]) -> Figure | None:
 
 @_style()
 def mix(data: dict[str, dict[str, Any]]) -> Figure | None:
-    """Share of each data set in the run, and the share that was planned where there was a plan."""
-    names = [name for name, own in data.items() if own.get("ratio") is not None]
+    """Share of each data set in the target tokens, and its target share if all have one."""
+    names = [name for name, counts in data.items() if counts.get("ratio") is not None]
     if not names:
         return None
-    met = [data[name]["ratio"] for name in names]
-    planned = [share for name in names if (share := data[name].get("target_ratio")) is not None]
-    bars = Bars(met, [f"{share:.1%}" for share in met], TRAIN, "met")
-    if len(planned) < len(names):
-        figure, _ = _bar_figure("Shares of the trained tokens", names, bars)
+    actual = [data[name]["ratio"] for name in names]
+    targets = [ratio for name in names if (ratio := data[name].get("target_ratio")) is not None]
+    bars = Bars(actual, [f"{ratio:.1%}" for ratio in actual], TRAIN, "actual")
+    if len(targets) < len(names):
+        figure, _ = _bar_figure("Shares of the target tokens", names, bars)
     else:
-        off = max(abs(one - other) for one, other in zip(met, planned, strict=True))
-        title = f"At most {100 * off:.2g} percentage points off the plan"
-        figure, axes = _bar_figure(
-            title, names, Bars(planned, [f"{share:.1%}" for share in planned], BEFORE, "planned"), bars
-        )
+        deviation = max(abs(ratio - target) for ratio, target in zip(actual, targets, strict=True))
+        target_bars = Bars(targets, [f"{target:.1%}" for target in targets], BEFORE, "target")
+        title = f"At most {100 * deviation:.2g} percentage points off target"
+        figure, axes = _bar_figure(title, names, target_bars, bars)
         _legend(axes)
     return figure
 
 
 @_style()
 def lengths(histogram: dict[str, list[int]], padding_ratio: float | None, unit: str) -> Figure | None:
-    """How many documents or dialogues there are of each length, in ranges that double."""
+    """Histogram of document or dialogue lengths, in ranges that double."""
     edges, counts = histogram.get("edges", []), histogram.get("counts", [])
     filled = [place for place, count in enumerate(counts) if count]
     if not filled:
@@ -578,7 +557,7 @@ def lengths(histogram: dict[str, list[int]], padding_ratio: float | None, unit: 
     padding = "" if padding_ratio is None else f", {padding_ratio:.1%} padding"
     figure, axes = _canvas(f"{sum(counts):,} {unit}{padding}", unit)
     axes.bar(range(first, end), counts[first:end], 0.94, align="edge", color=TRAIN)
-    ticks = range(first, end + 1, 1 + (end - first) // 7)  # labels of five digits have room
+    ticks = range(first, end + 1, 1 + (end - first) // 7)  # room for labels of five digits
     axes.set_xticks(ticks, [_number(edges[place]) for place in ticks])
     axes.set_xlabel("tokens", loc="right")
     axes.grid(visible=False, axis="x")
@@ -589,13 +568,13 @@ def lengths(histogram: dict[str, list[int]], padding_ratio: float | None, unit: 
 # ----------------------------------------------------------------------------------------------------------------- svg
 @_style()
 def _svg(figure: Figure, name: str, alt: str) -> str:
-    """A drawing for the middle of an HTML page: one element that meddles with nothing around it."""
+    """A drawing to be embedded in an HTML page: one element that affects nothing around it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    # A style sheet in a drawing counts for the whole page; what it says goes into the drawing's own style.
+    # A style sheet in a drawing would apply to the whole page; its content moves to the element's style attribute.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)

@@ -123,11 +123,11 @@ def test_power_law_weighs_points_by_their_room_in_log_step():
 @pytest.mark.parametrize(
     ("exponent", "words"),
     [
-        (0.3, "b = 0.300: twice the steps, 18.8% less loss"),
-        (0.02, "b = 0.0200: twice the steps, 1.4% less loss"),
-        (0.005, "Stall: twice the steps change the loss by 0.3%"),
-        (-0.005, "Stall: twice the steps change the loss by 0.3%"),
-        (-0.1, "The loss rises: twice the steps, 7.2% more"),
+        (0.3, "b = 0.300: doubling the steps lowers the loss by 18.8%"),
+        (0.02, "b = 0.0200: doubling the steps lowers the loss by 1.4%"),
+        (0.005, "Plateau: doubling the steps changes the loss by 0.3%"),
+        (-0.005, "Plateau: doubling the steps changes the loss by 0.3%"),
+        (-0.1, "Rising: doubling the steps raises the loss by 7.2%"),
     ],
 )
 def test_power_law_figure_says_how_the_loss_falls(exponent, words):
@@ -239,15 +239,15 @@ def test_initial_losses_are_sorted():
 def test_mix_shows_plan_and_outcome():
     figure = figures.mix(METRICS["step5"]["data"])
     title, _, bars = drawn(figure)
-    assert title == "At most 1 percentage points off the plan"
+    assert title == "At most 1 percentage points off target"
     assert bars == [0.75, 0.25, 0.74, 0.26]
     assert [text.get_text() for text in figure.axes[0].texts] == ["75.0%", "25.0%", "74.0%", "26.0%"]
     uneven = {"a": (0.5, 0.5), "b": (0.3, 0.25), "c": (0.2, 0.25)}
     figure = figures.mix({name: {"target_ratio": plan, "ratio": share} for name, (plan, share) in uneven.items()})
-    assert figure.get_suptitle() == "At most 5 percentage points off the plan"
+    assert figure.get_suptitle() == "At most 5 percentage points off target"
     figure = figures.mix({"a": {"target_ratio": None, "ratio": 0.9}, "b": {"ratio": 0.1}, "c": {"kept": 3}})
     title, _, bars = drawn(figure)
-    assert title == "Shares of the trained tokens"
+    assert title == "Shares of the target tokens"
     assert bars == [0.9, 0.1]
 
 
