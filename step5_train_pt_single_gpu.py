@@ -18,7 +18,7 @@ import constants
 import pipeline
 from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
 from llmtuner.console import Timer, UserError, command, is_rank_zero, print0, print_header, run_cli
-from llmtuner.settings_help import parse_step_args
+from llmtuner.hparams.help import parse_step_args
 
 SETTINGS = dict(
     **constants.DATA_SETTINGS,

@@ -17,7 +17,7 @@ import constants
 import pipeline
 from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
 from llmtuner.console import Timer, command, format_table, is_rank_zero, print0, print_header, run_cli
-from llmtuner.settings_help import parse_step_args
+from llmtuner.hparams.help import parse_step_args
 
 DATASETS = [
     "oasst2_ja",

@@ -37,7 +37,7 @@ ROWS, WIDTH, RANK, LENGTH = 78_592, 4_096, 64, 1_024
 MICRO_BATCHES = 2  # the second finds the gradients of the first: as with any accumulation
 CARDS = {"24 GB": 23e9, "40 GB": 38e9, "80 GB": 76e9}  # what can be used of each
 BOTH = dict(additional_target=["embed_tokens", "lm_head"])
-NEW = dict(**BOTH, embedding_rows="new")
+NEW = dict(**BOTH, train_new_tokens_only=True)
 # What is trained beside LoRA, and the optimizers by their bytes for each trained number.
 RECIPES = {"LoRA and both matrices": (BOTH, (8, 2)), "LoRA and new rows": (NEW, (8, 2)), "LoRA alone": ({}, (8,))}
 PHASES = ("forward", "loss", "backward")
@@ -234,7 +234,7 @@ Weights are the frozen model in bf16 and what is trained in fp32. Of a card's me
 
 Both matrices trained, an optimizer in 8 bits (`optim: adamw_8bit`, `pip install bitsandbytes`), `per_device_train_batch_size: 1` and
 activations computed again: {max(full["followed"].values()) / 1e9:.1f} GB ({phases}), if the table says that it fits; with the new rows alone
-(`embedding_rows: new`) less. Leave `embedding_learning_rate` set, as step 5 has it: without it transformers keeps the input matrix's
+(`train_new_tokens_only: true`) less. Leave `embedding_learning_rate` set, as step 5 has it: without it transformers keeps the input matrix's
 Adam in 32 bits, which takes {6 * numbers / 1e9:.1f} GB more.
 
 | what it takes or saves, both matrices trained | GB |

@@ -35,7 +35,7 @@ RECIPES = {
     "joint": "",
     "staged": "--staged",
     "no_neat_packing": "--neat_packing false",
-    "new_rows": "--embedding_rows new",
+    "new_rows": "--train_new_tokens_only",
 }
 TOLERANCE = 0.01  # by which the tokens of two runs may differ
 

@@ -47,7 +47,7 @@ VARIANTS: dict[str, Values] = {
     **ABLATIONS,
     "gradient checkpointing": dict(gradient_checkpointing=True),
     "torch.compile": dict(torch_compile=True),
-    "new rows only": dict(embedding_rows="new"),
+    "new rows only": dict(train_new_tokens_only=True),
     "LoRA alone": dict(additional_target=[], embedding_learning_rate=None),
 }
 FULL_SIZE = dict(hidden_size=4096, intermediate_size=13696, num_attention_heads=32, num_key_value_heads=2, head_dim=128)

@@ -266,7 +266,7 @@ def varied_dialogues(corpora: Path | None, scratch: Path) -> tuple[str, Values]:
 def measure_embeddings(options: argparse.Namespace, _: Path) -> Values:
     """LoRA with both embedding matrices, or their new rows, against LoRA alone, on the same batches."""
     alone: Values = dict(additional_target=[], embedding_learning_rate=None)
-    variants = {"LoRA": alone, "LoRA + new rows": dict(embedding_rows="new"), "LoRA + embeddings": {}}
+    variants = {"LoRA": alone, "LoRA + new rows": dict(train_new_tokens_only=True), "LoRA + embeddings": {}}
     results = train_in_turn(step6(), variants, options, "seconds_per_step")
     columns = {"seconds_per_step": ".4f", "ratio": ".3f", **{f"{part}_seconds": ".4f" for part in (*PARTS, "other")}}
     columns |= dict(trainable_parameters=",.0f", optimizer_state_bytes=",.0f", eval_loss=".3f")

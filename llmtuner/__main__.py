@@ -1,48 +1,70 @@
-"""The trainer and the converter on the command line; `USAGE` lists the commands."""
+"""The trainer and the converters on the command line: python -m llmtuner COMMAND."""
 
-import sys
+import argparse
 from pathlib import Path
 
-from llmtuner.console import UserError, run_cli
+from llmtuner.console import run_cli
 from llmtuner.env import env_flag
-from llmtuner.settings_help import format_settings
+from llmtuner.hparams.help import format_settings
 
-USAGE = """usage: python -m llmtuner COMMAND, which is one of
-  train [FILE.yaml] [--name value ...]               a training run
-  show [FILE.yaml] [--batch N] [--name value ...]    batch N of its training set, what is trained in it and what is not
-  export [FILE.yaml] [--name value ...]              merges an adapter
-  convert CHATGLM3_DIR OUT_DIR                       ChatGLM3 as published -> a directory that transformers loads
-  gguf MODEL_DIR OUT.gguf                            one file for llama.cpp (needs: pip install gguf)"""
+WITH_SETTINGS = {
+    "train": "a training run",
+    "show": "a batch of its training set (--batch N), with the tokens on which the loss is computed",
+    "export": "merge an adapter",
+}
+WITH_PATHS = {
+    "convert": ("CHATGLM3_DIR", "OUT_DIR", "ChatGLM3 as published -> a directory that transformers loads"),
+    "gguf": ("MODEL_DIR", "OUT.gguf", "one file for llama.cpp (needs: pip install gguf)"),
+}
 
 
 def main() -> None:
     """Runs the command that the first argument names."""
-    match sys.argv[1:]:
-        case words if not {"-h", "--help"}.isdisjoint(words):
-            listed = words[0] in ("train", "show", "export")
-            print(USAGE + (f"\n\nsettings and their defaults:\n{format_settings()}" if listed else ""))
-        case ["train", *words]:
+    parser = argparse.ArgumentParser("python -m llmtuner", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in WITH_SETTINGS.items():
+        commands.add_parser(
+            name,
+            usage=f"python -m llmtuner {name} [FILE.yaml] [--SETTING VALUE ...]",
+            help=text,
+            description=text,
+            epilog=f"settings and their defaults:\n{format_settings()}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    for name, (source, destination, text) in WITH_PATHS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("source", metavar=source, type=Path)
+        command.add_argument("destination", metavar=destination, type=Path)
+    options, settings = parser.parse_known_args()
+    if settings and options.command in WITH_PATHS:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    run(options, settings)
+
+
+def run(options: argparse.Namespace, settings: list[str]) -> None:
+    """Runs a command; only what it needs is imported."""
+    match options.command:
+        case "train":
             from llmtuner.train.tuner import run_exp
 
-            print(run_exp(words))
-        case ["show", *words]:
+            print(run_exp(settings))
+        case "show":
             from llmtuner.data.preview import preview_batch
 
-            print(preview_batch(words))
-        case ["export", *words]:
+            print(preview_batch(settings))
+        case "export":
             from llmtuner.train.tuner import export_model
 
-            print(export_model(words))
-        case ["convert", source, destination]:
+            print(export_model(settings))
+        case "convert":
             from llmtuner.weights.convert_chatglm import convert_chatglm
 
-            print(convert_chatglm(Path(source), Path(destination), overwrite=env_flag("OVERWRITE")))
-        case ["gguf", source, destination]:
+            print(convert_chatglm(options.source, options.destination, overwrite=env_flag("OVERWRITE")))
+        case "gguf":
             from llmtuner.weights.export_gguf import export_gguf
 
-            print(export_gguf(Path(source), Path(destination)))
-        case _:
-            raise UserError(USAGE)
+            print(export_gguf(options.source, options.destination))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def _get_lora_config(model: PreTrainedModel, finetuning: FinetuningArguments) ->
         _check_names(target, known, "lora_target")
     if both := sorted({*target} & {*in_full}):
         raise UserError(f"{', '.join(both)}: named in lora_target and in additional_target. Train it in one way.")
-    by_row = [name for name in in_full if name in EMBEDDING_MODULES and finetuning.embedding_rows == "new"]
+    by_row = [name for name in in_full if name in EMBEDDING_MODULES and finetuning.train_new_tokens_only]
     return LoraConfig(
         r=finetuning.lora_rank,
         lora_alpha=finetuning.lora_alpha or 2 * finetuning.lora_rank,  # type: ignore[arg-type]  # a fraction works too
@@ -179,7 +179,7 @@ def _new_token_indices(model: PreTrainedModel) -> list[int]:
     if not first_and_end:
         raise UserError(
             f"{model.config.name_or_path} was not grown by step 3: its config.json has no {APPENDED_ROWS}, which "
-            "embedding_rows: new needs. Grow it again (step3_resize_model.py), or set embedding_rows: all."
+            "train_new_tokens_only needs. Resize it again (step3_resize_model.py), or leave train_new_tokens_only out."
         )
     return list(range(*first_and_end))
 

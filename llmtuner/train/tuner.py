@@ -1,11 +1,12 @@
-"""The two doors of the trainer: `run_exp` trains as the settings say, `export_model` merges and saves."""
+"""The two entry points of the trainer: `run_exp` trains as the settings say, `export_model` merges and saves."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmtuner.console import print0
 from llmtuner.env import env_flag
-from llmtuner.hparams import get_train_args
+from llmtuner.hparams import TrainArgs, get_train_args
 
 
 def run_exp(
@@ -16,7 +17,7 @@ def run_exp(
     """Runs one stage of training.
 
     Args:
-        args: settings as a dict, the path of a YAML file, words of a command line, or None for this process's own.
+        args: settings as a dict, the path of a YAML file, arguments of a command line, or None for this process's own.
         texts: held-out texts of each language, on which bits per byte are logged at every evaluation of the pt stage.
         before_training: called on rank 0 once settings, data and model have been checked, before anything of an earlier
             run is deleted.
@@ -28,10 +29,13 @@ def run_exp(
     Raises:
         UserError: for settings, data or models that cannot be used.
     """
+    from llmtuner.train.process import join_processes
+
+    train_args = join_processes(_checked(args))
+    # Only now: with Trainer comes DeepSpeed, which reads the environment when it is imported.
     from llmtuner.train.checkpointing import lock_output_dir
     from llmtuner.train.workflow import run_pt, run_sft
 
-    train_args = get_train_args(args)
     with lock_output_dir(Path(str(train_args.training.output_dir))):
         if train_args.finetuning.stage == "pt":
             return run_pt(train_args, texts, before_training)
@@ -48,10 +52,17 @@ def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) ->
     """
     from llmtuner.weights.merge_lora import merge_adapter  # training needs nothing of weights/
 
-    train_args = get_train_args(args, for_export=True)
+    train_args = _checked(args, for_export=True)
     model_args = train_args.model
     overwrite = train_args.finetuning.overwrite_output_dir or env_flag("OVERWRITE")
     adapter = Path(model_args.adapter_name_or_path) if model_args.adapter_name_or_path else None
     destination = Path(str(model_args.export_dir))
     merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size, overwrite)
     return destination
+
+
+def _checked(args: dict[str, Any] | str | Path | list[str] | None, for_export: bool = False) -> TrainArgs:
+    train_args = get_train_args(args, for_export)
+    for note in train_args.notes:
+        print0(note)
+    return train_args

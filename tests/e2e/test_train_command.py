@@ -37,7 +37,7 @@ def test_files_written_for_the_original_project_run_as_they_are(tiny_run, tmp_pa
         text=True,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "did you mean warmup_ratio: 0.1?" in result.stdout
+    assert "warmup_steps: 0.1 is read as warmup_ratio: 0.1" in result.stdout
     assert "fp16 needs a GPU" in result.stdout
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
 

@@ -18,9 +18,9 @@ KINDS = {
     "dora": dict(lora_rank=4, use_dora=True),
     "embeddings": dict(lora_rank=4, additional_target=BOTH),
     "norms": dict(lora_rank=4, additional_target=["input_layernorm", "o_proj"]),
-    "new rows": dict(lora_rank=4, additional_target=BOTH, embedding_rows="new"),
+    "new rows": dict(lora_rank=4, additional_target=BOTH, train_new_tokens_only=True),
     "dora, new rows of one matrix": dict(
-        lora_rank=4, use_dora=True, additional_target=["lm_head"], embedding_rows="new"
+        lora_rank=4, use_dora=True, additional_target=["lm_head"], train_new_tokens_only=True
     ),
     "freeze": dict(finetuning_type="freeze", additional_target=["lm_head", "norm"]),
     "full": dict(finetuning_type="full"),

@@ -132,7 +132,7 @@ BOTH = dict(additional_target=["embed_tokens", "lm_head"])
     [
         (BOTH, True, torch.bfloat16, 1.32),
         (BOTH, False, torch.float32, 1.17),
-        (dict(**BOTH, embedding_rows="new"), False, torch.bfloat16, 1.11),
+        (dict(**BOTH, train_new_tokens_only=True), False, torch.bfloat16, 1.11),
         ({}, True, torch.float32, 1.24),
     ],
 )

@@ -108,7 +108,7 @@ def test_training_learns_and_merges_to_the_same_logits(tiny_run, tiny_model_dir,
     ],
 )
 def test_other_ways_to_train_learn_too(tiny_run, how, monkeypatch):
-    monkeypatch.setattr("llmtuner.hparams.cpu_supports_bf16", lambda: True)  # slowly if need be
+    monkeypatch.setattr("llmtuner.hparams.transformers_args.cpu_supports_bf16", lambda: True)  # slowly if need be
     metrics = run_exp({**tiny_run, "learning_rate": 2e-3, **how})
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
 

@@ -11,7 +11,8 @@ import torch
 from llmtuner.console import TrainingInterrupted, UserError
 from llmtuner.data.loader import get_dataset
 from llmtuner.data.template import Template
-from llmtuner.hparams import GRADIENT_CHECKPOINTING, get_train_args
+from llmtuner.hparams import get_train_args
+from llmtuner.hparams.transformers_args import GRADIENT_CHECKPOINTING
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import workflow
 from llmtuner.train.trainer import PackedTrainer

@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from llmtuner.console import UserError
 from llmtuner.hparams import get_train_args
-from llmtuner.packages import REQUIRED_PACKAGES, missing_packages
+from llmtuner.hparams.packages import REQUIRED_PACKAGES, missing_packages
 from llmtuner.train.tuner import run_exp
 
 

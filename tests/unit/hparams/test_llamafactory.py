@@ -6,15 +6,17 @@ import re
 import shutil
 
 import pytest
+from transformers import TrainingArguments
 
-from llmtuner import hparams, hparams_compat
 from llmtuner.console import UserError
 from llmtuner.data.sources import DatasetAttr
-from llmtuner.hparams import DataArguments, FinetuningArguments, ModelArguments, get_train_args
+from llmtuner.hparams import DataArguments, FinetuningArguments, ModelArguments, get_train_args, llamafactory, parser
+from llmtuner.hparams.setting import settings_of
 from llmtuner.model.loading import load_model
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
 
+KNOWN = parser.OWN | settings_of(TrainingArguments)
 FACTORY = json.loads((ROOT / "tests" / "fixtures" / "llamafactory.json").read_text(encoding="utf-8"))
 EXAMPLES = FACTORY["examples"]
 PATHS = {
@@ -72,16 +74,9 @@ REFUSED = {
 
 
 @pytest.fixture(autouse=True)
-def only_checked(monkeypatch, tmp_path):
-    """Settings are checked as always, but no group of processes is joined and no optional package is needed."""
-    build = hparams._build
-
-    def build_without_deepspeed(cls, settings):
-        return build(cls, {name: value for name, value in settings.items() if name != "deepspeed"})
-
-    monkeypatch.setattr(hparams, "_build", build_without_deepspeed)
-    monkeypatch.setattr(hparams, "missing_packages", lambda name, value: [])
-    monkeypatch.setattr(hparams, "_set_single_process_env", lambda: None)
+def no_packages_needed(monkeypatch, tmp_path):
+    """Settings are checked as always, but no optional package is needed."""
+    monkeypatch.setattr(parser, "missing_packages", lambda name, value: [])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_config_zero2.json").write_text("{}", encoding="utf-8")
 
@@ -112,7 +107,7 @@ def refused_table():
     """The groups that are refused, as the page shows them."""
     lines = [
         f"| {', '.join(f'`{name}`' for name in group.switches)} | {group.reason} |"
-        for group in hparams_compat.UNSUPPORTED_FEATURES
+        for group in llamafactory.UNSUPPORTED
     ]
     return "\n".join(["| setting | why, and what to use instead |", "|---|---|", *lines])
 
@@ -151,7 +146,7 @@ def test_every_argument_of_llama_factory_is_accepted_with_its_default(name):
     assert refusals({"stage": "sft", **own, name: FACTORY["arguments"][name]}) == []
 
 
-SWITCHES = {name: group for group in hparams_compat.UNSUPPORTED_FEATURES for name in group.switches}
+SWITCHES = {name: group for group in llamafactory.UNSUPPORTED for name in group.switches}
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -176,8 +171,8 @@ def test_one_reason_names_all_settings_that_ask_for_it():
 
 def test_tables_hold_no_setting_of_this_trainer():
     """But for those of transformers that are set aside on purpose."""
-    own = {name for name in hparams.FIELD_TYPES if hparams_compat.find_group(name)}
-    own |= {name for entry in hparams_compat.IGNORED for name in entry.names if name in hparams.FIELD_TYPES}
+    own = {name for name in KNOWN if llamafactory.find_group(name)}
+    own |= {name for entry in llamafactory.IGNORED for name in entry.names if name in KNOWN}
     assert own == {"fsdp", "fsdp_config", "use_liger_kernel"}
 
 
@@ -189,12 +184,10 @@ def test_a_typo_still_names_the_nearest_setting():
 
 
 # --------------------------------------------------------------------------------------------------------- remote code
-def test_one_line_says_that_no_code_is_run(capsys):
+def test_one_line_says_that_no_code_is_run():
     settings = with_own_paths(EXAMPLES["train_lora/qwen3_lora_sft"])
-    get_train_args(settings)
-    assert capsys.readouterr().out.splitlines().count("trust_remote_code: no code of a model directory is run") == 1
-    get_train_args(settings | {"trust_remote_code": False})
-    assert "trust_remote_code" not in capsys.readouterr().out
+    assert get_train_args(settings).notes.count("trust_remote_code: no code of a model directory is run") == 1
+    assert "trust_remote_code" not in str(get_train_args(settings | {"trust_remote_code": False}).notes)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +230,8 @@ def test_names_with_another_meaning_exist():
     assert {"cache_dir", "val_size", "cutoff_len", "mask_history", "num_samples", ".txt"} <= set(named)
     assert {"long dialogues", "turn ends"} <= set(re.findall(r"^\| ([a-z ]+) \|", section, flags=re.MULTILINE))
     of_data_sets = {field.name for field in dataclasses.fields(DatasetAttr)} | {".txt"}
-    ignored = {name for entry in hparams_compat.IGNORED for name in entry.names}
-    assert set(named) <= hparams.FIELD_TYPES.keys() | of_data_sets | ignored
+    ignored = {name for entry in llamafactory.IGNORED for name in entry.names}
+    assert set(named) <= KNOWN.keys() | of_data_sets | ignored
 
 
 def test_defaults_that_the_page_names():
@@ -264,4 +257,4 @@ def test_what_the_page_says_changes_nothing_is_ignored():
     accepted = PAGE.split("## What is accepted")[1].split("## ")[0].split("- ")[2]
     named = set(re.findall(r"`(\w+)`", accepted))
     assert len(named) > 5
-    assert named <= {name for entry in hparams_compat.IGNORED for name in entry.names}
+    assert named <= {name for entry in llamafactory.IGNORED for name in entry.names}

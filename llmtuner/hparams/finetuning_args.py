@@ -1,0 +1,53 @@
+"""What is trained: the stage, LoRA, embeddings, and how the loss is computed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtuner.hparams.setting import ABOVE_0, AT_LEAST_1, BELOW_1, NOT_NEGATIVE, setting
+
+EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+LAYERS = (lambda value: value != 0, "the number of the last layers, or of the first if negative")
+
+
+@dataclass(frozen=True)
+class FinetuningArguments:
+    """Settings of the method."""
+
+    stage: Literal["pt", "sft"] = setting("pt", "Continued pretraining on documents, or tuning on dialogues.")
+    finetuning_type: Literal["lora", "full", "freeze"] = setting(
+        "lora", "lora: adapters, and additional_target in full; full: every parameter; freeze: some layers or modules."
+    )
+    lora_rank: int = setting(8, "Rank of the adapters' matrices.", AT_LEAST_1)
+    lora_alpha: float | None = setting(None, "Scale of the adapter; by default twice the rank.", ABOVE_0)
+    lora_dropout: float = setting(0.0, "Dropout of an adapter's inputs.", BELOW_1)
+    lora_target: list[str] = setting(
+        ["all"], "Modules that get an adapter: names, or `all` linear layers except the output layer."
+    )
+    additional_target: list[str] = setting([], "Modules trained in full beside it, such as embed_tokens and lm_head.")
+    train_new_tokens_only: bool = setting(
+        False, "Of embed_tokens and lm_head in additional_target, train only the rows that step 3 appended."
+    )
+    freeze_trainable_layers: int | None = setting(
+        None, "With freeze: how many of the last layers are trained; left out: 2, none with additional_target.", LAYERS
+    )
+    freeze_trainable_modules: list[str] = setting(
+        ["all"], "With freeze: which modules of those layers, such as self_attn or mlp; `all` of them."
+    )
+    freeze_extra_modules: list[str] = setting([], "With freeze: modules outside the layers that are trained, too.")
+    loraplus_lr_ratio: float | None = setting(
+        None, "LoRA+ (arXiv 2402.12354): the B matrices' learning rate is learning_rate times this.", ABOVE_0
+    )
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank): keeps high ranks learning (arXiv 2312.03732).")
+    use_dora: bool = setting(False, "Train each weight row's magnitude apart from its direction (arXiv 2402.09353).")
+    embedding_learning_rate: float | None = setting(
+        None, "Learning rate of the embedding matrices; by default that of everything else.", NOT_NEGATIVE
+    )
+    fused_ops: bool = setting(True, "On a CPU in fp32: LoRA as one product, RMSNorm in fewer passes.")
+    chunked_loss: bool = setting(True, "Compute logits and their gradients in chunks instead of all at once.")
+    early_stopping_steps: int | None = setting(
+        None, "Stop once eval_loss has not improved for so many evaluations.", AT_LEAST_1, resume_safe=True
+    )
+    plot_loss: bool = setting(False, "Draw training_loss.png and eval_loss.png into output_dir.", resume_safe=True)
+    overwrite_output_dir: bool = setting(
+        False, "Delete an earlier run's checkpoints in output_dir instead of resuming from them.", resume_safe=True
+    )

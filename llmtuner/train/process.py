@@ -1,0 +1,48 @@
+"""The one place where a run touches its process: environment variables, the group of processes, the GPU."""
+
+import os
+import socket
+from dataclasses import replace
+
+import torch
+from transformers import TrainingArguments
+
+from llmtuner.console import UserError
+from llmtuner.hparams import TrainArgs
+from llmtuner.hparams.transformers_args import CheckedTrainingArguments
+
+
+def join_processes(args: TrainArgs) -> TrainArgs:
+    """Joins the other processes of a run and starts DeepSpeed.
+
+    Returns:
+        arguments whose `training` knows rank and device.
+
+    Raises:
+        UserError: for what transformers or DeepSpeed does not accept.
+    """
+    assert isinstance(args.training, CheckedTrainingArguments)  # nothing is joined twice
+    settings = args.training.settings
+    if not torch.cuda.is_available():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, which Trainer imports, warns of the missing GPU
+    if settings.get("deepspeed") and "RANK" not in os.environ:
+        _set_single_process_env()
+    try:
+        training = TrainingArguments(**settings)
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise UserError(f"settings: {error}") from error
+    if training.n_gpu > 1:  # a process trains on one GPU; Trainer would split each batch among all that it sees
+        training._n_gpu = 1
+    return replace(args, training=training)
+
+
+def _set_single_process_env() -> None:
+    """Sets what torchrun would set for a single process: DeepSpeed reads it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        os.environ.setdefault(name, str(value))
