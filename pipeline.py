@@ -190,7 +190,7 @@ def require_base_model(weights: bool = True, published: bool = False) -> Path:
     Raises:
         UserError: names the file that is missing, or the command that converts the model.
     """
-    how = "Set BASE_MODEL_DIR to a model directory; the README says where to get one."
+    how = "Set BASE_MODEL_DIR to a model directory; docs/chatglm3-6b.md says where to get one."
     if not constants.BASE_MODEL_DIR.is_dir():
         raise UserError(f"the base model directory {constants.BASE_MODEL_DIR} does not exist. {how}")
     wanted = ["tokenizer.model", *(["config.json"] if weights else [])]
