@@ -21,7 +21,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def publish(directory, tensors=None, tokenizer=None, **changes):
-    """A published checkpoint with the given tensors and changes in config.json; None takes an entry out."""
+    """Saves a checkpoint in the original format with changes in config.json; None removes an entry."""
     directory.mkdir(parents=True, exist_ok=True)
     if tensors is not False:
         save_file(weights() if tensors is None else tensors, directory / "model.safetensors")
@@ -32,21 +32,21 @@ def publish(directory, tensors=None, tokenizer=None, **changes):
     return directory
 
 
-def refused(source, room, *parts, overwrite=False):
-    """Converting into an empty room is an `UserError` whose message holds all parts, and leaves nothing behind."""
-    room.mkdir(exist_ok=True)
+def assert_rejected(source, parent, *parts, overwrite=False):
+    """Converting into an empty directory raises `UserError` with all parts in its message, and leaves nothing behind."""
+    parent.mkdir(exist_ok=True)
     with pytest.raises(UserError) as error:
-        convert_chatglm(source, room / "glm", overwrite)
+        convert_chatglm(source, parent / "glm", overwrite)
     for part in parts:
         assert str(part) in str(error.value)
-    assert not list(room.iterdir())
+    assert not list(parent.iterdir())
 
 
 def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
-def cut(model):
+def truncate(model):
     """The weights as they are after an interrupted download."""
     file = model / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1000)

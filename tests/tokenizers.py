@@ -1,4 +1,4 @@
-"""Texts in three languages, models learned from them or made by hand, and the files of ChatGLM3's tokenizer."""
+"""Texts in three languages, tokenizer models made by hand or trained on them, and the files of ChatGLM3's tokenizer."""
 
 import json
 from typing import Any
@@ -32,7 +32,7 @@ CHINESE = [
     "小镇的图书馆里有很多书，春天来了，大家都去河边看花。",
     "一座山，两条河，三只猫，他们都住在镇上。",
 ]
-ENGLISH = ["A sophisticated philosopher lives in the town.", "The ferry leaves at 9:30, said the people of Aesop."]
+ENGLISH = ["A sophisticated philosopher lives in the town.", "The ferry leaves at 9:30, described the people of Aesop."]
 ODD = [
     *(
         "",
@@ -53,8 +53,8 @@ ODD = [
 ]
 
 
-def hand_made(pieces, **rules):
-    """A model of exactly these normal pieces, of which an earlier one merges first."""
+def make_sentencepiece(pieces, **rules):
+    """A sentencepiece model of exactly these normal pieces, in merge order."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
@@ -72,18 +72,18 @@ def hand_made(pieces, **rules):
     return proto
 
 
-def written(proto, directory):
+def save_model(proto, directory):
     file = directory / "hand.model"
     file.write_bytes(proto.SerializeToString())
     return file
 
 
-def new_pieces(merged, base):
+def new_tokens(merged, base):
     return [piece.piece for piece in merged.pieces[len(base.pieces) + len(SPECIAL_TOKENS) :]]
 
 
-# ---------------------------------------------------------------------------------------------------------- learning
-def learned(base, lines, count, script=JA, reference=()):
+# ----------------------------------------------------------------------------------------------------------- training
+def train_tokens(base, lines, count, script=JA, reference=()):
     return list(train_continued_bpe(segment_corpus(base, lines, script), count, script, reference))
 
 

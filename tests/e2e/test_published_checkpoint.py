@@ -55,7 +55,7 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
             disk.setattr(f"llmtuner.weights.{where}", instead)
             with pytest.raises(UserError, match=message):
                 step3.main()
-        assert [one.name for one in (tmp_path / "work").iterdir() if one.name != ".lock"] == [merged.name]
+        assert [path.name for path in (tmp_path / "work").iterdir() if path.name != ".lock"] == [merged.name]
     step3.main()
     metrics = pipeline.load_metrics("step3")
     assert (metrics["old_rows"], metrics["new_rows"], metrics["old_rows_identical"]) == (512, 512, True)
@@ -63,9 +63,9 @@ def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, 
     assert metrics["init"] == {"input": "mean", "output": "first_weighted"}
     assert metrics["norm_correction"]
     rows = {
-        one.name: one.read_rows(0, 512).float()
-        for one in open_checkpoint(zero).values()
-        if one.name in EMBEDDING_WEIGHTS
+        tensor.name: tensor.read_rows(0, 512).float()
+        for tensor in open_checkpoint(zero).values()
+        if tensor.name in EMBEDDING_WEIGHTS
     }
     new = find_new_tokens(published / "tokenizer.model", merged / "tokenizer.model")
     embeddings, head = rows["model.embed_tokens.weight"], rows["lm_head.weight"]

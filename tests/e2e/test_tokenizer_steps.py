@@ -1,4 +1,4 @@
-"""Steps 1 and 2: from texts to a merged tokenizer, and what they refuse."""
+"""Steps 1 and 2: from texts to a merged tokenizer, and what they reject."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from llmtuner.tokenizer.sentencepiece_bpe import (
     train_bpe,
 )
 from tests.helpers import ROOT
-from tests.tokenizers import CHINESE, ENGLISH, JA, JAPANESE, hand_made, new_pieces, write_corpus, written
+from tests.tokenizers import CHINESE, ENGLISH, JA, JAPANESE, make_sentencepiece, new_tokens, save_model, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def candidate_file(tmp_path_factory):
 
 
 def run_step(script, work, base, corpus, **variables):
-    """Runs a step, with arguments behind its name, from another working directory, on a machine without torch."""
+    """Runs a step with arguments from another working directory, with torch made unimportable."""
     script, *arguments = script.split()
     code = f"import sys, runpy; sys.modules['torch'] = None; sys.argv = {[script, *arguments]!r}; "
     code += f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
@@ -55,7 +55,7 @@ TEXT_FILES = {
 
 @pytest.fixture
 def places(tmp_path):
-    """A directory of texts, and one to work in; the miniature's world is not needed there."""
+    """CORPUS_DIR with texts, and WORK_DIR with an empty corpus so that the miniature is not generated."""
     corpus, work = tmp_path / "texts", tmp_path / "work"
     (work / "corpus").mkdir(parents=True)
     (work / "corpus" / "questions.jsonl").touch()
@@ -75,13 +75,13 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
 
     first = run_step("step1_train_tokenizer.py --compare", work, tiny_tokenizer_dir, corpus)
     assert first.returncode == 0, first.stderr
-    learned = metrics_of(work, "step1")
-    assert (learned["method"], learned["skipped"]) == ("continued", 0)
+    step1 = metrics_of(work, "step1")
+    assert (step1["method"], step1["skipped"]) == ("continued", 0)
     base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
     candidates = read_sentencepiece(work / "step1_ja_tokenizer" / "ja_bpe.model")
-    assert len(candidates.pieces) == learned["vocab_size"] == len(base.pieces) + learned["new_pieces"]
-    assert sum(learned["pieces_by_script"].values()) == learned["new_pieces"] > 50
-    per_character = learned["tokens_per_character"]
+    assert len(candidates.pieces) == step1["vocab_size"] == len(base.pieces) + step1["new_pieces"]
+    assert sum(step1["pieces_by_script"].values()) == step1["new_pieces"] > 50
+    per_character = step1["tokens_per_character"]
     assert 2 < per_character["base tokenizer"] < 3.1
     assert per_character["continued"] < 1
     assert per_character["as the original"] < 1
@@ -106,8 +106,8 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
     assert metrics == {
         "method": "exact",
         "base_pieces": len(base.pieces),
-        "added_pieces": learned["new_pieces"],  # all that were learned
-        "pieces_by_script": learned["pieces_by_script"],
+        "added_pieces": step1["new_pieces"],  # all new tokens
+        "pieces_by_script": step1["pieces_by_script"],
         "unreachable_tokens": 0,
         "special_ids_kept": True,
         "changed_texts": {"zh": 0, "en": 0},
@@ -119,9 +119,9 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
     command = f"step2_merge_tokenizer.py --method original --candidates {original}"
     compared = run_step(command, work, tiny_tokenizer_dir, corpus)
     assert compared.returncode == 0, compared.stderr
-    evidence = json.loads((work / "step2_original_method" / "metrics.json").read_text())
-    assert evidence["changed_texts"]["zh"] > 30  # texts hold their numbers, which the original does not split
-    assert evidence["examples_of_changes"]["zh"][0]["before"] != evidence["examples_of_changes"]["zh"][0]["after"]
+    comparison = json.loads((work / "step2_original_method" / "metrics.json").read_text())
+    assert comparison["changed_texts"]["zh"] > 30  # texts contain numbers, whose digits the original does not split
+    assert comparison["examples_of_changes"]["zh"][0]["before"] != comparison["examples_of_changes"]["zh"][0]["after"]
     assert metrics_of(work, "step2")["method"] == "exact"  # the result stays
 
     (corpus / "ja_wiki.train.jsonl").write_text('{"text": "猫"}\n{"text": \n', encoding="utf-8")
@@ -146,7 +146,7 @@ def test_step_1_by_sentencepiece_or_on_top_of_other_pieces(places, tiny_tokenize
     second = run_step(command, work, tiny_tokenizer_dir, corpus, OVERWRITE="1")
     assert second.returncode == 0, second.stderr
     base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
-    chosen = new_pieces(
+    chosen = new_tokens(
         merge_reachable(base, filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE).accepted)[0],
         base,
     )
@@ -156,13 +156,13 @@ def test_step_1_by_sentencepiece_or_on_top_of_other_pieces(places, tiny_tokenize
     assert 2000 < metrics_of(work, "step1")["input_bytes"] < 2400
 
 
-def test_step_1_wants_chinese_text_before_it_reads_japanese(places, tiny_tokenizer_dir):
+def test_step_1_requires_chinese_text_before_it_reads_japanese(places, tiny_tokenizer_dir):
     corpus, work = places
     (corpus / "zh_wiki.train.jsonl").unlink()
-    refused = run_step("step1_train_tokenizer.py", work, tiny_tokenizer_dir, corpus, HF_HUB_OFFLINE="1")
-    assert refused.returncode == 2
-    assert "zh_" in refused.stderr
-    assert "reading" not in refused.stderr
+    result = run_step("step1_train_tokenizer.py", work, tiny_tokenizer_dir, corpus, HF_HUB_OFFLINE="1")
+    assert result.returncode == 2
+    assert "zh_" in result.stderr
+    assert "reading" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -174,15 +174,15 @@ def test_step_1_wants_chinese_text_before_it_reads_japanese(places, tiny_tokeniz
         (lambda proto: proto.pieces.add(piece=proto.pieces[-1].piece, score=-1e6, type=NORMAL), "2 times"),
     ],
 )
-def test_step_2_refuses_bad_candidates(places, tiny_tokenizer_dir, candidate_file, tmp_path, spoil, message):
+def test_step_2_rejects_invalid_candidates(places, tiny_tokenizer_dir, candidate_file, tmp_path, spoil, message):
     corpus, work = places
     proto = read_sentencepiece(candidate_file)
     spoil(proto)
-    command = f"step2_merge_tokenizer.py --candidates {written(proto, tmp_path)}"
-    refused = run_step(command, work, tiny_tokenizer_dir, corpus)
-    assert refused.returncode == 2
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+    command = f"step2_merge_tokenizer.py --candidates {save_model(proto, tmp_path)}"
+    result = run_step(command, work, tiny_tokenizer_dir, corpus)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
     assert list(work.glob("step2*")) == []
 
 
@@ -190,15 +190,15 @@ def test_step_2_refuses_bad_candidates(places, tiny_tokenizer_dir, candidate_fil
     ("rules", "message"),
     [({"byte_fallback": False}, "no byte fallback"), ({"normalized": True}, "it normalizes text")],
 )
-def test_steps_1_and_2_refuse_a_base_under_other_rules(places, candidate_file, tmp_path, rules, message):
+def test_steps_1_and_2_reject_a_base_with_another_spec(places, candidate_file, tmp_path, rules, message):
     corpus, work = places
-    proto = hand_made(["▁", "の"], **rules)
+    proto = make_sentencepiece(["▁", "の"], **rules)
     if rules.get("normalized"):
         proto.normalizer_spec.precompiled_charsmap = b"some"
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "tokenizer.model").write_bytes(proto.SerializeToString())
     for command in ("step1_train_tokenizer.py", f"step2_merge_tokenizer.py --candidates {candidate_file}"):
-        refused = run_step(command, work, tmp_path / "base", corpus)
-        assert refused.returncode == 2
-        assert message in refused.stderr
+        result = run_step(command, work, tmp_path / "base", corpus)
+        assert result.returncode == 2
+        assert message in result.stderr
         assert list(work.glob("step*")) == []

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtuner.console import UserError
 from llmtuner.model.loading import load_for_evaluation, load_model
-from llmtuner.train.tuner import run_exp
-from llmtuner.weights.merge_lora import merge_adapter
-from llmtuner.weights.resize_embeddings import open_model
-from tests.checkpoints import cut
+from tests.checkpoints import truncate
 
 
 @pytest.fixture
@@ -28,24 +24,24 @@ def in_shards(model):
     """The same weights in two files with an index."""
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
-    names = sorted(weights)
-    files = {f"model-0000{part + 1}-of-00002.safetensors": names[part::2] for part in range(2)}
-    for file, own in files.items():
-        save_file({name: weights[name] for name in own}, model / file, {"format": "pt"})
-    weight_map = {name: file for file, own in files.items() for name in own}
+    order = sorted(weights)
+    files = {f"model-0000{part + 1}-of-00002.safetensors": order[part::2] for part in range(2)}
+    for file, names in files.items():
+        save_file({name: weights[name] for name in names}, model / file, {"format": "pt"})
+    weight_map = {name: file for file, names in files.items() for name in names}
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-# ----------------------------------------------------------------------------------------------------------- cut off
+# --------------------------------------------------------------------------------------------------------- truncated
 @pytest.mark.parametrize("load", [load_model, load_for_evaluation])
-def test_cut_weights_are_named(model, load):
-    file = cut(model)
+def test_truncated_weights_are_reported(model, load):
+    file = truncate(model)
     with pytest.raises(UserError, match="damaged or truncated") as caught:
         load(model)
     assert str(file) in str(caught.value)
 
 
-def test_cut_or_missing_shard_is_named(model):
+def test_truncated_or_missing_shard_is_reported(model):
     in_shards(model)
     load_model(model)
     shard = model / "model-00002-of-00002.safetensors"
@@ -55,34 +51,6 @@ def test_cut_or_missing_shard_is_named(model):
     shard.unlink()
     with pytest.raises(UserError, match=f"are missing: {shard.name}"):
         load_model(model)
-
-
-# --------------------------------------------------------------------------------------------------------- quantized
-def quantize(model, how):
-    """A checkpoint as bitsandbytes, or another tool that says nothing in config.json, would write it."""
-    if how == "config":
-        config = json.loads((model / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-        (model / "config.json").write_text(json.dumps(config))
-        return
-    weights = load_file(model / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    weights[name] = weights[name].to({"int8": torch.int8, "uint8": torch.uint8, "fp8": torch.float8_e4m3fn}[how])
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.parametrize("how", ["config", "int8", "uint8", "fp8"])
-def test_quantized_model_is_not_trained_grown_or_merged(model, tiny_model_dir, tiny_run, tmp_path, how):
-    quantize(model, how)
-    uses = {
-        "train": lambda: run_exp({**tiny_run, "model_name_or_path": str(model)}),
-        "grow": lambda: open_model(model),
-        "merge": lambda: merge_adapter(model, tiny_model_dir, tmp_path / "merged"),
-    }
-    for use in uses.values():
-        with pytest.raises(UserError, match=r"is quantized: .*(quantization_config \(bitsandbytes\)|q_proj\.weight)"):
-            use()
-    assert not Path(tiny_run["cache_dir"]).exists()
 
 
 # ------------------------------------------------------------------------------------------------------ other files

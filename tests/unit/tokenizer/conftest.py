@@ -1,4 +1,4 @@
-"""Tokenizer models learned from a few texts."""
+"""Tokenizer models trained on a few texts."""
 
 import pytest
 

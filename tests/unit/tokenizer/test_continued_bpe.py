@@ -15,22 +15,22 @@ from llmtuner.tokenizer.fast import (
 )
 from llmtuner.tokenizer.merge_vocab import count_scripts, filter_candidates, merge_vocab, unreachable_tokens
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
-from tests.tokenizers import CHINESE, ENGLISH, JA, JAPANESE, ODD, hand_made, learned
+from tests.tokenizers import CHINESE, ENGLISH, JA, JAPANESE, ODD, make_sentencepiece, train_tokens
 
 
-def test_the_most_frequent_pair_is_learned_first():
-    base = hand_made(["▁", "い", "う", "え", "お", "うえ"])
+def test_the_most_frequent_pair_comes_first():
+    base = make_sentencepiece(["▁", "い", "う", "え", "お", "うえ"])
     lines = ["いうお"] * 4 + ["おい"] * 3 + ["えお"] * 2
-    # い+う 4 times, then いう+お; お+い 3 times; ▁+い... a line begins as a text does
-    assert learned(base, lines, 3) == ["▁い", "▁いう", "▁いうお"]
-    assert learned(base, ["お" + line for line in lines], 2) == ["▁お", "▁おい"]
-    assert learned(base, lines, 99)[-1] in {"えお", "▁えお"}  # and ends where nothing occurs twice
-    # うえ is native: い+う is not there to be learned
-    assert "いう" not in "".join(learned(base, ["いうえ"] * 9, 9)).replace("いうえ", "")
+    # い+う 4 times, then いう+お; お+い 3 times; ▁+い... a line begins like a text
+    assert train_tokens(base, lines, 3) == ["▁い", "▁いう", "▁いうお"]
+    assert train_tokens(base, ["お" + line for line in lines], 2) == ["▁お", "▁おい"]
+    assert train_tokens(base, lines, 99)[-1] in {"えお", "▁えお"}  # and ends when no pair occurs twice
+    # うえ is a base token: い+う never occurs as a pair
+    assert "いう" not in "".join(train_tokens(base, ["いうえ"] * 9, 9)).replace("いうえ", "")
 
 
 def brute_force(base, lines, count):
-    """The same by splitting all lines by sentencepiece and counting all pairs anew after each piece."""
+    """The same by encoding all lines with sentencepiece and recounting all pairs after each new token."""
     pieces = []
     while len(pieces) < count:
         pairs = Counter()
@@ -48,18 +48,18 @@ def brute_force(base, lines, count):
 
 
 @pytest.mark.parametrize(
-    ("alphabet", "natives"),
+    ("alphabet", "base_tokens"),
     [
         ("いうえお、。", ["うえ"]),
         ("いうえ 1A、、", ["うえ"]),
         ("いいいう", []),
         ("い", []),
-        ("おいうえ", ["おいう", "いうえ"]),  # natives that come about when いう does, and both want it
+        ("おいうえ", ["おいう", "いうえ"]),  # base tokens that form when いう does, both from it
     ],
 )
-def test_learning_equals_counting_all_pairs_anew(alphabet, natives):
+def test_training_equals_recounting_all_pairs(alphabet, base_tokens):
     shuffle = random.Random(1)
-    base = hand_made(["▁", *"いうえお、。1A", *natives])
+    base = make_sentencepiece(["▁", *"いうえお、。1A", *base_tokens])
     lines = ["".join(shuffle.choices(alphabet, k=shuffle.randrange(2, 40))).strip() for _ in range(200)]
     lines += ["おいうえ"] * 90
     expected = brute_force(base, lines, 60)
@@ -67,33 +67,33 @@ def test_learning_equals_counting_all_pairs_anew(alphabet, natives):
     assert list(bpe.train()) == expected
     merged = merge_vocab(base, expected)
     assert unreachable_tokens(base, merged) == []
-    # the merged tokenizer splits the text as it was split in learning
+    # the merged tokenizer segments the text as training left it
     split = [piece for line in to_processor(merged).encode(lines, out_type=str) for piece in line]
     joined = [bpe.id_to_token[index] for index in bpe.tokens if index > 0]
     assert joined == [piece for piece in split if JA.token_pattern.fullmatch(piece)]
 
 
-def test_rare_pairs_are_learned_once_frequent_ones_are_used_up():
-    base = hand_made(["▁", *"いうえお"])
+def test_rare_pairs_follow_when_frequent_ones_are_exhausted():
+    base = make_sentencepiece(["▁", *"いうえお"])
     lines = ["いう"] * 50 + ["えお"] * 3
     bpe = ContinuedBPE(segment_corpus(base, lines, JA), 9, JA, set())
     bpe.min_count = 40
     assert list(bpe.train()) == ["▁い", "▁いう", "▁え", "▁えお"]
 
 
-def test_characters_in_bytes_become_pieces_unless_the_other_language_writes_them():
-    base = hand_made(["▁", "の", "人"])
+def test_characters_in_bytes_become_tokens_unless_the_other_language_writes_them():
+    base = make_sentencepiece(["▁", "の", "人"])
     lines = ["人の駅の人"] * 5 + ["人の働の人"] * 5 + ["人の蛉の人"] * 9
-    pieces = learned(base, lines, 99, reference=["不働"])
+    pieces = train_tokens(base, lines, 99, reference=["不働"])
     assert "駅" in pieces
     assert pieces.index("駅") < min(at for at, piece in enumerate(pieces) if piece != "駅" and "駅" in piece)
-    assert not any("働" in piece or "蛉" in piece for piece in pieces)  # 働 stands in the reference, 蛉 in GB 2312
+    assert not any("働" in piece or "蛉" in piece for piece in pieces)  # 働 occurs in the reference, 蛉 in GB 2312
     assert unreachable_tokens(base, merge_vocab(base, pieces)) == []
 
 
-def test_learned_pieces_shorten_japanese_and_change_nothing_else(base_file, tmp_path):
+def test_new_tokens_shorten_japanese_and_change_nothing_else(base_file, tmp_path):
     base = read_sentencepiece(base_file)
-    pieces = learned(base, JAPANESE, 120, reference=CHINESE)
+    pieces = train_tokens(base, JAPANESE, 120, reference=CHINESE)
     assert len(pieces) == 120
     merged = merge_vocab(base, pieces)
     assert unreachable_tokens(base, merged) == []
@@ -119,7 +119,7 @@ def test_learned_pieces_shorten_japanese_and_change_nothing_else(base_file, tmp_
 )
 def test_other_languages_by_a_setting(language, lines, base_file, tmp_path):
     base = read_sentencepiece(base_file)
-    pieces = learned(base, lines * 9, 80, WRITING_SYSTEMS[language])
+    pieces = train_tokens(base, lines * 9, 80, WRITING_SYSTEMS[language])
     merged = merge_vocab(base, pieces)
     before, after = to_processor(base), to_processor(merged)
     assert compare(before, after, lines).token_ratio < 0.35

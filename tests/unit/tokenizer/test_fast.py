@@ -19,7 +19,7 @@ from llmtuner.tokenizer.fast import (
     read_sentencepiece,
     save_tokenizer,
 )
-from tests.tokenizers import CHINESE, ENGLISH, GOLDEN, JAPANESE, ODD, hand_made, needs_golden, written
+from tests.tokenizers import CHINESE, ENGLISH, GOLDEN, JAPANESE, ODD, make_sentencepiece, needs_golden, save_model
 
 INJECTED = [
     *SPECIAL_TOKENS,
@@ -50,7 +50,7 @@ def test_fast_tokenizer_gives_sentencepiece_ids(which, request):
 
 
 @pytest.mark.parametrize("which", ["base_file", "merged_file"])
-def test_text_never_becomes_a_special_token_and_comes_back_whole(which, request):
+def test_text_never_becomes_a_special_token_and_decodes_to_itself(which, request):
     tokenizer = build_fast_tokenizer(request.getfixturevalue(which))
     special = {*(tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS), 0, 1, 2}
     for text in INJECTED + ENGLISH + JAPANESE[:5]:
@@ -59,7 +59,7 @@ def test_text_never_becomes_a_special_token_and_comes_back_whole(which, request)
         assert tokenizer.decode(ids) == text
 
 
-def test_special_tokens_stand_behind_the_native_pieces(base_file, merged_file):
+def test_special_tokens_follow_the_base_vocabulary(base_file, merged_file):
     size = len(read_sentencepiece(base_file).pieces)
     for file in (base_file, merged_file):
         tokenizer = build_fast_tokenizer(file)
@@ -150,21 +150,21 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
         ({"remove_extra_whitespaces": True}, "removes whitespace"),
     ],
 )
-def test_models_under_other_rules_are_refused(rules, message, tmp_path):
-    build_fast_tokenizer(written(hand_made(["▁", "a"]), tmp_path))
+def test_models_with_another_spec_are_rejected(rules, message, tmp_path):
+    build_fast_tokenizer(save_model(make_sentencepiece(["▁", "a"]), tmp_path))
     with pytest.raises(UserError, match=message):
-        build_fast_tokenizer(written(hand_made(["▁", "a"], **rules), tmp_path))
+        build_fast_tokenizer(save_model(make_sentencepiece(["▁", "a"], **rules), tmp_path))
 
 
-def test_models_that_ordered_merges_cannot_express_are_refused(tmp_path):
-    tied = hand_made(["▁", "a", "b"])
+def test_models_that_ordered_merges_cannot_express_are_rejected(tmp_path):
+    tied = make_sentencepiece(["▁", "a", "b"])
     tied.pieces[-1].score = tied.pieces[-2].score
     with pytest.raises(UserError, match="same score"):
-        build_fast_tokenizer(written(tied, tmp_path))
+        build_fast_tokenizer(save_model(tied, tmp_path))
     with pytest.raises(UserError, match="a character that is not a piece"):
-        build_fast_tokenizer(written(hand_made(["▁", "a", "ab"]), tmp_path))
+        build_fast_tokenizer(save_model(make_sentencepiece(["▁", "a", "ab"]), tmp_path))
     with pytest.raises(UserError, match="named like special tokens"):
-        build_fast_tokenizer(written(hand_made(["▁", "s", "o", "p", "op", "sop"]), tmp_path))
+        build_fast_tokenizer(save_model(make_sentencepiece(["▁", "s", "o", "p", "op", "sop"]), tmp_path))
 
 
 def test_unreadable_models_are_named(tmp_path):

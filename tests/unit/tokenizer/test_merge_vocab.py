@@ -1,4 +1,4 @@
-"""Merging vocabularies: ranks, unreachable tokens, and the comparison before and after."""
+"""Merging vocabularies: accepted candidates, ranks and unreachable tokens."""
 
 import re
 
@@ -37,11 +37,11 @@ from tests.tokenizers import (
     JA,
     JAPANESE,
     ORIGINAL,
-    hand_made,
-    learned,
+    make_sentencepiece,
     needs_golden,
-    new_pieces,
-    written,
+    new_tokens,
+    save_model,
+    train_tokens,
 )
 
 CORPORA = ROOT.parent / "shared" / "corpora"
@@ -50,9 +50,9 @@ needs_corpora = pytest.mark.skipif(not CORPORA.is_dir(), reason="needs real text
 
 
 # ----------------------------------------------------------------------------------------------------------- merging
-def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
-    base = hand_made(["▁", "山", "上", "の", "学", "校", "駅", "。", "・", "山上"])
-    candidates = hand_made(
+def test_only_tokens_that_occur_only_in_japanese_are_accepted():
+    base = make_sentencepiece(["▁", "山", "上", "の", "学", "校", "駅", "。", "・", "山上"])
+    candidates = make_sentencepiece(
         ["山上", "の山", "山の", "学校", "学駅", "駅上", "第1", "Aの", "の。", "！", "・の", "▁の"]
         + ["▁学校", "▁駅上", "畑", "校畑", "蛉", "蛉の", "働", "働の", "々", "ーの", "ー", "山。"]
     )
@@ -60,7 +60,7 @@ def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
     assert choice.accepted == ["の山", "山の", "学駅", "の。", "・の", "▁の", "畑", "校畑", "々", "ーの", "ー"]
     assert choice.rejected == {
         "digit, letter or sign": 4,  # 第1 Aの ！ 山。
-        "also written in the other language": 6,  # 学校 ▁学校 蛉 are of GB 2312, 駅上 ▁駅上 働 stand in the reference
+        "also written in the other language": 6,  # 学校 ▁学校 蛉 are of GB 2312, 駅上 ▁駅上 働 occur in the reference
         "of a character in bytes": 2,  # 蛉の 働の: 蛉 and 働 have no piece of their own
     }
     assert count_scripts(choice.accepted) == {
@@ -83,22 +83,22 @@ def test_only_pieces_that_japanese_alone_can_hold_are_chosen():
         (["▁<|user|>"], "a special token's name"),
     ],
 )
-def test_impossible_candidates_are_refused(pieces, message):
-    base = hand_made(["▁", "山", "の"])
-    assert new_candidates(base, hand_made(["山", "の山", "▁の"])) == ["の山", "▁の"]
+def test_invalid_candidates_are_rejected(pieces, message):
+    base = make_sentencepiece(["▁", "山", "の"])
+    assert new_candidates(base, make_sentencepiece(["山", "の山", "▁の"])) == ["の山", "▁の"]
     with pytest.raises(UserError, match=re.escape(message)):
-        new_candidates(base, hand_made(pieces))
+        new_candidates(base, make_sentencepiece(pieces))
 
 
 def test_the_original_method_ranks_every_candidate_first():
-    base = hand_made(["▁", "い", "う", "え", "うえ"])
-    merged = merge_as_original(base, hand_made(["い", "いう", "1a"]))
+    base = make_sentencepiece(["▁", "い", "う", "え", "うえ"])
+    merged = merge_as_original(base, make_sentencepiece(["い", "いう", "1a"]))
     assert [(piece.piece, piece.score) for piece in merged.pieces[-2:]] == [("いう", 0.0), ("1a", 0.0)]
     assert to_processor(merged).encode("いうえ", out_type=str) == ["▁", "いう", "え"]
     assert to_processor(merge_vocab(base, ["いう"])).encode("いうえ", out_type=str) == ["▁", "い", "うえ"]
 
 
-def test_new_pieces_rank_below_every_native_piece_in_their_order(base_file, candidate_file):
+def test_new_tokens_rank_below_the_base_vocabulary_in_order(base_file, candidate_file):
     base = read_sentencepiece(base_file)
     merged = merge_vocab(base, ["の山", "山の", "畑"])
     size = len(base.pieces)
@@ -116,49 +116,35 @@ def test_new_pieces_rank_below_every_native_piece_in_their_order(base_file, cand
         merge_vocab(merged, ["の"])
 
 
-def test_pieces_that_native_merges_forestall_are_left_out():
-    # い う え お -> い うえ お natively: いう is possible where no え follows, いうえ joins い and うえ, いうえお nothing.
-    base = hand_made(["▁", "い", "う", "え", "お", "うえ"])
-    merged, dead = merge_reachable(base, ["いう", "いうえお"])
-    assert dead == ["いうえお"]
-    assert new_pieces(merged, base) == ["いう"]
+def test_tokens_that_base_merges_preempt_are_left_out():
+    # い う え お -> い うえ お by base merges: いう forms where no え follows, いうえ from い and うえ, いうえお never.
+    base = make_sentencepiece(["▁", "い", "う", "え", "お", "うえ"])
+    merged, unreachable = merge_reachable(base, ["いう", "いうえお"])
+    assert unreachable == ["いうえお"]
+    assert new_tokens(merged, base) == ["いう"]
     assert find_unreachable(merged) == set()
-    # いうえおか hangs on いうえお alone, and both die; with いうえ between them all live.
+    # いうえおい depends on いうえお, so both are unreachable; with いうえ between them all are reachable.
     assert merge_reachable(base, ["いう", "いうえお", "いうえおい"])[1] == ["いうえお", "いうえおい"]
     assert merge_reachable(base, ["いう", "いうえ", "いうえお"])[1] == []
 
 
-def test_dead_pieces_are_found_on_both_sides():
-    base = hand_made(["▁", "w", "x", "y", "z", "wx", "yz", "wxyz"])
+def test_unreachable_tokens_are_found_on_both_sides():
+    base = make_sentencepiece(["▁", "w", "x", "y", "z", "wx", "yz", "wxyz"])
     assert find_unreachable(base) == set()
     above = merge_vocab(base, ["xy"])
-    above.pieces[-1].score = 1.0  # the original's defect: a new piece merges before the native ones
-    assert unreachable_tokens(base, above) == ["wxyz"]  # w xy z: nothing joins w
+    above.pieces[-1].score = 1.0  # the original's defect: a new token merges before the base tokens
+    assert unreachable_tokens(base, above) == ["wxyz"]  # w xy z: nothing merges with w
     assert unreachable_tokens(base, merge_vocab(base, ["xy"])) == []
-    assert unreachable_tokens(base, merge_vocab(base, ["zwxy"])) == ["zwxy"]  # z wx y: natively joined otherwise
-    crippled = hand_made(["▁", "w", "x", "wxw"])  # a native piece that was dead before is nobody's fault
-    assert find_unreachable(crippled) == {"wxw"}
-    assert unreachable_tokens(crippled, merge_vocab(crippled, ["xx"])) == []
-
-
-def test_comparison_shows_the_first_difference(tmp_path):
-    base = hand_made(["▁", "い", "う", "え"])
-    merged = merge_vocab(base, ["いう"])
-    before, after = to_processor(base), to_processor(merged)
-    result = compare(before, after, ["ええ", "えいうえ", "うい"])
-    assert (result.texts, result.tokens_before, result.tokens_after) == (3, 11, 10)
-    assert result.token_ratio == 10 / 11
-    assert [(change.before, change.after) for change in result.changes] == [(["い", "う", "え"], ["いう", "え"])]
-    assert encoding_mismatches(build_fast_tokenizer(written(merged, tmp_path)), after, ["えいうえ"]) == []
-    assert encoding_mismatches(build_fast_tokenizer(written(base, tmp_path)), after, ["えい", "えいうえ"]) == [
-        "えいうえ"
-    ]
+    assert unreachable_tokens(base, merge_vocab(base, ["zwxy"])) == ["zwxy"]  # z wx y: base merges take precedence
+    defective = make_sentencepiece(["▁", "w", "x", "wxw"])  # a base token that was unreachable before is not counted
+    assert find_unreachable(defective) == {"wxw"}
+    assert unreachable_tokens(defective, merge_vocab(defective, ["xx"])) == []
 
 
 def test_merge_shortens_japanese_and_changes_nothing_else(base_file, merged_file):
     base, merged = read_sentencepiece(base_file), read_sentencepiece(merged_file)
     before, after = to_processor(base), to_processor(merged)
-    assert len(new_pieces(merged, base)) > 100
+    assert len(new_tokens(merged, base)) > 100
     assert unreachable_tokens(base, merged) == []
     assert compare(before, after, CHINESE + ENGLISH).changes == []
     assert compare(before, after, JAPANESE[:5]).token_ratio < 0.4
@@ -167,15 +153,17 @@ def test_merge_shortens_japanese_and_changes_nothing_else(base_file, merged_file
 @needs_golden
 def test_original_merge_is_defective_as_published():
     base, merged = read_sentencepiece(ORIGINAL), read_sentencepiece(GOLDEN / "seed_merged_cn_and_ja_tokenizer.model")
-    native = {piece.piece for piece in base.pieces}
-    dead = {piece for piece in unreachable_tokens(base, merged) if not piece.startswith("vcxv")}  # its placeholders
-    assert (len(dead & native), len(dead - native)) == (64, 57)
+    base_pieces = {piece.piece for piece in base.pieces}
+    unreachable = {
+        piece for piece in unreachable_tokens(base, merged) if not piece.startswith("vcxv")
+    }  # its placeholders
+    assert (len(unreachable & base_pieces), len(unreachable - base_pieces)) == (64, 57)
 
 
 @needs_golden
 @needs_corpora
 def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
-    """Learned from a fifth of the text that benchmarks/merge_methods.py reads, so a little less short than there."""
+    """Trained on a fifth of the text of benchmarks/merge_methods.py, so the ratio is a little worse than there."""
 
     def documents(name):
         return pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
@@ -188,8 +176,8 @@ def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
     sentences = (sentence for text in japanese for sentence in split_sentences(text))
     train_bpe(sentences, tmp_path / "original.model", 8000, chatglm3_spec=False)
     as_original = merge_as_original(base, read_sentencepiece(tmp_path / "original.model"))
-    budget = len(new_pieces(as_original, base))
-    pieces = learned(base, [line for text in japanese for line in text.splitlines()], budget, reference=reference)
+    budget = len(new_tokens(as_original, base))
+    pieces = train_tokens(base, [line for text in japanese for line in text.splitlines()], budget, reference=reference)
     merged = merge_vocab(base, pieces)
     assert len(pieces) == budget
     assert unreachable_tokens(base, merged) == []
@@ -201,7 +189,7 @@ def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
     for name in ("ja_wiki.test", "ja_aozora.test", "ja_guides.test"):
         ours = compare(before, after, documents(name)).tokens_after
         assert ours < compare(before, to_processor(as_original), documents(name)).tokens_after, name
-    file = written(merged, tmp_path)
+    file = save_model(merged, tmp_path)
     assert encoding_mismatches(build_fast_tokenizer(file), after, lines("ja_wiki.test") + lines("zh_luxun.test")) == []
 
 
@@ -215,5 +203,5 @@ def test_real_candidates_are_filtered():
         for text in pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
     )
     merged, _ = merge_reachable(base, filter_candidates(base, candidates, JA, reference).accepted)
-    assert len(new_pieces(merged, base)) > 11_000
+    assert len(new_tokens(merged, base)) > 11_000
     assert unreachable_tokens(base, merged) == []

@@ -33,7 +33,7 @@ def test_sentences_keep_their_closing_quotes():
 
 
 @pytest.mark.parametrize("character", ["a", "あ", "👍"])
-def test_long_sentences_are_cut_and_not_lost(character):
+def test_long_sentences_are_split_and_not_lost(character):
     size = len(character.encode())
     fitting = MAX_SENTENCE_BYTES // size
     assert list(split_sentences(character * fitting)) == [character * fitting]
@@ -49,14 +49,14 @@ def test_training_counts_what_sentencepiece_would_skip(tmp_path):
     assert trained.input_bytes == 30 * 21 + 1398 * 3 + 15
     pieces = {piece.piece for piece in read_sentencepiece(tmp_path / "a.model").pieces}
     assert {"ね", "ねこ"} <= pieces
-    assert "ぬ" not in pieces  # the count is true: those two were not read
+    assert "ぬ" not in pieces  # the count is correct: those two were not read
     assert "いぬ▅いぬ" not in "".join(split_sentences("いぬ▅いぬ"))
     assert train_bpe(split_sentences("いぬ▅いぬ\n" * 9), tmp_path / "b.model", 300, threads=1).skipped == 0
 
 
-def test_trained_model_follows_the_base_rules(candidate_file, tmp_path):
+def test_trained_model_follows_the_spec(candidate_file, tmp_path):
     proto = read_sentencepiece(candidate_file)
-    build_fast_tokenizer(candidate_file)  # refuses other rules
+    build_fast_tokenizer(candidate_file)  # rejects any other spec
     processor = sentencepiece.SentencePieceProcessor(model_file=str(candidate_file))
     for text in JAPANESE[:5] + ODD + ["Ａ １ ２　㍿"]:
         if not {"\x00", "▁"} & set(text):
@@ -90,15 +90,15 @@ def test_failed_training_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mix_draws_from_the_stream_furthest_behind():
+def test_interleaving_draws_from_the_stream_furthest_behind():
     streams = {"wiki": iter(["w" * 10] * 9), "aozora": iter(["a" * 10] * 9)}
-    shares = {"wiki": 0.8, "aozora": 0.2}
-    drawn = [name for name, _ in interleave_by_bytes(streams, shares, 60)]
-    # used / share after each text:  w 12.5 0 | a 12.5 50 | w 25 50 | w 37.5 50 | w 50 50 | w 62.5 50
+    ratios = {"wiki": 0.8, "aozora": 0.2}
+    drawn = [name for name, _ in interleave_by_bytes(streams, ratios, 60)]
+    # used / ratio after each text:  w 12.5 0 | a 12.5 50 | w 25 50 | w 37.5 50 | w 50 50 | w 62.5 50
     assert drawn == ["wiki", "aozora", "wiki", "wiki", "wiki", "wiki"]
 
 
-def test_mix_stops_when_a_stream_has_ended_and_counts_bytes():
+def test_interleaving_stops_when_a_stream_has_ended_and_counts_bytes():
     streams = {"long": iter(["あ"] * 99), "short": iter(["abc"] * 2)}
     drawn = [name for name, _ in interleave_by_bytes(streams, {"long": 0.5, "short": 0.5}, 10**6)]
     assert drawn == ["long", "short", "long", "short", "long"]

@@ -1,4 +1,4 @@
-"""ChatGLM's original checkpoints become Glm's: the same logits, bits and tokenizer; damaged ones are refused."""
+"""Converted ChatGLM checkpoints have the original logits, bits and tokenizer; damaged ones are rejected."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from llmtuner.tokenizer.fast import NORMAL, read_sentencepiece
 from llmtuner.weights import lazy_checkpoint
 from llmtuner.weights.convert_chatglm import check_tokenizer, convert_chatglm, glm_config_args, open_chatglm
 from llmtuner.weights.lazy_checkpoint import open_checkpoint
-from tests.checkpoints import CONFIG, TINY, bits, publish, refused, weights
+from tests.checkpoints import CONFIG, TINY, assert_rejected, bits, publish, weights
 from tests.helpers import ROOT
 
 GOLDEN = ROOT / "tests" / "fixtures" / "tiny_chatglm3_logits.npz"
@@ -31,31 +31,31 @@ def golden():
     return {name: torch.from_numpy(value) for name, value in np.load(GOLDEN).items() if value.dtype.kind in "if"}
 
 
-# ------------------------------------------------------------------------------------- the numbers of the original code
+# ------------------------------------------------------------------------------------- logits of the original code
 @pytest.fixture(scope="module")
 def model(glm):
     return AutoModelForCausalLM.from_pretrained(glm).eval()
 
 
-def of_case(golden, case):
+def inputs_of(golden, case):
     names = ("input_ids", "attention_mask", "position_ids")
     return {name: golden[f"{case}.{name}"] for name in names if f"{case}.{name}" in golden}
 
 
 @pytest.mark.parametrize("case", ["leftpad", "plain40", "batch2", "batch2_leftpad", "long250"])
 def test_logits_of_the_original(model, golden, case):
-    inputs, wanted = of_case(golden, case), golden[f"{case}.logits"]
+    inputs, expected = inputs_of(golden, case), golden[f"{case}.logits"]
     with torch.no_grad():
-        logits = model(**inputs).logits[:, -wanted.shape[1] :]
-    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, -wanted.shape[1] :].bool()
-    assert (logits - wanted)[seen].abs().max() < 2e-5
+        logits = model(**inputs).logits[:, -expected.shape[1] :]
+    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, -expected.shape[1] :].bool()
+    assert (logits - expected)[seen].abs().max() < 2e-5
 
 
 @pytest.mark.parametrize(("case", "prompt"), [("generate", None), ("generate_leftpad", "batch2_leftpad")])
 def test_greedy_tokens_of_the_original(model, golden, case, prompt):
-    """Greedy answers do not care about the sampling that generation_config.json asks for by default."""
+    """Greedy decoding is unaffected by the default sampling of generation_config.json."""
     assert model.generation_config.do_sample
-    inputs = of_case(golden, prompt) if prompt else {"input_ids": golden["generate.prompt"]}
+    inputs = inputs_of(golden, prompt) if prompt else {"input_ids": golden["generate.prompt"]}
     inputs.pop("position_ids", None)
     ids = model.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(ids, golden[f"{case}.greedy"])
@@ -64,7 +64,7 @@ def test_greedy_tokens_of_the_original(model, golden, case, prompt):
 def test_loss_and_gradients_of_the_original(glm, golden):
     model = AutoModelForCausalLM.from_pretrained(glm).train()
     labels = golden["loss.labels"]
-    logits = model(**of_case(golden, "batch2")).logits
+    logits = model(**inputs_of(golden, "batch2")).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     loss.backward()
     assert loss.item() == pytest.approx(golden["loss.value"].item(), rel=1e-6)
@@ -92,8 +92,8 @@ def test_loss_and_gradients_of_the_original(glm, golden):
 
 
 # --------------------------------------------------------------------------------------------- every layout, every dtype
-def three_shards(tensors, directory, stem, ending, save):
-    """Tensors in three files, mixed, with their index."""
+def save_three_shards(tensors, directory, stem, ending, save):
+    """Saves tensors alternately in three files with an index."""
     places = {name: f"{stem}-{1 + number % 3:05}-of-00003.{ending}" for number, name in enumerate(tensors)}
     for file in set(places.values()):
         save({name: tensor for name, tensor in tensors.items() if places[name] == file}, directory / file)
@@ -105,11 +105,13 @@ def legacy_save(tensors, file):
 
 
 LAYOUTS = {
-    "safetensors in shards": lambda tensors, to: three_shards(tensors, to, "model", "safetensors", save_file),
+    "safetensors in shards": lambda tensors, to: save_three_shards(tensors, to, "model", "safetensors", save_file),
     "bin": lambda tensors, to: torch.save(tensors, to / "pytorch_model.bin"),
     "bin before zip": lambda tensors, to: legacy_save(tensors, to / "pytorch_model.bin"),
-    "bin in shards": lambda tensors, to: three_shards(tensors, to, "pytorch_model", "bin", torch.save),
-    "bin before zip, in shards": lambda tensors, to: three_shards(tensors, to, "pytorch_model", "bin", legacy_save),
+    "bin in shards": lambda tensors, to: save_three_shards(tensors, to, "pytorch_model", "bin", torch.save),
+    "bin before zip, in shards": lambda tensors, to: save_three_shards(
+        tensors, to, "pytorch_model", "bin", legacy_save
+    ),
     "safetensors beside a damaged bin": lambda tensors, to: (
         save_file(tensors, to / "model.safetensors"),
         (to / "pytorch_model.bin").write_bytes(b"damaged"),
@@ -133,7 +135,7 @@ def test_every_layout_gives_the_same_bytes(glm, tmp_path, layout, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, None])
 def test_weights_keep_bits_and_dtype(tmp_path, dtype):
-    """Whatever config.json says; None is a checkpoint in which norms and biases are wider than the rest."""
+    """Regardless of config.json; None is a checkpoint whose norms and biases have a wider dtype than the rest."""
     tensors = {
         name: tensor.to(dtype or (torch.float16 if tensor.dim() == 2 else torch.float32))
         for name, tensor in weights().items()
@@ -167,7 +169,7 @@ def test_weights_keep_bits_and_dtype(tmp_path, dtype):
     assert AutoConfig.from_pretrained(tmp_path / "glm").dtype == (dtype or torch.float16)
 
 
-def test_heads_without_groups_lie_head_by_head(tmp_path):
+def test_without_query_groups_the_fused_matrix_is_per_head(tmp_path):
     """Without multi_query_attention the original reads its fused matrix as [heads, (query, key, value), kv_channels]."""
     generator = torch.Generator().manual_seed(0)
     tensors = weights()
@@ -201,14 +203,14 @@ def rotation_of(directory, position):
 
 
 def rotation_in_the_original(position, base_factor=1.0, position_divisor=1.0):
-    """ChatGLM's rotary cache for kv_channels 16: half of them are rotated, in pairs."""
+    """ChatGLM's rotary cache for kv_channels 16, half of which are rotated in pairs."""
     theta = 1.0 / ((10_000 * base_factor) ** (torch.arange(0, 8, 2, dtype=torch.float) / 8))
     angles = torch.tensor(position / position_divisor, dtype=torch.float) * theta
     return torch.cos(angles), torch.sin(angles)
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio", "original", "said"),
+    ("name", "ratio", "original", "described"),
     [
         ("THUDM/chatglm3-6b", None, {}, "chatglm3-6b: 3 layers"),
         ("THUDM/chatglm3-6b-32k", 50, {"base_factor": 50}, "rope base 500,000"),
@@ -216,31 +218,31 @@ def rotation_in_the_original(position, base_factor=1.0, position_divisor=1.0):
         ("THUDM/chatglm2-6b-32k", 16, {"position_divisor": 16}, "positions divided by 16"),
     ],
 )
-def test_rotary_embedding_of_the_long_variants(tmp_path, name, ratio, original, said):
+def test_rotary_embedding_of_the_long_variants(tmp_path, name, ratio, original, described):
     changes = {"_name_or_path": name, "rope_ratio": ratio, "seq_length": 32_768}
     output = str(convert_chatglm(publish(tmp_path / "published", **changes), tmp_path / "glm"))
     for position in (1, 30_000):
-        for found, wanted in zip(
+        for found, expected in zip(
             rotation_of(tmp_path / "glm", position), rotation_in_the_original(position, **original), strict=True
         ):
-            assert torch.allclose(found, wanted, atol=1e-5 if position == 1 else 5e-3)
+            assert torch.allclose(found, expected, atol=1e-5 if position == 1 else 5e-3)
     far = rotation_in_the_original(30_000, **original)[0]
     assert ratio is None or (far - rotation_in_the_original(30_000)[0]).abs().max() > 0.1
     assert AutoConfig.from_pretrained(tmp_path / "glm").max_position_embeddings == 32_768
-    assert said in output
+    assert described in output
     assert ("chat template is ChatGLM3's" in output) == ("chatglm2" in name)
 
 
 @pytest.mark.parametrize("name", [None, "my-model", "chatglm2-to-chatglm3"])
 def test_rope_ratio_of_an_unknown_model(tmp_path, name):
     source = publish(tmp_path / "published", _name_or_path=name, rope_ratio=16)
-    refused(
-        source, tmp_path / "room", "rope_ratio is 16", "multiplies the rope base", "divides the positions", "Set it"
+    assert_rejected(
+        source, tmp_path / "out", "rope_ratio is 16", "multiplies the rope base", "divides the positions", "Set it"
     )
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer and answers
-def test_tokenizer_and_ends_of_an_answer(tmp_path, tiny_tokenizer_dir):
+# ---------------------------------------------------------------------------------------------- tokenizer and generation
+def test_tokenizer_and_end_of_turn_tokens(tmp_path, tiny_tokenizer_dir):
     source = publish(tmp_path / "published", tokenizer=tiny_tokenizer_dir)
     convert_chatglm(source, tmp_path / "glm")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "glm")
@@ -254,7 +256,7 @@ def test_tokenizer_and_ends_of_an_answer(tmp_path, tiny_tokenizer_dir):
     assert (tmp_path / "glm" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
 
 
-def test_the_licence_of_weights_goes_where_they_go(tmp_path):
+def test_the_licence_is_copied_with_the_weights(tmp_path):
     from llmtuner.weights.resize_embeddings import open_model
 
     source = publish(tmp_path / "published")
@@ -262,12 +264,12 @@ def test_the_licence_of_weights_goes_where_they_go(tmp_path):
     convert_chatglm(source, tmp_path / "converted")
     assert (tmp_path / "converted" / "MODEL_LICENSE").read_text() == "terms"
     (tmp_path / "merged").mkdir()
-    open_model(tmp_path / "converted").write(tmp_path / "merged")  # as growing and merging do
+    open_model(tmp_path / "converted").write(tmp_path / "merged")  # as resizing and merging do
     assert (tmp_path / "merged" / "MODEL_LICENSE").read_text() == "terms"
     assert not (tmp_path / "merged" / "LICENSE").exists()
 
 
-def test_without_tokenizer_the_weights_alone(glm, tmp_path):
+def test_without_tokenizer_only_weights_are_converted(glm, tmp_path):
     assert "no tokenizer.model" in str(convert_chatglm(publish(tmp_path / "published"), tmp_path / "glm"))
     names = {MARKER, "config.json", "generation_config.json", "model.safetensors"}
     assert {file.name for file in glm.iterdir()} == names
@@ -319,8 +321,8 @@ def test_tokenizer_that_cannot_be_used(tmp_path, tiny_tokenizer_dir, change, par
         damage_tokenizer(source, change)
     else:
         (source / "tokenizer.model").write_bytes(b"\x0a\xff no model")
-    refused(source, tmp_path / "room", source / "tokenizer.model", part)
-    with pytest.raises(UserError, match=part):  # growing writes no tokenizer, and asks all the same
+    assert_rejected(source, tmp_path / "out", source / "tokenizer.model", part)
+    with pytest.raises(UserError, match=part):  # resizing writes no tokenizer, but checks it too
         open_chatglm(source)
 
 
@@ -331,7 +333,7 @@ def test_tokenizer_of_a_smaller_model(tiny_tokenizer_dir):
         check_tokenizer(model_file, 409 + 256)
 
 
-# ------------------------------------------------------------------------------------------------ configurations refused
+# ------------------------------------------------------------------------------------------------ rejected configurations
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -358,13 +360,13 @@ def test_tokenizer_of_a_smaller_model(tiny_tokenizer_dir):
     ],
 )
 def test_configuration_that_glm_would_compute_differently(tmp_path, changes, parts):
-    refused(publish(tmp_path / "published", **changes), tmp_path / "room", tmp_path / "published", *parts)
+    assert_rejected(publish(tmp_path / "published", **changes), tmp_path / "out", tmp_path / "published", *parts)
 
 
-def test_what_configurations_leave_out():
-    """The original's own defaults; dropout and precision of the residual change nothing that weights mean."""
-    unsaid = ["rmsnorm", "post_layer_norm", "original_rope", "add_bias_linear", "layernorm_epsilon", "rope_ratio"]
-    short = {name: value for name, value in CONFIG.items() if name not in unsaid}
+def test_defaults_of_omitted_settings():
+    """The original's defaults; dropout and precision of the residual do not change the meaning of the weights."""
+    omitted = ["rmsnorm", "post_layer_norm", "original_rope", "add_bias_linear", "layernorm_epsilon", "rope_ratio"]
+    short = {name: value for name, value in CONFIG.items() if name not in omitted}
     assert glm_config_args({**short, "hidden_dropout": 0.1}, TINY) == glm_config_args(CONFIG, TINY)
     assert glm_config_args({**CONFIG, "multi_query_group_num": 1}, TINY)["num_key_value_heads"] == 1
     assert glm_config_args({**CONFIG, "layernorm_epsilon": 1e-6}, TINY)["rms_norm_eps"] == 1e-6
@@ -378,10 +380,10 @@ def test_configuration_that_cannot_be_read(tmp_path, content, part):
     (source / "config.json").unlink()
     if content is not None:
         (source / "config.json").write_text(content)
-    refused(source, tmp_path / "room", source / "config.json", part)
+    assert_rejected(source, tmp_path / "out", source / "config.json", part)
 
 
-# -------------------------------------------------------------------------------------------------------- weights refused
+# ------------------------------------------------------------------------------------------------------- rejected weights
 def with_tensor(name, tensor):
     tensors = weights()
     if tensor is None:
@@ -409,21 +411,21 @@ def with_number(number, dtype=torch.float32):
 )
 def test_weights_that_are_not_the_configurations(tmp_path, name, tensor, parts):
     tensors = with_tensor(name, tensor)
-    refused(publish(tmp_path / "published", tensors), tmp_path / "room", tmp_path / "published", *parts)
+    assert_rejected(publish(tmp_path / "published", tensors), tmp_path / "out", tmp_path / "published", *parts)
 
 
 def test_all_differences_are_listed_at_once(tmp_path):
     tensors = with_tensor(EMBEDDINGS, None) | {"stranger": torch.ones(1), FIRST_FUSED: torch.ones(2, 2)}
-    refused(
-        publish(tmp_path / "published", tensors), tmp_path / "room", "1 missing", "1 unexpected", "1 of another shape"
+    assert_rejected(
+        publish(tmp_path / "published", tensors), tmp_path / "out", "1 missing", "1 unexpected", "1 of another shape"
     )
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_numbers_that_are_none(tmp_path, number, dtype):
+def test_nan_and_infinity_are_rejected(tmp_path, number, dtype):
     source = publish(tmp_path / "published", with_number(number, dtype))
-    refused(source, tmp_path / "room", "NaN or infinity", EMBEDDINGS, source / "model.safetensors")
+    assert_rejected(source, tmp_path / "out", "NaN or infinity", EMBEDDINGS, source / "model.safetensors")
 
 
 @pytest.mark.parametrize("layout", ["safetensors in shards", "bin in shards"])
@@ -431,19 +433,19 @@ def test_shard_that_is_missing(tmp_path, layout):
     source = publish(tmp_path / "published", tensors=False)
     LAYOUTS[layout](weights(), source)
     next(source.glob("*-00002-of-*")).unlink()
-    refused(source, tmp_path / "room", "index.json", "are missing", "-00002-of-00003")
+    assert_rejected(source, tmp_path / "out", "index.json", "are missing", "-00002-of-00003")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "safetensors beside a damaged bin"])
-def test_file_that_is_cut_off(tmp_path, layout):
+def test_truncated_file(tmp_path, layout):
     source = publish(tmp_path / "published", tensors=False)
     LAYOUTS[layout](weights(), source)
-    file = max(one for one in source.iterdir() if one.suffix in (".bin", ".safetensors"))
+    file = max(path for path in source.iterdir() if path.suffix in (".bin", ".safetensors"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
-    refused(source, tmp_path / "room", file, "damaged")
+    assert_rejected(source, tmp_path / "out", file, "damaged")
 
 
-def test_file_that_shrinks_while_it_is_read(tmp_path):
+def test_file_that_is_truncated_while_it_is_read(tmp_path):
     source = publish(tmp_path / "published")
     tensor = open_checkpoint(source)[FIRST_FUSED]
     os.truncate(source / "model.safetensors", 1_000)
@@ -457,38 +459,44 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda places: places.update({EMBEDDINGS: "model-00009-of-00003.safetensors"}), ["are missing", "00009"]),
-        (lambda places: places.update({"stranger": places[EMBEDDINGS]}), ["not in its files", "stranger"]),
-        (lambda places: places.pop(EMBEDDINGS), ["assigns to another file or does not list", EMBEDDINGS]),
-        (lambda places: places.update({EMBEDDINGS: places[FIRST_FUSED]}), ["assigns to another file", EMBEDDINGS]),
-        (lambda places: places.update({EMBEDDINGS: "../model.safetensors"}), ["no weight_map", "beside it"]),
-        (lambda places: places.update({EMBEDDINGS: 3}), ["no weight_map"]),
+        (
+            lambda weight_map: weight_map.update({EMBEDDINGS: "model-00009-of-00003.safetensors"}),
+            ["are missing", "00009"],
+        ),
+        (lambda weight_map: weight_map.update({"stranger": weight_map[EMBEDDINGS]}), ["not in its files", "stranger"]),
+        (lambda weight_map: weight_map.pop(EMBEDDINGS), ["assigns to another file or does not list", EMBEDDINGS]),
+        (
+            lambda weight_map: weight_map.update({EMBEDDINGS: weight_map[FIRST_FUSED]}),
+            ["assigns to another file", EMBEDDINGS],
+        ),
+        (lambda weight_map: weight_map.update({EMBEDDINGS: "../model.safetensors"}), ["no weight_map", "beside it"]),
+        (lambda weight_map: weight_map.update({EMBEDDINGS: 3}), ["no weight_map"]),
     ],
 )
-def test_index_that_does_not_fit(tmp_path, change, parts):
+def test_index_that_does_not_match(tmp_path, change, parts):
     source = publish(tmp_path / "published", tensors=False)
     LAYOUTS["safetensors in shards"](weights(), source)
     index = source / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     change(content["weight_map"])
     index.write_text(json.dumps(content))
-    refused(source, tmp_path / "room", *parts)
+    assert_rejected(source, tmp_path / "out", *parts)
 
 
-def test_shard_that_the_index_does_not_name(tmp_path):
+def test_shard_that_the_index_does_not_list(tmp_path):
     source = publish(tmp_path / "published", tensors=False)
     LAYOUTS["safetensors in shards"](weights(), source)
     save_file({"left": torch.ones(2)}, source / "model-00004-of-00004.safetensors")
-    refused(source, tmp_path / "room", "model-00004-of-00004.safetensors", "does not list: left")
+    assert_rejected(source, tmp_path / "out", "model-00004-of-00004.safetensors", "does not list: left")
 
 
 def test_directory_without_weights(tmp_path):
-    refused(publish(tmp_path / "published", tensors=False), tmp_path / "room", "has no weights", "published")
-    refused(tmp_path / "nowhere", tmp_path / "room", "nowhere does not exist")
+    assert_rejected(publish(tmp_path / "published", tensors=False), tmp_path / "out", "has no weights", "published")
+    assert_rejected(tmp_path / "nowhere", tmp_path / "out", "nowhere does not exist")
 
 
 class Code:
-    """A pickle that runs a command when it is loaded."""
+    """Its pickle runs a command when it is loaded."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -503,7 +511,7 @@ class Code:
 def test_code_in_a_pickle_is_not_run(tmp_path, save):
     source = publish(tmp_path / "published", tensors=False)
     save({**weights(), "code": Code(tmp_path / "marker")}, source / "pytorch_model.bin")
-    refused(source, tmp_path / "room", source / "pytorch_model.bin", "is not loaded")
+    assert_rejected(source, tmp_path / "out", source / "pytorch_model.bin", "is not loaded")
     assert not (tmp_path / "marker").exists()
 
 
@@ -514,10 +522,10 @@ def test_code_in_a_pickle_is_not_run(tmp_path, save):
 def test_pickle_of_something_else(tmp_path, content, part):
     source = publish(tmp_path / "published", tensors=False)
     torch.save(content, source / "pytorch_model.bin")
-    refused(source, tmp_path / "room", source / "pytorch_model.bin", part)
+    assert_rejected(source, tmp_path / "out", source / "pytorch_model.bin", part)
 
 
-def test_what_stands_at_the_destination(glm, tmp_path):
+def test_existing_destinations(glm, tmp_path):
     source = publish(tmp_path / "published")
     old = tmp_path / "old"
     shutil.copytree(glm, old)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtuner.console import UserError
-from llmtuner.weights import embedding_init, focus
+from llmtuner.weights import embedding_init
 from llmtuner.weights.embedding_init import (
     CONVEX_METHODS,
     METHODS,
@@ -16,33 +16,32 @@ from llmtuner.weights.embedding_init import (
     position_weights,
     weighted_rows,
 )
-from llmtuner.weights.focus import focus_weights, sparsemax
+from llmtuner.weights.focus import focus_weights
 
-NATIVES = range(3, 51)  # behind <unk>, <s>, </s>; nine special tokens and four rows of padding follow
+BASE = range(3, 51)  # after <unk>, <s>, </s>; nine special tokens and four padding rows follow
 NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unk_id=0)
 
 
 @pytest.fixture
 def matrix():
-    """64 rows, 40 wide; the rows that are no native pieces' stand out."""
+    """64 rows of width 40; the rows outside the base vocabulary are outliers."""
     rows = torch.randn(64, 40, generator=torch.Generator().manual_seed(1)) + 0.3
     rows[:3] = rows[51:] = 1000.0
     return rows
 
 
 @pytest.fixture
-def weights_of_focus():
-    """Weights in which each new piece has natives of its own."""
+def focus_sparse_weights():
+    """FOCUS weights from random vectors."""
     vectors = torch.nn.functional.normalize(torch.randn(64, 8, generator=torch.Generator().manual_seed(2)), dim=1)
     return focus_weights(vectors, NEW)
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    """Several parts and a rest in every loop over parts."""
+def small_chunks(monkeypatch):
+    """Several chunks and a remainder in every loop over chunks."""
     for name, size in (("_ROW_CHUNK", 10), ("_COLUMN_CHUNK", 16)):
         monkeypatch.setattr(embedding_init, name, size)
-    monkeypatch.setattr(focus, "_BATCH_TOKENS", 50)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -63,23 +62,23 @@ def test_weights_by_position(matrix):
     assert torch.allclose(init_new_embeddings(matrix, NEW, "last_weighted")[1], rising, atol=1e-6)
 
 
-def test_statistics_are_of_native_pieces_alone(matrix):
-    natives = matrix[NATIVES.start : NATIVES.stop]
+def test_statistics_cover_the_base_vocabulary_only(matrix):
+    base_tokens = matrix[BASE.start : BASE.stop]
     mean = init_new_embeddings(matrix, NEW, "global_mean")
-    assert torch.allclose(mean, natives.mean(dim=0).expand(4, -1), atol=1e-5)
-    assert median_norm(matrix, NEW) == pytest.approx(float(natives.norm(dim=1).median()))
+    assert torch.allclose(mean, base_tokens.mean(dim=0).expand(4, -1), atol=1e-5)
+    assert median_norm(matrix, NEW) == pytest.approx(float(base_tokens.norm(dim=1).median()))
     many = NewTokens(60, [[5]] * 2000, unk_id=0)
     noise = init_new_embeddings(matrix, many, "random")
-    assert float(noise.std()) == pytest.approx(float(natives.std()), rel=0.02)
+    assert float(noise.std()) == pytest.approx(float(base_tokens.std()), rel=0.02)
     assert abs(float(noise.mean())) < 0.02
     assert torch.equal(noise, init_new_embeddings(matrix, many, "random", seed=0))
     assert not torch.equal(noise, init_new_embeddings(matrix, many, "random", seed=1))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_norm_correction_keeps_the_direction(matrix, weights_of_focus, method):
-    plain = init_new_embeddings(matrix, NEW, method, weights=weights_of_focus)
-    corrected = init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=weights_of_focus)
+def test_norm_correction_keeps_the_direction(matrix, focus_sparse_weights, method):
+    plain = init_new_embeddings(matrix, NEW, method, weights=focus_sparse_weights)
+    corrected = init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=focus_sparse_weights)
     assert torch.allclose(corrected.norm(dim=1), torch.full((4,), median_norm(matrix, NEW)))
     assert torch.allclose(torch.cosine_similarity(plain, corrected), torch.ones(4))
 
@@ -96,24 +95,26 @@ def test_an_unknown_method_is_refused(matrix):
 
 # ------------------------------------------------------------------------------------------------------- the promise
 @pytest.mark.parametrize("method", CONVEX_METHODS)
-def test_convex_output_rows_never_win(matrix, weights_of_focus, method):
-    """The greatest logit of a new piece is at most the greatest native one, whatever the hidden state."""
+def test_convex_output_rows_never_win(matrix, focus_sparse_weights, method):
+    """The largest logit of a new token never exceeds the largest base-vocabulary logit, for any hidden state."""
     hidden = torch.randn(5000, 40, generator=torch.Generator().manual_seed(3))
-    natives = (hidden @ matrix[NATIVES.start : NATIVES.stop].T).max(dim=1).values
-    excess = (hidden @ init_new_embeddings(matrix, NEW, method, weights=weights_of_focus).T).max(dim=1).values - natives
+    base_tokens = (hidden @ matrix[BASE.start : BASE.stop].T).max(dim=1).values
+    excess = (hidden @ init_new_embeddings(matrix, NEW, method, weights=focus_sparse_weights).T).max(
+        dim=1
+    ).values - base_tokens
     assert float(excess.max()) < 1e-4
     corrected = (
-        (hidden @ init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=weights_of_focus).T)
+        (hidden @ init_new_embeddings(matrix, NEW, method, norm_correction=True, weights=focus_sparse_weights).T)
         .max(dim=1)
         .values
     )
-    if method != "global_mean":  # so short before that even scaled it wins nowhere here
-        assert float((corrected - natives).max()) > 1
+    if method != "global_mean":  # so short that it wins nowhere here even when scaled
+        assert float((corrected - base_tokens).max()) > 1
 
 
-def test_weights_are_convex(weights_of_focus):
+def test_weights_are_convex(focus_sparse_weights):
     for weights in (
-        weights_of_focus,
+        focus_sparse_weights,
         *(position_weights(NEW, method) for method in ("mean", "first_weighted", "last_weighted")),
     ):
         dense = weights.to_dense()
@@ -122,20 +123,7 @@ def test_weights_are_convex(weights_of_focus):
         assert torch.allclose(dense.sum(dim=1), torch.ones(4))
 
 
-def test_combine_reads_only_rows_below_the_first_new_id(matrix):
+def test_weighted_rows_reads_only_rows_below_the_first_new_id(matrix):
     matrix[60:] = float("nan")
     weights = position_weights(NEW, "mean")
     assert torch.allclose(weighted_rows(matrix, weights), weights.to_dense() @ matrix[:60], atol=1e-4)
-
-
-# -------------------------------------------------------------------------------------------------------------- focus
-def test_sparsemax_is_the_projection_onto_the_simplex():
-    assert torch.allclose(sparsemax(torch.tensor([[0.1, 1.1, 0.2]]))[0], torch.tensor([0.0, 0.95, 0.05]))
-    assert torch.allclose(sparsemax(torch.tensor([[3.0, 1.0, 0.0]]))[0], torch.tensor([1.0, 0.0, 0.0]))
-    scores = torch.rand(50, 12, generator=torch.Generator().manual_seed(4))
-    low, high = scores.min(dim=1, keepdim=True).values - 1, scores.max(dim=1, keepdim=True).values
-    for _ in range(40):  # the threshold at which what stands above sums to 1, by bisection
-        middle = (low + high) / 2
-        above = (scores - middle).clamp(min=0).sum(dim=1, keepdim=True) > 1
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    assert torch.allclose(sparsemax(scores), (scores - low).clamp(min=0), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: lazy reading and bounded writing, and every way a file can be damaged."""
+"""Reading and writing checkpoints tensor by tensor."""
 
 import errno
 import json
@@ -9,17 +9,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmtuner.console import UserError
 from llmtuner.files import MARKER
-from llmtuner.model.model_dir import check_not_quantized
 from llmtuner.outputs import atomic_directory
 from llmtuner.weights import lazy_checkpoint
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.lazy_checkpoint import LazyTensor, concatenate, in_memory, open_checkpoint, write_checkpoint
-from tests.checkpoints import TINY, publish, refused
+from tests.checkpoints import TINY, assert_rejected, publish
 
 
 def test_shards_load_in_transformers(glm, tmp_path, monkeypatch):
@@ -29,7 +28,7 @@ def test_shards_load_in_transformers(glm, tmp_path, monkeypatch):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == written.nbytes == sum(tensor.nbytes for tensor in source.values())
     sizes = [file.stat().st_size for file in sorted(tmp_path.glob("*.safetensors"))]
-    assert all(before + after > 100_000 for before, after in pairwise(sizes))  # filled in turn
+    assert all(before + after > 100_000 for before, after in pairwise(sizes))  # filled in order
     assert all(file.stat().st_size < 100_000 + 2_000 for file in tmp_path.glob("model-0000[2-4]*"))
     umask = os.umask(0)
     os.umask(umask)
@@ -42,7 +41,7 @@ def test_shards_load_in_transformers(glm, tmp_path, monkeypatch):
 
 
 def test_dtypes_of_one_file_are_aligned(tmp_path):
-    """Three halves before a double would put it at a place that is no multiple of 8."""
+    """Three halves before a double would put it at an offset that is not a multiple of 8."""
     tensors = {"half": torch.ones(3).half(), "double": torch.ones(3).double(), "single": torch.ones(3)}
     write_checkpoint([in_memory(name, tensor) for name, tensor in tensors.items()], tmp_path)
     content = load_file(tmp_path / "model.safetensors")
@@ -65,7 +64,7 @@ def test_dtypes_of_one_file_are_aligned(tmp_path):
         lambda start, stop: torch.ones(stop - start + 1, 2),
     ],
 )
-def test_never_more_or_less_than_planned(tmp_path, read_rows):
+def test_tensor_that_differs_from_its_description(tmp_path, read_rows):
     with pytest.raises(UserError, match="somewhere"):
         write_checkpoint([LazyTensor("a", (4, 2), torch.float32, read_rows, "a somewhere")], tmp_path)
 
@@ -85,17 +84,17 @@ def test_concatenated_rows():
             assert torch.equal(joined.read_rows(start, stop), whole[start:stop])
 
 
-def test_too_little_room_is_seen_before_writing(tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(lazy_checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, 700_000))
     monkeypatch.setattr(lazy_checkpoint, "_write_tensor", None)
-    refused(publish(tmp_path / "published"), tmp_path / "room", "need 0.001 GB", "0.001 GB free")
+    assert_rejected(publish(tmp_path / "published"), tmp_path / "out", "need 0.001 GB", "0.001 GB free")
     monkeypatch.undo()
     monkeypatch.setattr(lazy_checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, 800_000))
     convert_chatglm(TINY, tmp_path / "glm")
 
 
-def test_place_that_cannot_be_written(tmp_path):
+def test_destination_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         convert_chatglm(TINY, tmp_path / "file" / "glm")
@@ -104,7 +103,7 @@ def test_place_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOSPC, "the disk filled up"), (errno.EACCES, "cannot write"), (errno.EBADF, None)]
 )
-def test_what_a_failed_write_says_and_leaves(tmp_path, number, message):
+def test_failed_write_keeps_the_earlier_result(tmp_path, number, message):
     with atomic_directory(tmp_path / "result") as older:
         (older / "older").touch()
 
@@ -115,19 +114,8 @@ def test_what_a_failed_write_says_and_leaves(tmp_path, number, message):
 
     with pytest.raises(UserError if message else OSError, match=message):
         fail_half_way()
-    assert [str(one.relative_to(tmp_path)) for one in sorted(tmp_path.rglob("*"))] == [
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
         "result",
         f"result/{MARKER}",
         "result/older",
     ]
-
-
-@pytest.fixture
-def model(tiny_model_dir, tmp_path):
-    return shutil.copytree(tiny_model_dir, tmp_path / "model")
-
-
-def test_masks_and_positions_in_integers_are_no_quantization(model):
-    weights = load_file(model / "model.safetensors")
-    save_file({**weights, "model.position_ids": torch.arange(9)}, model / "model.safetensors", {"format": "pt"})
-    check_not_quantized(model)

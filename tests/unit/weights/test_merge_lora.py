@@ -1,4 +1,4 @@
-"""Merging adapters: the same logits, rounded once, in bounded memory."""
+"""Merged adapters have the same logits, are rounded once, and need bounded memory."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_merge_rounds_once_and_keeps_the_precision(grown_dir, tmp_path, kind, dt
 
 
 def test_checkpoint_of_a_run_without_lora_leaves_frozen_tensors_alone(grown_dir, tmp_path):
-    """In such a checkpoint they lie in the precision in which they were computed with."""
+    """Such a checkpoint holds them in the compute dtype."""
     model = train(prepare(grown_dir, dtype=torch.bfloat16, **KINDS["freeze"]))
     model.save_pretrained(tmp_path / "checkpoint-5")  # as Trainer does
     merge_adapter(grown_dir, tmp_path / "checkpoint-5", tmp_path / "merged")
@@ -105,7 +105,7 @@ def test_checkpoint_of_a_run_without_lora_leaves_frozen_tensors_alone(grown_dir,
     assert torch.equal(stored(tmp_path / "merged-bf16")["lm_head.weight"], model.lm_head.weight.float())
 
 
-def test_merge_is_cut_into_files_and_has_all_that_belongs_to_a_model(tiny_model_dir, tmp_path, monkeypatch):
+def test_merge_writes_shards_and_a_complete_model_directory(tiny_model_dir, tmp_path, monkeypatch):
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["lora"])
     sizes = []
     write = LazyCheckpoint.write
@@ -141,7 +141,7 @@ def test_merged_model_loads_without_this_project(tiny_model_dir, tmp_path):
 
 
 def published(glm_dir, destination):
-    """The same model as ChatGLM3 is published: other names, and queries, keys and values of a layer in one matrix."""
+    """The same model in ChatGLM3's original format: other names, and fused queries, keys and values."""
     model = load_model(glm_dir)
     config = model.config
     destination.mkdir()
@@ -199,7 +199,7 @@ def test_base_as_published(tiny_model_dir, tmp_path, with_tokenizer):
 
 
 @pytest.mark.parametrize("form", ["lora", "full", "published"])
-def test_base_grows_first_where_the_adapter_holds_more_rows(tiny_model_dir, grown_dir, tmp_path, form):
+def test_base_is_resized_if_the_adapter_has_more_rows(tiny_model_dir, grown_dir, tmp_path, form):
     model = trained_run(grown_dir, tmp_path / "run", **KINDS["full" if form == "full" else "embeddings"])
     base = published(tiny_model_dir, tmp_path / "published") if form == "published" else tiny_model_dir
     merge_adapter(base, tmp_path / "run", tmp_path / "merged")
@@ -213,30 +213,30 @@ def test_base_grows_first_where_the_adapter_holds_more_rows(tiny_model_dir, grow
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (tmp_path / "run" / "tokenizer.json").read_bytes()
 
 
-def test_growing_that_the_adapter_cannot_tell(tiny_model_dir, grown_dir, tmp_path, monkeypatch):
-    def refused(match, base=tiny_model_dir):
+def test_adapters_that_need_a_resized_base(tiny_model_dir, grown_dir, tmp_path, monkeypatch):
+    def assert_rejected(match, base=tiny_model_dir):
         with pytest.raises(UserError, match=match):
             merge_adapter(base, tmp_path / "run", tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
     trained_run(grown_dir, tmp_path / "run", lora_rank=4, additional_target=["lm_head"])
-    refused(r"resize the base first \(step3_resize_model.py\)")
+    assert_rejected(r"resize the base first \(step3_resize_model.py\)")
     trained_run(grown_dir, tmp_path / "run", **KINDS["new rows"])
-    refused(r"it trained row \d+ of .*resize the base first")
+    assert_rejected(r"it trained row \d+ of .*resize the base first")
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["embeddings"])
-    refused(r"is \[\d+, 32\], the model's \[\d+, 32\]", grown_dir)  # fewer rows
+    assert_rejected(r"is \[\d+, 32\], the model's \[\d+, 32\]", grown_dir)  # fewer rows
     trained_run(grown_dir, tmp_path / "run", **KINDS["embeddings"])
     for name in TOKENIZER_FILES:
         (tmp_path / "run" / name).unlink(missing_ok=True)
-    refused("Resize the base first")  # whose tokenizer would it be?
+    assert_rejected("Resize the base first")  # the tokenizer of the new rows is missing
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["lora"])
     monkeypatch.setattr(
         merge_lora, "load_tokenizer", lambda directory: range(400 if directory == tiny_model_dir else 5000)
     )
-    refused("has 5,000 ids, the model .* embedding rows: .*Resize the base first")
+    assert_rejected("has 5,000 ids, the model .* embedding rows: .*Resize the base first")
 
 
-# ------------------------------------------------------------------------------------------------- merges that are refused
+# -------------------------------------------------------------------------------------------------------- rejected merges
 @pytest.fixture(scope="module")
 def lora_run(tiny_model_dir, tmp_path_factory):
     run = tmp_path_factory.mktemp("lora") / "run"
@@ -299,7 +299,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda t: {**t, Q + "lora_B.weight": torch.ones(32, 4, dtype=torch.int8)}, "not a tensor of floating-point"),
     ],
 )
-def test_tensors_that_do_not_fit(tiny_model_dir, run, tmp_path, change, match):
+def test_tensors_that_do_not_match(tiny_model_dir, run, tmp_path, change, match):
     save_file(change(load_file(run / "adapter_model.safetensors")), run / "adapter_model.safetensors")
     refuse(tiny_model_dir, run, tmp_path / "merged", match)
 
@@ -315,7 +315,7 @@ def test_tensors_that_do_not_fit(tiny_model_dir, run, tmp_path, change, match):
         *((key, {"q_proj": 8}) for key in merge_lora.UNSUPPORTED_KEYS),
     ],
 )
-def test_settings_of_an_adapter_that_cannot_be_merged(tiny_model_dir, run, tmp_path, key, value):
+def test_unsupported_adapter_settings(tiny_model_dir, run, tmp_path, key, value):
     file = run / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, key: value}))
@@ -345,7 +345,7 @@ def test_directories_without_an_adapter(tiny_model_dir, run, tmp_path):
     refuse(tiny_model_dir, run, tmp_path / "other", "no adapter_model.safetensors")
 
 
-def test_destination_that_holds_what_is_merged(tiny_model_dir, run, tmp_path):
+def test_destination_that_contains_a_source(tiny_model_dir, run, tmp_path):
     for destination in (run, run.parent, tiny_model_dir):
         with pytest.raises(UserError, match="would delete"):
             merge_adapter(tiny_model_dir, run, destination)

@@ -25,12 +25,12 @@ def model(glm):
     return AutoModelForCausalLM.from_pretrained(glm).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------- growing
+# ---------------------------------------------------------------------------------------------------------------- resizing
 FIRST, UNKNOWN = 409, 0
 NEW = NewTokens(FIRST, [[5, 9], [7], *([[11, 12, number] for number in range(20, 180)])], UNKNOWN)
 
 
-def grow(source, destination, new=NEW, **options):
+def resize(source, destination, new=NEW, **options):
     with atomic_directory(destination) as partial:
         return resize_token_embeddings(source, partial, new, 64, **options)
 
@@ -41,13 +41,13 @@ def published(tmp_path, tiny_tokenizer_dir):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_growing_keeps_every_old_bit(tmp_path, tiny_tokenizer_dir, dtype, monkeypatch):
+def test_resizing_keeps_old_rows_bit_identical(tmp_path, tiny_tokenizer_dir, dtype, monkeypatch):
     tensors = {name: tensor.to(dtype) for name, tensor in weights().items()}
     source = publish(tmp_path / "published", tensors, tokenizer=tiny_tokenizer_dir)
     convert_chatglm(source, tmp_path / "glm")
     monkeypatch.setattr(lazy_checkpoint, "CHUNK_BYTES", 100)  # less than a row
-    grown = grow(tmp_path / "glm", tmp_path / "zero")
-    assert (grown.old_vocab_size, grown.vocab_size) == (512, 576)
+    result = resize(tmp_path / "glm", tmp_path / "zero")
+    assert (result.old_vocab_size, result.vocab_size) == (512, 576)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("glm", "zero"))
     assert before.keys() == after.keys()
     for name, old in before.items():
@@ -66,46 +66,46 @@ def test_growing_keeps_every_old_bit(tmp_path, tiny_tokenizer_dir, dtype, monkey
         assert NEW.end < 576
     assert AutoConfig.from_pretrained(tmp_path / "zero").dtype == dtype
 
-    grow(source, tmp_path / "zero-of-published")  # without converting first
+    resize(source, tmp_path / "zero-of-published")  # without converting first
     files = {file.name for file in (tmp_path / "zero").iterdir()} - {MARKER}
     assert files == {"config.json", "generation_config.json", "model.safetensors"}
     for name in files:
         assert (tmp_path / "zero" / name).read_bytes() == (tmp_path / "zero-of-published" / name).read_bytes()
 
 
-def test_grown_model_has_the_logits_of_its_base(glm, model, tmp_path):
-    grow(glm, tmp_path / "zero")
+def test_resized_model_has_the_logits_of_its_base(glm, model, tmp_path):
+    resize(glm, tmp_path / "zero")
     zero = AutoModelForCausalLM.from_pretrained(tmp_path / "zero").eval()
     assert not zero.config.tie_word_embeddings
     ids = torch.randint(3, FIRST, (4, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = model(input_ids=ids).logits, zero(input_ids=ids).logits
     assert torch.equal(before[..., :FIRST], after[..., :FIRST])
-    # A mean of native logits can equal the greatest, but not pass it.
+    # A mean of base-vocabulary logits can equal the largest of them, but not exceed it.
     assert (after.max(dim=-1).values <= after[..., :FIRST].max(dim=-1).values + 1e-5).all()
 
 
-def test_rows_come_from_the_callers_function(glm, tmp_path):
+def test_new_rows_come_from_init_fn(glm, tmp_path):
     seen = []
 
     def init_fn(matrix, which):
         seen.append((which, tuple(matrix.shape), matrix.dtype))
         return torch.full((len(NEW.base_ids), 64), {"input": 1.0, "output": 2.0}[which])
 
-    grow(glm, tmp_path / "zero", init_fn=init_fn)
+    resize(glm, tmp_path / "zero", init_fn=init_fn)
     assert sorted(seen) == [("input", (512, 64), torch.float32), ("output", (512, 64), torch.float32)]
     after = load_file(tmp_path / "zero" / "model.safetensors")
     assert (after["model.embed_tokens.weight"][FIRST : NEW.end] == 1).all()
     assert (after["lm_head.weight"][FIRST : NEW.end] == 2).all()
     with pytest.raises(ValueError, match="162 new tokens"):
-        grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.ones(3, 64))
+        resize(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.ones(3, 64))
     with pytest.raises(UserError, match="NaN or infinity"):
-        grow(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.full((162, 64), float("nan")))
+        resize(glm, tmp_path / "wrong", init_fn=lambda matrix, which: torch.full((162, 64), float("nan")))
     assert not (tmp_path / "wrong").exists()
 
 
-def test_same_rows_sees_one_bit(glm, tmp_path):
-    grow(glm, tmp_path / "zero")
+def test_rows_equal_detects_one_bit(glm, tmp_path):
+    resize(glm, tmp_path / "zero")
     assert rows_equal(glm, tmp_path / "zero", FIRST)
     tensors = load_file(tmp_path / "zero" / "model.safetensors")
     tensors["lm_head.weight"][FIRST - 1, 63] = torch.nextafter(
@@ -133,11 +133,11 @@ def edit_config(directory, **changes):
         (lambda to: (to / "config.json").unlink(), "cannot read"),
     ],
 )
-def test_base_that_cannot_grow(glm, tmp_path, damage, part):
+def test_base_that_cannot_be_resized(glm, tmp_path, damage, part):
     shutil.copytree(glm, tmp_path / "glm")
     damage(tmp_path / "glm")
     with pytest.raises(UserError, match=part):
-        grow(tmp_path / "glm", tmp_path / "zero")
+        resize(tmp_path / "glm", tmp_path / "zero")
     assert not (tmp_path / "zero").exists()
 
 
@@ -149,13 +149,13 @@ def without(directory, name):
 
 def test_base_with_fewer_rows_than_ids(glm, tmp_path):
     with pytest.raises(UserError, match="512 embedding rows, but its tokenizer has 513 ids"):
-        grow(glm, tmp_path / "zero", NewTokens(513, [[5]], 0))
+        resize(glm, tmp_path / "zero", NewTokens(513, [[5]], 0))
 
 
 def test_base_without_generation_config(glm, tmp_path):
     shutil.copytree(glm, tmp_path / "glm")
     (tmp_path / "glm" / "generation_config.json").unlink()
-    grow(tmp_path / "glm", tmp_path / "zero")
+    resize(tmp_path / "glm", tmp_path / "zero")
     assert json.loads((tmp_path / "zero" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
