@@ -2,12 +2,11 @@
 
     python -m benchmarks.batch_path --work-dir runs/mini
 
-Starts steps 5 and 6 for one step on a copy of a finished run, and notes every function of this project that runs: those
-that lead to the first batch being asked for (the call stack), and those that run from there until `optimizer.step`. Rows
-become ids before that, in other files; they are listed apart.
+Runs steps 5 and 6 for one step on a copy of a finished run and records every function of this project that is called: those on
+the stack when the first batch is fetched, and those from there until `optimizer.step`. Before that, other files turn rows
+into token ids; they are listed apart.
 """
 
-import argparse
 import ast
 import contextlib
 import os
@@ -18,20 +17,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.common import ROOT, make_parser
+from llmtuner.console import format_table, run_cli
+
 SCRIPTS = {"pt": "step5_train_pt_single_gpu", "sft": "step6_train_sft_single_gpu"}
 PREPARATION = ("sources", "converter", "template", "tokenize")  # llmtuner/data: from files to ids
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="of a finished `make demo`")
-    finished = parser.parse_args().work_dir.resolve()
-    sys.path.insert(0, str(ROOT))
+    finished = make_parser(__doc__, "unused", work_dir=...).parse_args().work_dir.resolve()
     for stage, script in SCRIPTS.items():
         with tempfile.TemporaryDirectory() as work:
             shutil.copytree(finished, work, dirs_exist_ok=True)
-            if (pid := os.fork()) == 0:  # constants are read once in a process
+            if (pid := os.fork()) == 0:  # constants are read once per process
                 os.environ |= {"WORK_DIR": work, "OVERWRITE": "1", "HF_HUB_OFFLINE": "1"}
                 report(stage, files_of_first_step(script))
                 os._exit(0)
@@ -52,7 +50,7 @@ def files_of_first_step(script: str) -> set[Path]:
     class Done(Exception):
         pass
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
+    def record(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
             seen.add(Path(frame.f_code.co_filename))
 
@@ -64,10 +62,10 @@ def files_of_first_step(script: str) -> set[Path]:
         while frame:
             if frame.f_code.co_name == "evaluate_loss":  # an evaluation before training
                 return original(self, number)
-            note(frame, "call", None)
+            record(frame, "call", None)
             frame = frame.f_back
         PackedDataset.__getitem__ = original  # type: ignore[method-assign]
-        sys.setprofile(note)
+        sys.setprofile(record)
         return self[number]
 
     def stop(*_: Any, **__: Any) -> None:
@@ -76,41 +74,22 @@ def files_of_first_step(script: str) -> set[Path]:
 
     PackedDataset.__getitem__ = first_fetch  # type: ignore[method-assign]
     torch.optim.AdamW.step = stop  # type: ignore[method-assign, assignment]
-    words = ["--max_steps", "1", "--eval_on_start", "false", "--eval_strategy", "no", "--save_strategy", "no"]
-    sys.argv = [script, *words]
-    silence()
+    arguments = ["--max_steps", "1", "--eval_on_start", "false", "--eval_strategy", "no", "--save_strategy", "no"]
+    sys.argv = [script, *arguments]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with contextlib.suppress(Done):
         module.main()
     return {file for file in seen if file.name != Path(__file__).name}
 
 
-def silence() -> None:
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-
-
 def report(stage: str, files: set[Path]) -> None:
-    def row(file: Path) -> list[str]:
-        source = file.read_text(encoding="utf-8")
-        return [str(file.relative_to(ROOT)), f"{len(source.splitlines()):,}", f"{code_lines(source):,}"]
-
-    from llmtuner.console import format_table
-
-    on_the_way = [row(file) for file in sorted(files)]
-    before = [row(ROOT / "llmtuner" / "data" / f"{name}.py") for name in PREPARATION]
-    before = [one for one in before if one not in on_the_way]
-
-    def total(rows: list[list[str]]) -> list[str]:
-        return [f"{len(rows)} files", *(f"{sum(int(one[i].replace(',', '')) for one in rows):,}" for i in (1, 2))]
-
-    print(
-        f"\n{stage}: the way of a batch\n"
-        + format_table(["file", "lines", "of code"], [*on_the_way, total(on_the_way)])
-    )
-    print(
-        "\nbefore it, from files to ids\n" + format_table(["file", "lines", "of code"], [*before, total(before)]),
-        flush=True,
-    )
+    before = {ROOT / "llmtuner" / "data" / f"{name}.py" for name in PREPARATION} - files
+    for title, group in ((f"{stage}: the path of a batch", files), ("before it, from files to ids", before)):
+        sources = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in sorted(group)}
+        counts = {name: (len(source.splitlines()), code_lines(source)) for name, source in sources.items()}
+        counts[f"{len(counts)} files"] = tuple(map(sum, zip(*counts.values(), strict=True)))  # type: ignore[assignment]
+        rows = [[name, *(f"{count:,}" for count in lines)] for name, lines in counts.items()]
+        print(f"\n{title}\n" + format_table(["file", "lines", "of code"], rows), flush=True)
 
 
 def code_lines(source: str) -> int:
@@ -126,4 +105,4 @@ def code_lines(source: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

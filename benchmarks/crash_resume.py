@@ -1,22 +1,18 @@
-"""A run that SIGKILL ends again and again, each time started anew, against the same run left alone: same curve, same weights?
+"""A run that is killed with SIGKILL and restarted again and again, against the same run left alone: same curve, same weights?
 
     python -m benchmarks.crash_resume
     python -m benchmarks.crash_resume --processes 2
 
-The run is that of step 5 in small: the miniature, its texts in three languages, LoRA with dropout and both embedding
-matrices, fp32, on the CPU. One process must lose nothing at all; two, under torchrun with ZeRO-2, at most 1e-6.
+The run is step 5 in small: the miniature, its texts in three languages, LoRA with dropout and both embedding matrices, fp32,
+on the CPU. With one process nothing may differ; with two, under torchrun with ZeRO-2, at most 1e-6.
 """
 
-import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,13 +26,12 @@ import psutil
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.common import ROOT, Values, free_port, make_parser, save_results
 from llmtuner.console import Timer, UserError, format_table, print0, run_cli
-from llmtuner.files import atomic_write_json
 from llmtuner.train.checkpointing import TMP_DIR, checkpoint_step, latest_valid_checkpoint
 from mini.world import write_world
 
-ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = dict(
+SETTINGS: Values = dict(
     stage="pt",
     dataset=["wikipedia_zh", "wikitext_en", "wikipedia_ja"],
     dataset_dir=str(ROOT / "data"),
@@ -45,31 +40,19 @@ SETTINGS = dict(
     cutoff_len=128,
     lora_dropout=0.1,  # draws random numbers in every step
     additional_target=["embed_tokens", "lm_head"],
-    learning_rate=2e-3,
-    embedding_learning_rate=1e-3,
-    lr_scheduler_type="cosine",
-    warmup_ratio=0.05,
-    per_device_train_batch_size=4,
-    gradient_accumulation_steps=2,
-    logging_steps=1,
-    eval_strategy="steps",
-    eval_on_start=True,
-    eval_steps=10,
-    max_eval_samples=16,
-    save_strategy="steps",
-    save_steps=5,
-    save_total_limit=2,
-    report_to="none",
-    use_cpu=True,
 )
-# What a line of the log says of the training itself, and not of the clock.
-EXACT = ("step", "loss", "grad_norm", "learning_rate", "embedding_learning_rate", "eval_loss")
+SETTINGS |= dict(learning_rate=2e-3, embedding_learning_rate=1e-3, lr_scheduler_type="cosine", warmup_ratio=0.05)
+SETTINGS |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1, use_cpu=True)
+SETTINGS |= dict(eval_strategy="steps", eval_on_start=True, eval_steps=10, max_eval_samples=16)
+SETTINGS |= dict(save_strategy="steps", save_steps=5, save_total_limit=2, report_to="none")
+# Keys of a log line that do not depend on the clock.
+COMPARED = ("step", "loss", "grad_norm", "learning_rate", "embedding_learning_rate", "eval_loss")
 TOLERANCE = {1: 0.0, 2: 1e-6}  # by number of processes
-WHILE_STARTING = 0.3  # share of the kills that come before the training
+KILLED_AT_STARTUP = 0.3  # of the kills
 PROBLEMS_SHOWN = 10
-TRIES = 4
+MAX_ATTEMPTS = 4
 POLL = 0.002  # seconds
-LAST_WORDS = 3_000  # characters of a failed run's output
+OUTPUT_TAIL = 3_000  # characters of a failed run's output
 
 
 @dataclass
@@ -78,29 +61,30 @@ class Run:
 
     directory: Path
     processes: int
-    settings: dict[str, Any]
+    settings: Values
 
     def __post_init__(self) -> None:
         self.directory.mkdir()
         self.output, self.log = self.directory / "adapter", self.directory / "adapter" / "trainer_log.jsonl"
-        own = dict(output_dir=str(self.output), cache_dir=str(self.directory / "cache"))
+        settings = {**self.settings, "output_dir": str(self.output), "cache_dir": str(self.directory / "cache")}
         if self.processes > 1:
-            own["deepspeed"] = str(ROOT / "ds_config_zero2.json")
-        (self.directory / "settings.yaml").write_text(yaml.safe_dump({**self.settings, **own}), encoding="utf-8")
+            settings["deepspeed"] = str(ROOT / "ds_config_zero2.json")
+        (self.directory / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
     def start(self) -> "psutil.Popen":
         """Starts the training in processes of its own."""
         command = [sys.executable, "-m"]
         if self.processes > 1:
-            command += ["torch.distributed.run", "--nproc_per_node", str(self.processes)]
-            command += ["--master_port", str(_free_port()), "-m"]
+            launcher = ["--nproc_per_node", str(self.processes), "--master_port", str(free_port())]
+            command += ["torch.distributed.run", *launcher, "-m"]
         command += ["llmtuner", "train", str(self.directory / "settings.yaml")]
-        own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        own["TMPDIR"] = str(self.directory)  # what a killed process leaves behind goes with the rest
+        variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        # What a killed process leaves in TMPDIR is deleted with the rest.
+        variables |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.directory)}
         with (self.directory / "output.txt").open("w") as output:
             return psutil.Popen(
                 command,
-                env={**os.environ, **own},
+                env={**os.environ, **variables},
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -116,7 +100,15 @@ class Run:
         """
         if process.wait():
             printed = (self.directory / "output.txt").read_text(encoding="utf-8", errors="replace")
-            raise UserError(f"the training failed by itself. It ended with:\n{printed[-LAST_WORDS:]}")
+            raise UserError(f"the training failed by itself. It ended with:\n{printed[-OUTPUT_TAIL:]}")
+
+    def finish(self) -> None:
+        """Trains to the end."""
+        process = self.start()
+        try:
+            self.check(process)
+        finally:
+            kill(process)
 
 
 @dataclass
@@ -135,72 +127,61 @@ class Kill:
     """Whether a checkpoint was being saved."""
 
 
-def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="compare a run that is killed again and again with one left alone")
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__, "crash_resume.json")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--processes", type=int, choices=list(TOLERANCE), default=1)
     parser.add_argument("--steps", type=int, default=100, help="doubled until all kills come before the end")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--model", type=Path, default=ROOT / "mini" / "base")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "crash_resume.json", help="JSON file"
-    )
-    options = parser.parse_args(words)
-    watch, moments = Timer(), random.Random(options.seed)
-    with tempfile.TemporaryDirectory(prefix="killed-runs-") as scratch:
+    options = parser.parse_args(arguments)
+    timer, moments = Timer(), random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="crash-resume-") as scratch:
         directory = Path(scratch)
         write_world(directory / "corpus")
-        settings = SETTINGS | dict(
-            corpus_dir=str(directory / "corpus"),
-            model_name_or_path=str(options.model.resolve()),
-            max_steps=options.steps,
-        )
-        for _ in range(TRIES):
+        settings = {**SETTINGS, "corpus_dir": str(directory / "corpus"), "max_steps": options.steps}
+        settings["model_name_or_path"] = str(options.model.resolve())
+        for _ in range(MAX_ATTEMPTS):
             whole, killed = (Run(directory / name, options.processes, settings) for name in ("whole", "killed"))
-            startup, training = time_whole(whole)
+            startup, training = time_uninterrupted(whole)
             print0(f"{settings['max_steps']} steps, left alone: {startup:.1f} s to start, {training:.1f} s of training")
-            kills = kill_again_and_again(killed, options.kills, startup, training, moments)
+            kills = kill_repeatedly(killed, options.kills, startup, training, moments)
             if len(kills) == options.kills:
                 break
-            print0(f"it ended after {len(kills)} of {options.kills} kills: once more, with twice the steps")
+            print0(f"it ended after {len(kills)} of {options.kills} kills: again with twice the steps")
             settings["max_steps"] *= 2
             shutil.rmtree(whole.directory)
             shutil.rmtree(killed.directory)
         else:
-            raise UserError(f"not one of {TRIES} runs was killed {options.kills} times. Give more --steps.")
+            raise UserError(f"none of {MAX_ATTEMPTS} runs was killed {options.kills} times. Give more --steps.")
         tolerance = TOLERANCE[options.processes]
-        curve, lost = compare_logs(read_log(whole.log), read_log(killed.log), settings["max_steps"], tolerance)
-        weights, moved = compare_weights(whole.output, killed.output, tolerance)
-    print0(table_of(kills))
-    problems = lost + moved
+        in_log, problems = compare_logs(read_log(whole.log), read_log(killed.log), settings["max_steps"], tolerance)
+        in_weights, moved = compare_weights(whole.output, killed.output, tolerance)
+    problems += moved
+    print0(format_kills(kills))
     result = {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
-        "commit": commit(),
         "arguments": {"kills": options.kills, "steps": settings["max_steps"], "seed": options.seed},
         "startup_seconds": round(startup, 2),
         "training_seconds": round(training, 2),
         "kills": [asdict(kill) for kill in kills],
-        "largest_difference": {"log": curve, "weights": weights},
+        "largest_difference": {"log": in_log, "weights": in_weights},
         "problems": problems,
-        "seconds": watch.seconds(),
+        "seconds": timer.seconds(),
     }
-    earlier = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-    atomic_write_json(options.output, {**earlier, f"{options.processes} processes": result})
+    save_results(options.output, result, f"{options.processes} processes")
     for problem in problems[:PROBLEMS_SHOWN]:
         print0(f"- {problem}")
     print0(
-        f"\n{'NOT MET' if problems else 'met'}: {len(kills)} kills, {sum(not kill.training for kill in kills)} of them "
-        f"while starting, {sum(kill.saving for kill in kills)} while saving; largest difference {curve:.1e} in the log of "
-        f"{settings['max_steps']} steps, {weights:.1e} in the weights (allowed: {tolerance:g}); {len(problems)} problems; "
-        f"{watch.seconds():.0f} s, figures in {options.output}"
+        f"\n{'FAILED' if problems else 'passed'}: {len(kills)} kills, {sum(not kill.training for kill in kills)} of them "
+        f"at startup, {sum(kill.saving for kill in kills)} while saving; largest difference {in_log:.1e} in the log of "
+        f"{settings['max_steps']} steps, {in_weights:.1e} in the weights (allowed: {tolerance:g}); {len(problems)} problems"
     )
     if problems:
         raise SystemExit(1)
 
 
-# ---------------------------------------------------------------------------------------------------------- the two runs
-def time_whole(run: Run) -> tuple[float, float]:
+# ------------------------------------------------------------------------------------------------------------ the two runs
+def time_uninterrupted(run: Run) -> tuple[float, float]:
     """Trains without a kill; returns seconds until the training began, and from then to the last line of its log."""
     start = time.perf_counter()
     process = run.start()
@@ -210,13 +191,13 @@ def time_whole(run: Run) -> tuple[float, float]:
         run.check(process)
     finally:
         kill(process)
-    ended = time_of(run.log)
+    ended = mtime(run.log)
     if began is None or ended is None:
         raise UserError("the training ended without a log.")
     return startup, (ended - began) / 1e9
 
 
-def kill_again_and_again(run: Run, count: int, startup: float, training: float, moments: random.Random) -> list[Kill]:
+def kill_repeatedly(run: Run, count: int, startup: float, training: float, moments: random.Random) -> list[Kill]:
     """Kills `count` starts of a run at random moments, and lets the next one finish; fewer if one finished before.
 
     Args:
@@ -226,11 +207,11 @@ def kill_again_and_again(run: Run, count: int, startup: float, training: float, 
     kills: list[Kill] = []
     for _ in range(count):
         checkpoint = latest_valid_checkpoint(run.output)
-        log, staging = time_of(run.log), time_of(run.output / TMP_DIR)
+        log, staging = mtime(run.log), mtime(run.output / TMP_DIR)
         start = time.perf_counter()
         process = run.start()
         try:
-            if moments.random() < WHILE_STARTING:
+            if moments.random() < KILLED_AT_STARTUP:
                 wait(process, moments.uniform(0, startup))
             elif wait_for_change(process, run.log, log):
                 wait(process, moments.uniform(0, 2 * training / (count + 2)))
@@ -239,25 +220,20 @@ def kill_again_and_again(run: Run, count: int, startup: float, training: float, 
         if process.returncode != -signal.SIGKILL:
             run.check(process)
             return kills
-        seconds = round(time.perf_counter() - start, 2)
         kills.append(
             Kill(
                 resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
-                seconds=seconds,
-                training=time_of(run.log) != log,
-                step=max((line["step"] for line in read_log(run.log)), default=0),
-                saving=time_of(run.output / TMP_DIR) not in (None, staging),
+                seconds=round(time.perf_counter() - start, 2),
+                training=mtime(run.log) != log,
+                step=max((int(line["step"]) for line in read_log(run.log)), default=0),
+                saving=mtime(run.output / TMP_DIR) not in (None, staging),
             )
         )
-    process = run.start()
-    try:
-        run.check(process)
-    finally:
-        kill(process)
+    run.finish()
     return kills
 
 
-def time_of(path: Path) -> int | None:
+def mtime(path: Path) -> int | None:
     """When a file or directory was last changed, in ns; None if there is none."""
     try:
         return path.stat().st_mtime_ns
@@ -266,8 +242,8 @@ def time_of(path: Path) -> int | None:
 
 
 def wait_for_change(process: "psutil.Popen", path: Path, before: int | None) -> int | None:
-    """Waits until a file is written, and returns its new time; None if the process ends without that."""
-    while (now := time_of(path)) == before:
+    """Waits until a file is written, and returns its new mtime; None if the process ends without that."""
+    while (now := mtime(path)) == before:
         if process.poll() is not None:
             return None
         time.sleep(POLL)
@@ -282,28 +258,22 @@ def wait(process: "psutil.Popen", seconds: float) -> None:
 
 
 def kill(process: "psutil.Popen") -> None:
-    """SIGKILL to a process and all its descendants, for torchrun puts each of its own into a session of its own."""
+    """SIGKILL to a process and all its descendants; torchrun puts each of its workers into a session of its own."""
     if process.poll() is not None:
         return
     process.suspend()  # starts no more of them
-    everyone = [*process.children(recursive=True), process]
-    for one in everyone:
+    everything = [*process.children(recursive=True), process]
+    for running in everything:
         try:
-            one.kill()
+            running.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(everyone)  # no one writes a last word when the next start reads
+    psutil.wait_procs(everything)  # none may still write when the next start reads
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-# ------------------------------------------------------------------------------------------------------------ comparing
+# -------------------------------------------------------------------------------------------------------------- comparison
 def read_log(file: Path) -> list[dict[str, float]]:
-    """The lines of a log that hold a loss or an eval loss, without what depends on the clock; none of a file not there.
+    """The lines of a log that hold a loss or an eval loss, `COMPARED` keys only; empty if there is no file.
 
     A last line that a kill cut short is left out.
     """
@@ -312,57 +282,56 @@ def read_log(file: Path) -> list[dict[str, float]]:
         if line.endswith("\n"):
             entry = json.loads(line)
             if "loss" in entry or "eval_loss" in entry:
-                lines.append({name: entry[name] for name in EXACT if name in entry})
+                lines.append({name: entry[name] for name in COMPARED if name in entry})
     return lines
 
 
 def compare_logs(
     whole: list[dict[str, float]], killed: list[dict[str, float]], steps: int, tolerance: float
 ) -> tuple[float, list[str]]:
-    """The largest difference between two logs' numbers, and what is wrong; nothing if they are the same."""
+    """The largest difference between the values of two logs, and what is wrong; nothing if they are the same."""
     problems, largest = [], 0.0
     for name, log in (("left alone", whole), ("killed", killed)):
-        made = [int(line["step"]) for line in log if "loss" in line]
-        counts = Counter(made)
-        for step in sorted({*range(1, steps + 1), *made}):
-            wanted = int(1 <= step <= steps)
-            if counts[step] != wanted:
-                problems.append(f"the run {name} has step {step} {counts[step]} times in its log instead of {wanted}")
-        if made != sorted(made):
+        logged = [int(line["step"]) for line in log if "loss" in line]
+        counts = Counter(logged)
+        for step in sorted({*range(1, steps + 1), *logged}):
+            expected = int(1 <= step <= steps)
+            if counts[step] != expected:
+                problems.append(f"the run {name} has step {step} {counts[step]} times in its log instead of {expected}")
+        if logged != sorted(logged):
             problems.append(f"the steps of the run {name} are not in order")
     if len(whole) != len(killed):
         problems.append(f"the logs have {len(whole)} and {len(killed)} lines")
-    for one, other in zip(whole, killed, strict=False):
-        if one.keys() != other.keys() or one["step"] != other["step"]:
-            problems.append(f"a line of step {one['step']} is one of step {other['step']}, or has other names")
-            break  # nothing below stands beside its like
-        for name, value in one.items():
+    for line, other in zip(whole, killed, strict=False):
+        if line.keys() != other.keys() or line["step"] != other["step"]:
+            problems.append(f"a line of step {line['step']} is one of step {other['step']}, or has other keys")
+            break  # nothing below lines up
+        for name, value in line.items():
             difference = abs(value - other[name])
             largest = max(largest, difference if math.isfinite(difference) else math.inf)
             if not difference <= tolerance:
-                problems.append(f"step {one['step']}: {name} is {value} and {other[name]}")
+                problems.append(f"step {line['step']}: {name} is {value} and {other[name]}")
     return largest, problems
 
 
 def compare_weights(whole: Path, killed: Path, tolerance: float) -> tuple[float, list[str]]:
     """The largest difference between the weights in two adapters' directories, and what is wrong."""
-    ones, others = (load_file(directory / "adapter_model.safetensors") for directory in (whole, killed))
+    first, second = (load_file(directory / "adapter_model.safetensors") for directory in (whole, killed))
     problems, largest = [], 0.0
-    for name in sorted({*ones, *others}):
-        one, other = ones.get(name), others.get(name)
-        if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+    for name in sorted({*first, *second}):
+        weight, other = first.get(name), second.get(name)
+        if weight is None or other is None or (weight.shape, weight.dtype) != (other.shape, other.dtype):
             problems.append(f"{name} is not in both adapters, or has another shape or dtype")
             continue
-        difference = float((one.double() - other.double()).abs().max())
+        difference = float((weight.double() - other.double()).abs().max())
         largest = max(largest, difference if math.isfinite(difference) else math.inf)
         if not difference <= tolerance:
             problems.append(f"{name} differs by {difference:.3g}")
     return largest, problems
 
 
-# ------------------------------------------------------------------------------------------------------------- reporting
-def table_of(kills: list[Kill]) -> str:
-    rows = [
+def format_kills(kills: list[Kill]) -> str:
+    rows: list[list[Any]] = [
         [
             str(number),
             "the beginning" if kill.resumed_from is None else f"checkpoint-{kill.resumed_from}",
@@ -372,16 +341,7 @@ def table_of(kills: list[Kill]) -> str:
         ]
         for number, kill in enumerate(kills, start=1)
     ]
-    return format_table(["kill", "gone on from", "after s", "last step logged", "while saving"], rows)
-
-
-def commit() -> str | None:
-    """The commit of this code, marked where files differ from it; None outside of a repository."""
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return format_table(["kill", "resumed from", "after s", "last step logged", "while saving"], rows)
 
 
 if __name__ == "__main__":

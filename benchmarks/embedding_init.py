@@ -1,75 +1,82 @@
-"""Which starting rows for new pieces are best: measured on the miniature, before and after a short training.
+"""Which initial embeddings of new tokens are best: measured on the miniature, before and after a short training.
 
-    python -m benchmarks.embedding_init --work-dir runs/mini --output embedding_init.json
+    python -m benchmarks.embedding_init --work-dir runs/mini
+    python -m benchmarks.embedding_init --work-dir DIR --make-kana-base NEW --known 300
+    BASE_MODEL_DIR=NEW/base python -m benchmarks.embedding_init --work-dir NEW/work --output kana_base.json
 
 Steps 1 and 2 must have run in the work directory. What do output rows do to Chinese and English: bits per byte, greedy
-answers that change, positions of text at which a new piece wins? The same for random weights in ChatGLM3's layout. And
+answers that change, positions of text at which a new token wins? The same for random weights in ChatGLM3's layout. And
 how well does Japanese start, and stand after a short run of step 5, with which input and output rows?
+
+`--make-kana-base` makes a base that knows kana, as ChatGLM3 does, of the miniature, which spells them in bytes: the miniature
+learns the first 300 of its new tokens by the whole of step 5; they then count as base vocabulary, and the others as new. A new
+token replaces 2.7 base tokens then, as in ChatGLM3 (2.8).
 """
 
 import argparse
-import os
-import platform
+import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from llmtuner.console import Timer, UserError, format_table, print0, print_header, progress, run_cli
+from benchmarks.common import (
+    ROOT,
+    TRAIN_ONLY,
+    Values,
+    make_parser,
+    print_results,
+    save_results,
+    step_settings,
+    use_work_dir,
+)
+from llmtuner.console import UserError, print0, progress, run_cli
 from llmtuner.data.held_out import training_documents
 from llmtuner.data.sources import get_dataset_attr
 from llmtuner.data.template import Template
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.eval.generation import generate_answers
-from llmtuner.files import atomic_write_json
 from llmtuner.model.loading import load_for_evaluation, load_model
-from llmtuner.tokenizer.fast import copy_tokenizer, encode_batch, load_tokenizer
+from llmtuner.tokenizer.fast import (
+    SPECIAL_TOKENS,
+    copy_tokenizer,
+    encode_batch,
+    load_tokenizer,
+    read_sentencepiece,
+    save_tokenizer,
+)
+from llmtuner.tokenizer.merge_vocab import merge_vocab
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import METHODS, NewTokens, find_new_tokens, init_new_embeddings
 from llmtuner.weights.focus import focus_weights, static_vectors
 from llmtuner.weights.merge_lora import merge_adapter
 from llmtuner.weights.resize_embeddings import resize_token_embeddings
 
-TINY = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "tiny_chatglm3"
-TINY_PIECES, TINY_PROMPTS, TINY_PROMPT, TINY_ANSWER = 300, 400, 24, 32  # numbers of pieces, prompts, tokens, tokens
-FRESH = "initialisation"  # seed of questions and documents that are not those of the steps
-DOCUMENTS = 600  # of each old language
-OLD_LANGUAGES = ("zh", "en")
-WINDOW = 256  # tokens, as the miniature's profile has it
-CORRECTED = "+norm"
-CHOICES = [method + norm for method in METHODS for norm in ("", CORRECTED)]
-MIXED = [  # rows of the input matrix, rows of the output matrix
-    ("mean+norm", "mean"),
-    ("focus", "mean"),
-    ("focus+norm", "mean"),
-    ("mean", "first_weighted"),
-    ("mean+norm", "first_weighted"),
-    ("last_weighted", "first_weighted"),  # as in AdaptiVocab
-    ("global_mean+norm", "mean"),
-]
-TRAINED = [
-    ("mean", "mean"),
-    ("mean+norm", "mean"),
-    ("mean+norm", "mean+norm"),
-    ("mean+norm", "first_weighted"),
-    ("last_weighted", "first_weighted"),
-    ("focus", "mean"),
-    ("mean", "focus"),
-    ("focus", "focus"),
-    ("global_mean", "global_mean"),
-    ("random", "random"),
-]
+TINY = ROOT / "tests" / "fixtures" / "tiny_chatglm3"
+TINY_NEW_TOKENS, TINY_PROMPTS, TINY_PROMPT_LEN, TINY_ANSWER_LEN = 300, 400, 24, 32
+SEED = "initialisation"  # of questions and documents that are not those of the steps
+DOCUMENTS = 600  # of each base language
+BASE_LANGUAGES = ("zh", "en")
+WINDOW = 256  # tokens, as in the miniature's profile
+NORM = "+norm"
+CHOICES = [method + norm for method in METHODS for norm in ("", NORM)]
+# Methods of the rows of the input and of the output matrix, as pairs; last_weighted/first_weighted is AdaptiVocab's.
+MIXED = "mean+norm/mean focus/mean focus+norm/mean mean/first_weighted mean+norm/first_weighted "
+MIXED += "last_weighted/first_weighted global_mean+norm/mean"
+TRAINED = (
+    "mean/mean mean+norm/mean mean+norm/mean+norm mean+norm/first_weighted last_weighted/first_weighted focus/mean "
+)
+TRAINED += "mean/focus focus/focus global_mean/global_mean random/random"
 MakeRows = Callable[[torch.Tensor, str, str], torch.Tensor]
 """(matrix, "input" or "output", choice) -> new rows in fp32"""
 
 
 @dataclass
-class Model:
-    """A model whose two matrices can be exchanged; new rows are rounded to the dtype of its files."""
+class ResizableModel:
+    """A model whose embedding matrices can be exchanged; new rows are rounded to the dtype of its files."""
 
     model: Any
     first_id: int
@@ -80,130 +87,98 @@ class Model:
         modules = {"input": self.model.get_input_embeddings(), "output": self.model.get_output_embeddings()}
         self.matrices = {name: (module, module.weight.data) for name, module in modules.items()}
 
-    def grow(self, which: str, choice: str) -> torch.Tensor:
-        """Puts new rows behind the native ones of one matrix; returns all, [rows, width]."""
-        module, old = self.matrices[which]
-        rows = self.init_fn(old.to(self.stored), which, choice).to(self.stored)
-        module.weight = torch.nn.Parameter(torch.cat([old[: self.first_id], rows.float()]), requires_grad=False)
+    def resize(self, which: str, choice: str) -> torch.Tensor:
+        """Appends new rows to the base rows of one matrix; returns all, [rows, width]."""
+        module, base = self.matrices[which]
+        rows = self.init_fn(base.to(self.stored), which, choice).to(self.stored)
+        module.weight = torch.nn.Parameter(torch.cat([base[: self.first_id], rows.float()]), requires_grad=False)
         return module.weight
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="compare starting rows for new pieces on the miniature")
-    parser.add_argument("--work-dir", type=Path, help="where steps 1 and 2 have run (default: as for the steps)")
-    parser.add_argument("--steps", type=int, default=150, help="steps of training; 0: none")
+    parser = make_parser(__doc__, "embedding_init.json", work_dir=None)
+    parser.add_argument("--steps", type=int, default=150, help="training steps; 0: none")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each pair")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--make-kana-base", type=Path, metavar="NEW", help="directory to create; nothing is measured")
+    parser.add_argument("--known", type=int, default=300, help="tokens that count as base vocabulary in it")
     options = parser.parse_args()
-    if options.work_dir:
-        os.environ["WORK_DIR"] = str(options.work_dir.resolve())
+    if options.make_kana_base:
+        return make_kana_base(options)
+    use_work_dir(options.work_dir, "MERGED_TOKENIZER_DIR")
     import constants
     import pipeline
 
-    if constants.PROFILE_NAME != "mini":
-        raise UserError("this benchmark asks the miniature's questions. Leave PROFILE unset.")
-    pipeline.require_artifacts(constants.MERGED_TOKENIZER_DIR)
     base_dir, merged_dir = pipeline.require_base_model(), constants.MERGED_TOKENIZER_DIR
-    pipeline.require_corpus()
-    watch = Timer()
-    print0(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} CPU threads")
-
     new = find_new_tokens(base_dir / "tokenizer.model", merged_dir / "tokenizer.model")
     tokenizer = load_tokenizer(merged_dir)
     sources = [get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in constants.TOKENIZER_MIX]
-    japanese = [text for one in sources for text in training_documents(one, constants.VALIDATION_SHARE)]
-    focus = focus_weights(static_vectors(encode_batch(tokenizer, japanese), new.end), new)
-    init_fn = rows_maker(new, focus)
+    japanese = [text for source in sources for text in training_documents(source, constants.VALIDATION_SHARE)]
+    init_fn = rows_maker(new, focus_weights(static_vectors(encode_batch(tokenizer, japanese), new.end), new))
     stored = load_model(base_dir).dtype
 
-    def fresh_model() -> Model:
-        return Model(load_for_evaluation(base_dir)[0], new.first_id, stored, init_fn)
+    def load() -> ResizableModel:
+        return ResizableModel(load_for_evaluation(base_dir)[0], new.first_id, stored, init_fn)
 
-    texts = {language: pipeline.held_out_texts(language) for language in ("ja", *OLD_LANGUAGES)}
-    results: dict[str, Any] = {
-        "old_languages": measure_old_languages(fresh_model(), load_tokenizer(base_dir), tokenizer, texts),
+    texts = {language: pipeline.held_out_texts(language) for language in ("ja", *BASE_LANGUAGES)}
+    results: Values = {
+        "base_languages": measure_base_languages(load(), load_tokenizer(base_dir), tokenizer, texts),
         "random_weights": measure_random_weights(),
-        "japanese": measure_japanese(fresh_model(), tokenizer, texts["ja"]),
+        "japanese": measure_japanese(load(), tokenizer, texts["ja"]),
     }
     if options.steps:
         results["trained"] = measure_training(new, init_fn, texts, options.steps, options.seeds)
-    if options.output:
-        environment = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": f"CPU, {torch.get_num_threads()} threads",
-            "seconds": watch.seconds(),
-        }
-        atomic_write_json(options.output, environment | results)
-    print0(f"\n{watch.seconds():.0f} s" + (f", figures in {options.output}" if options.output else ""))
+    return save_results(options.output, results)
 
 
 def rows_maker(new: NewTokens, focus: torch.Tensor | None = None) -> MakeRows:
     """`init_new_embeddings` for choices such as "mean+norm"; the two matrices get different random rows."""
 
     def init_fn(matrix: torch.Tensor, which: str, choice: str) -> torch.Tensor:
-        method, norm_correction = choice.removesuffix(CORRECTED), choice.endswith(CORRECTED)
+        method, norm_correction = choice.removesuffix(NORM), choice.endswith(NORM)
         return init_new_embeddings(matrix, new, method, norm_correction, seed=int(which == "output"), weights=focus)
 
     return init_fn
 
 
-# ------------------------------------------------------------------------------------------------------- old languages
-def measure_old_languages(
-    grown: Model, base_tokenizer: Any, tokenizer: Any, texts: dict[str, list[str]]
-) -> dict[str, dict[str, float]]:
-    """What each choice of output rows does to Chinese and English; input rows of new pieces play no part in them."""
+# --------------------------------------------------------------------------------------------------------- base languages
+def measure_base_languages(
+    resizable: ResizableModel, base_tokenizer: Any, tokenizer: Any, texts: dict[str, list[str]]
+) -> dict[str, Values]:
+    """What each choice of output rows does to Chinese and English; input rows of new tokens play no part in them."""
     from mini.world import build_generators, documents, questions
 
-    generators = build_generators(FRESH)
-    fresh = [text for language in OLD_LANGUAGES for text in documents(generators[language], DOCUMENTS, 0)[0]]
-    asked = [one["question"] for one in questions(build_generators(FRESH)) if one["group"] in OLD_LANGUAGES]
-    windows = token_windows(tokenizer, fresh)
-    hidden = torch.cat([hidden_states(grown.model, torch.tensor([ids])) for ids in windows])
-    before = generate_answers(grown.model, base_tokenizer, asked).texts
-    results = {"base": bits_of(grown.model, base_tokenizer, texts, OLD_LANGUAGES)}
-    grown.grow("input", "mean")
+    generators, model = build_generators(SEED), resizable.model
+    fresh = [text for language in BASE_LANGUAGES for text in documents(generators[language], DOCUMENTS, 0)[0]]
+    asked = [row["question"] for row in questions(build_generators(SEED)) if row["group"] in BASE_LANGUAGES]
+    prefix = Template.from_tokenizer(tokenizer).prefix
+    size = WINDOW - len(prefix)
+    windows = [
+        prefix + ids[start : start + size]
+        for ids in encode_batch(tokenizer, fresh)
+        for start in range(0, len(ids), size)
+    ]
+    hidden = torch.cat([hidden_states(model, torch.tensor([ids])) for ids in windows])
+    before = generate_answers(model, base_tokenizer, asked).texts
+    results: dict[str, Values] = {"base": bits_of(model, base_tokenizer, texts, BASE_LANGUAGES)}
+    resizable.resize("input", "mean")
     for choice in CHOICES:
-        head = grown.grow("output", choice)
-        after = generate_answers(grown.model, tokenizer, asked).texts
+        head = resizable.resize("output", choice)
+        after = generate_answers(model, tokenizer, asked).texts
         results[choice] = {
-            **bits_of(grown.model, tokenizer, texts, OLD_LANGUAGES),
-            "answers_changed": sum(one != other for one, other in zip(before, after, strict=True)),
+            **bits_of(model, tokenizer, texts, BASE_LANGUAGES),
+            "answers_changed": sum(old != new for old, new in zip(before, after, strict=True)),
             "answers": len(asked),
-            "wins": count_wins(hidden, head, grown.first_id),
+            "wins": count_wins(hidden, head, resizable.first_id),
             "positions": len(hidden),
         }
-    print_header(f"output rows and old languages: {len(asked)} questions, {len(hidden):,} positions of fresh text")
-    print0(
-        format_table(
-            ["output rows", "zh bits/byte", "en bits/byte", "answers changed", "positions won"],
-            [
-                [
-                    name,
-                    f"{row['zh']:.4f}",
-                    f"{row['en']:.4f}",
-                    *(str(row.get(key, "")) for key in ("answers_changed", "wins")),
-                ]
-                for name, row in results.items()
-            ],
-        )
-    )
+    title = f"output rows and base languages: {len(asked)} questions, {len(hidden):,} positions of fresh text"
+    print_results(title, results, dict(zh=".4f", en=".4f", answers_changed="d", wins="d"))
     return results
 
 
 def bits_of(model: Any, tokenizer: Any, texts: dict[str, list[str]], languages: Iterable[str]) -> dict[str, float]:
     """Bits per byte of some languages' texts."""
     return {language: bits_per_byte(model, tokenizer, texts[language], WINDOW) for language in languages}
-
-
-def token_windows(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
-    """Ids of the texts in windows, each behind the prefix of a document."""
-    prefix = Template.from_tokenizer(tokenizer).prefix
-    step = WINDOW - len(prefix)
-    for ids in encode_batch(tokenizer, texts):
-        for start in range(0, len(ids), step):
-            yield prefix + ids[start : start + step]
 
 
 @torch.no_grad()
@@ -213,13 +188,13 @@ def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def count_wins(hidden: torch.Tensor, head: torch.Tensor, first_id: int) -> int:
-    """Positions at which the greatest logit is that of a new piece."""
+    """Positions at which the greatest logit is that of a new token."""
     return sum(int(((part @ head.T).argmax(dim=1) >= first_id).sum()) for part in hidden.split(1024))
 
 
-# ------------------------------------------------------------------------------------------------------ random weights
-def measure_random_weights() -> dict[str, dict[str, int]]:
-    """Greedy continuations and winning pieces of the random model in ChatGLM3's layout, stored in half precision."""
+# ---------------------------------------------------------------------------------------------------------- random weights
+def measure_random_weights() -> dict[str, Values]:
+    """Greedy continuations and winning tokens of the random model in ChatGLM3's layout, stored in half precision."""
     if not TINY.is_dir():
         print0(f"{TINY} is missing: nothing is measured on random weights.")
         return {}
@@ -228,101 +203,126 @@ def measure_random_weights() -> dict[str, dict[str, int]]:
         model = load_model(Path(directory) / "glm").half().float()
     first_id = model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    pairs = torch.randint(3, first_id, (TINY_PIECES, 2), generator=generator).tolist()
-    prompts = torch.randint(3, first_id, (TINY_PROMPTS, TINY_PROMPT), generator=generator)
-    grown = Model(model, first_id, torch.float16, rows_maker(NewTokens(first_id, pairs, unk_id=0)))
+    pairs = torch.randint(3, first_id, (TINY_NEW_TOKENS, 2), generator=generator).tolist()
+    prompts = torch.randint(3, first_id, (TINY_PROMPTS, TINY_PROMPT_LEN), generator=generator)
+    init_fn = rows_maker(NewTokens(first_id, pairs, unk_id=0))
+    resizable = ResizableModel(model, first_id, torch.float16, init_fn)
     before = continuations(model, prompts)
     hidden = hidden_states(model, before)
-    grown.grow("input", "mean")
+    resizable.resize("input", "mean")
     results = {}
     for choice in CHOICES:
-        if choice.startswith("focus"):  # random ids are no text from which vectors could be learnt
+        if choice.startswith("focus"):  # random ids are no text from which vectors could be learned
             continue
-        head = grown.grow("output", choice)
-        changed = int((continuations(model, prompts) != before).any(dim=1).sum())
+        head = resizable.resize("output", choice)
         results[choice] = {
-            "changed": changed,
+            "changed": int((continuations(model, prompts) != before).any(dim=1).sum()),
             "continuations": len(prompts),
             "wins": count_wins(hidden, head, first_id),
             "positions": len(hidden),
         }
-    print_header(f"random weights: {len(prompts)} continuations of {TINY_ANSWER} tokens, {len(hidden):,} positions")
-    rows = [[name, str(row["changed"]), str(row["wins"])] for name, row in results.items()]
-    print0(format_table(["output rows", "continuations changed", "positions won"], rows))
+    title = f"random weights: {len(prompts)} continuations of {TINY_ANSWER_LEN} tokens, {len(hidden):,} positions"
+    print_results(title, results, dict(changed="d", wins="d"))
     return results
 
 
 def continuations(model: Any, prompts: torch.Tensor) -> torch.Tensor:
     """Prompts [prompts, tokens] and what follows greedily."""
-    return model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=TINY_ANSWER,
-        min_new_tokens=TINY_ANSWER,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    mask, lengths = torch.ones_like(prompts), dict(max_new_tokens=TINY_ANSWER_LEN, min_new_tokens=TINY_ANSWER_LEN)
+    return model.generate(input_ids=prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
 
 
-# ------------------------------------------------------------------------------------------------------------ Japanese
-def measure_japanese(grown: Model, tokenizer: Any, texts: list[str]) -> list[dict[str, Any]]:
+# ---------------------------------------------------------------------------------------------------------------- Japanese
+def measure_japanese(resizable: ResizableModel, tokenizer: Any, texts: list[str]) -> list[Values]:
     """Japanese bits per byte of pairs of choices before any training."""
-    results: list[dict[str, Any]] = []
-    for pair in progress([*((choice, choice) for choice in CHOICES), *MIXED], "Japanese", unit="pair"):
-        for which, choice in zip(("input", "output"), pair, strict=True):
-            grown.grow(which, choice)
-        bits = bits_per_byte(grown.model, tokenizer, texts, WINDOW)
-        results.append({"input": pair[0], "output": pair[1], "ja": bits})
-    print_header("Japanese before training (bits per byte of held-out text)")
-    print0(
-        format_table(
-            ["input rows", "output rows", "ja"], [[row["input"], row["output"], f"{row['ja']:.4f}"] for row in results]
-        )
-    )
+    results: list[Values] = []
+    for pair in progress([*(f"{choice}/{choice}" for choice in CHOICES), *MIXED.split()], "Japanese", unit="pair"):
+        choices = dict(zip(("input", "output"), pair.split("/"), strict=True))
+        for which, choice in choices.items():
+            resizable.resize(which, choice)
+        results.append({**choices, "ja": bits_per_byte(resizable.model, tokenizer, texts, WINDOW)})
+    by_pair = {f"{result['input']} / {result['output']}": result for result in results}
+    print_results("input / output rows before training: bits per byte of held-out text", by_pair, {"ja": ".4f"})
     return results
 
 
 def measure_training(
     new: NewTokens, init_fn: MakeRows, texts: dict[str, list[str]], steps: int, seeds: int
-) -> list[dict[str, Any]]:
+) -> list[Values]:
     """Bits per byte of every language after some steps of step 5, from several pairs of choices."""
     import constants
-    from llmtuner.train.tuner import run_exp
-    from step5_train_pt_single_gpu import BY_PROFILE, SETTINGS
 
-    results: list[dict[str, Any]] = []
-    for pair in TRAINED:
-        choices = dict(zip(("input", "output"), pair, strict=True))
-        for seed in range(seeds):
-            with tempfile.TemporaryDirectory() as directory:
-                zero, adapter, merged = (Path(directory) / name for name in ("zero", "adapter", "merged"))
-                zero.mkdir()
-                resize_token_embeddings(
-                    constants.BASE_MODEL_DIR,
-                    zero,
-                    new,
-                    constants.EMBEDDING_ROWS_MULTIPLE,
-                    lambda matrix, which, choices=choices: init_fn(matrix, which, choices[which]),  # type: ignore[misc]
-                )
-                copy_tokenizer(constants.MERGED_TOKENIZER_DIR, zero)
-                run = dict(model_name_or_path=str(zero), output_dir=str(adapter), max_steps=steps, seed=42 + seed)
-                quiet = dict(eval_strategy="no", eval_on_start=False, plot_loss=False)
-                run_exp({**SETTINGS, **BY_PROFILE["mini"], **run, **quiet})
-                merge_adapter(zero, adapter, merged)
-                model, tokenizer = load_for_evaluation(merged)
-            bits = bits_of(model, tokenizer, texts, texts)
-            results.append({**choices, "seed": seed, "steps": steps, **bits})
-    print_header(f"after {steps} steps of training (bits per byte of held-out text)")
-    print0(
-        format_table(
-            ["input rows", "output rows", "seed", *texts],
-            [
-                [row["input"], row["output"], str(row["seed"]), *(f"{row[language]:.4f}" for language in texts)]
-                for row in results
-            ],
-        )
-    )
+    results: list[Values] = []
+    for pair, seed in itertools.product(TRAINED.split(), range(seeds)):
+        choices = dict(zip(("input", "output"), pair.split("/"), strict=True))
+
+        def rows(matrix: torch.Tensor, which: str, choices: dict[str, str] = choices) -> torch.Tensor:
+            return init_fn(matrix, which, choices[which])
+
+        with tempfile.TemporaryDirectory() as directory:
+            zero, merged = Path(directory) / "zero", Path(directory) / "merged"
+            zero.mkdir()
+            resize_token_embeddings(constants.BASE_MODEL_DIR, zero, new, constants.EMBEDDING_ROWS_MULTIPLE, rows)
+            copy_tokenizer(constants.MERGED_TOKENIZER_DIR, zero)
+            pretrain(zero, merged, max_steps=steps, seed=42 + seed)
+            model, tokenizer = load_for_evaluation(merged)
+        results.append({**choices, "seed": seed, "steps": steps, **bits_of(model, tokenizer, texts, texts)})
+    by_pair = {f"{result['input']} / {result['output']}, seed {result['seed']}": result for result in results}
+    title = f"input / output rows after {steps} steps of training: bits per byte of held-out text"
+    print_results(title, by_pair, dict.fromkeys(texts, ".4f"))
     return results
+
+
+def pretrain(model: Path, merged: Path, **settings: Any) -> None:
+    """Runs step 5 on a model and merges the adapter, which lies beside it."""
+    from llmtuner.train.tuner import run_exp
+
+    adapter = model.with_name("adapter")
+    run = dict(model_name_or_path=str(model), output_dir=str(adapter), **settings)
+    run_exp({**step_settings("pt"), **TRAIN_ONLY, **run})
+    merge_adapter(model, adapter, merged)
+
+
+# --------------------------------------------------------------------------------------------------------------- kana base
+def make_kana_base(options: argparse.Namespace) -> None:
+    """Writes a base model that knows some of the new tokens, and a work directory in which the others are new."""
+    target = options.make_kana_base
+    if target.exists():
+        raise UserError(f"{target} exists. Name another directory.")
+    use_work_dir(options.work_dir, "JA_TOKENIZER")
+    import constants
+    import pipeline
+
+    base_dir = pipeline.require_base_model()
+    base = read_sentencepiece(base_dir / "tokenizer.model")
+    num_base = len(base.pieces)
+    pieces = [piece.piece for piece in read_sentencepiece(constants.JA_TOKENIZER).pieces[num_base:]]
+    known, unknown = pieces[: options.known], pieces[options.known :]
+
+    def save(proto: Any, directory: Path) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
+        save_tokenizer(directory / "tokenizer.model", directory)
+        return directory
+
+    taught = save(merge_vocab(base, known), target / "taught")
+    new = find_new_tokens(base_dir / "tokenizer.model", taught / "tokenizer.model")
+    resize_token_embeddings(base_dir, taught, new, constants.EMBEDDING_ROWS_MULTIPLE)
+    pretrain(taught, target / "trained")
+
+    # Special tokens follow the base vocabulary: the known tokens move before them.
+    specials = list(range(num_base, num_base + len(SPECIAL_TOKENS)))
+    order = [*range(num_base), *range(num_base + len(specials), num_base + len(specials) + len(known)), *specials]
+    model = load_model(target / "trained")
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.weight.data[: len(order)] = module.weight.data[order].clone()  # type: ignore[union-attr]
+    continued = merge_vocab(base, known, placeholders=False)
+    result = save(continued, target / "base")
+    model.save_pretrained(str(result))
+    merged = save(merge_vocab(continued, unknown), target / "work" / "step2_merged_tokenizer")
+    (target / "work" / "corpus").symlink_to(constants.CORPUS_DIR.resolve())
+    spelled = find_new_tokens(result / "tokenizer.model", merged / "tokenizer.model").base_ids
+    print0(f"a new token replaces {sum(map(len, spelled)) / len(spelled):.2f} base tokens; the base is {result}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""Memory of one training step of ChatGLM3-6B, grown, on one GPU: a step followed tensor by tensor, beside the trainer's estimate.
+"""Memory of one training step of ChatGLM3-6B on one GPU: a step simulated tensor by tensor, beside the trainer's estimate.
 
-    python -m benchmarks.memory_budget        writes docs/memory.md and its JSON; some minutes of one core, no GPU
+    python -m benchmarks.memory_budget        some minutes of one core, no GPU; then update_readme
 
-All 28 layers are there, as tensors without content: every operation of forward pass, loss and backward pass is gone through, and
-the bytes of all tensors that live at the same time are added up. So rounding up, fragments and the kernels' own buffers are not
-in it. tests/unit/train/test_memory.py follows small models with real tensors and compares them with the estimate.
+The simulation runs every operation of forward pass, loss and backward pass of all 28 layers on fake tensors and adds up the
+bytes of those that are alive at the same time. Rounding up, fragmentation and the kernels' own buffers are not in it.
+tests of the estimate follow small models with real tensors in the same way.
 """
 
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,106 +19,98 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GlmConfig, GlmForCausalLM
 
-from benchmarks.scaling import markdown_table
-from llmtuner.files import atomic_write_json
+from benchmarks.common import CHATGLM3_6B, LORA_RANK, Values, make_parser, markdown_table, save_results
+from benchmarks.training import loss_function
+from llmtuner.console import run_cli
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model.adapters import init_adapter
 from llmtuner.model.model_dir import APPENDED_ROWS
-from llmtuner.report.environment import environment
 from llmtuner.train import loss
 from llmtuner.train.memory import estimate_step_memory
-from llmtuner.train.trainer import PackedTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE, RESULTS = ROOT / "docs" / "memory.md", ROOT / "benchmarks" / "results" / "memory_budget.json"
-ROWS, WIDTH, RANK, LENGTH = 78_592, 4_096, 64, 1_024
+SEQ_LEN = 1_024
 MICRO_BATCHES = 2  # the second finds the gradients of the first: as with any accumulation
-CARDS = {"24 GB": 23e9, "40 GB": 38e9, "80 GB": 76e9}  # what can be used of each
-BOTH = dict(additional_target=["embed_tokens", "lm_head"])
-NEW = dict(**BOTH, train_new_tokens_only=True)
-# What is trained beside LoRA, and the optimizers by their bytes for each trained number.
-RECIPES = {"LoRA and both matrices": (BOTH, (8, 2)), "LoRA and new rows": (NEW, (8, 2)), "LoRA alone": ({}, (8,))}
+CARDS = {"24 GB": 23e9, "40 GB": 38e9, "80 GB": 76e9}  # usable bytes of each
+EMBEDDINGS = dict(additional_target=["embed_tokens", "lm_head"])
+NEW_TOKENS = dict(**EMBEDDINGS, train_new_tokens_only=True)
+# What is trained beside LoRA, and the optimizers by their bytes per trained parameter.
+RECIPES = {
+    "LoRA + embeddings": (EMBEDDINGS, (8, 2)),
+    "LoRA + new tokens": (NEW_TOKENS, (8, 2)),
+    "LoRA": ({}, (8,)),
+}
 PHASES = ("forward", "loss", "backward")
 
 
-class LivingTensors(TorchDispatchMode):
-    """Adds up the bytes of all tensors that live at the same time, each memory once, and keeps the most in each phase."""
+class LiveTensors(TorchDispatchMode):
+    """Adds up the bytes of all tensors alive at the same time, each storage once, and keeps the peak of each phase."""
 
-    def __init__(self, before: Any) -> None:
-        """`before`: tensors that are there already."""
+    def __init__(self, existing: Any) -> None:
+        """`existing`: tensors that are alive already."""
         super().__init__()
-        self.now, self.phase, self.most = 0, "before", Counter[str]()
+        self.now, self.phase, self.peak = 0, "before", Counter[str]()
         self.known: set[int] = set()
-        for tensor in before:
-            self._meet(tensor)
+        for tensor in existing:
+            self._add(tensor)
 
     def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = operation(*args, **(kwargs or {}))
-        for one in tree_leaves(results):
-            if isinstance(one, torch.Tensor):
-                self._meet(one)
-        self.most[self.phase] = max(self.most[self.phase], self.now)
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        self.peak[self.phase] = max(self.peak[self.phase], self.now)
         return results
 
-    def _meet(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()
-        if place not in self.known:
-            self.known.add(place)
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.known:
+            self.known.add(address)
             self.now += size
-            weakref.finalize(storage, self._forget, place, size)
+            weakref.finalize(storage, self._remove, address, size)
 
-    def _forget(self, place: int, size: int) -> None:
-        self.known.discard(place)
+    def _remove(self, address: int, size: int) -> None:
+        self.known.discard(address)
         self.now -= size
 
 
-def follow_step(model: Any, rows: int, length: int, checkpointing: bool, dtype: torch.dtype) -> dict[str, int]:
-    """The most bytes of living tensors in each phase of a step of `MICRO_BATCHES`, without the optimizer's state.
+def simulate_step(model: Any, batch_size: int, seq_len: int, checkpointing: bool, dtype: torch.dtype) -> dict[str, int]:
+    """Peak bytes of live tensors in each phase of a step of `MICRO_BATCHES`, without the optimizer's state.
 
-    The loss is the trainer's own, and so is what stands under autocast: accelerate puts the model's forward pass under it.
+    Loss and autocast are the trainer's own: accelerate puts the model's forward pass under autocast.
 
     Args:
-        model: prepared for training, with real tensors or, under `FakeTensorMode`, with fakes.
-        rows, length: of a micro-batch.
+        model: prepared for training, with real tensors or, under `FakeTensorMode`, with fake ones.
+        batch_size, seq_len: of a micro-batch.
         dtype: autocast's; fp32 means none.
     """
-    causal_lm, autocast = model.get_base_model(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    trainer: Any = SimpleNamespace(model=model, finetuning_args=FinetuningArguments(), hidden=None)
-    living = LivingTensors([*model.parameters(), *model.buffers()])
-
-    def keep_hidden(_: Any, __: Any, outputs: Any) -> None:
-        trainer.hidden = outputs.last_hidden_state
-        living.phase = "loss"
-
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    positions = torch.arange(length).expand(rows, -1)
-    batch = {
-        "input_ids": ids,
-        "labels": ids,
-        "position_ids": positions,
-        "loss_indices": torch.arange(rows * length - 1),
-    }
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    live = LiveTensors([*model.parameters(), *model.buffers()])
+    ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
+    positions = torch.arange(seq_len).expand(batch_size, -1)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "loss_indices": torch.arange(ids.numel() - 1)}
     model.train()
-    hook = causal_lm.base_model.register_forward_hook(keep_hidden)
+    decoder = model.get_base_model().base_model
+    hook = decoder.register_forward_hook(lambda *_: setattr(live, "phase", "loss"))
     under_autocast = mock.patch.object(model, "forward", autocast(model.forward))
-    # On a GPU more logits are formed at once.
+    # On a GPU the loss forms more logits at once.
     as_on_a_gpu = mock.patch.object(loss, "CHUNK_NUMEL_CPU", loss.CHUNK_NUMEL)
-    with _checkpointing(model, checkpointing), under_autocast, as_on_a_gpu, living:
+    compute_loss = loss_function(model, FinetuningArguments())
+    with _checkpointing(model, checkpointing), under_autocast, as_on_a_gpu, live:
         for _ in range(MICRO_BATCHES):
-            living.phase = "forward"
-            summed, _ = PackedTrainer._compute_loss_sum(trainer, model, batch)
-            living.phase = "backward"
+            live.phase = "forward"
+            summed, _ = compute_loss(batch)
+            live.phase = "backward"
             summed.backward()
             del summed
     hook.remove()
     model.zero_grad()
-    return {phase: living.most[phase] for phase in PHASES}
+    return {phase: live.peak[phase] for phase in PHASES}
 
 
 @contextmanager
-def _checkpointing(model: Any, wanted: bool) -> Any:
-    if not wanted:
+def _checkpointing(model: Any, enabled: bool) -> Any:
+    if not enabled:
         yield
         return
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -130,125 +120,104 @@ def _checkpointing(model: Any, wanted: bool) -> Any:
         model.activation_checkpointing_disable()
 
 
-def chatglm3(beside: dict[str, Any]) -> Any:
-    """ChatGLM3-6B, grown and prepared for training, in memory that is asked for and never touched."""
-    config = GlmConfig(
-        vocab_size=ROWS,
-        hidden_size=WIDTH,
-        intermediate_size=13_696,
-        num_hidden_layers=28,
-        num_attention_heads=32,
-        num_key_value_heads=2,
-        head_dim=128,
-        attention_bias=True,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+def chatglm3(finetuning: Values) -> Any:
+    """ChatGLM3-6B with resized embeddings, prepared for training, in memory that is allocated and never touched."""
+    config = GlmConfig(**CHATGLM3_6B, attention_bias=True, pad_token_id=0, tie_word_embeddings=False)
     with torch.device("meta"):
         base = GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     setattr(base.config, APPENDED_ROWS, [64_798, 78_554])
-    return init_adapter(base, FinetuningArguments(lora_rank=RANK, **beside)).to_empty(device="cpu")
+    return init_adapter(base, FinetuningArguments(lora_rank=LORA_RANK, **finetuning)).to_empty(device="cpu")
 
 
-def without_content(model: Any) -> FakeTensorMode:
-    """Puts fakes into the place of a model's tensors; returns the mode under which it computes."""
+def with_fake_tensors(model: Any) -> FakeTensorMode:
+    """Replaces a model's tensors by fake ones; returns the mode under which it computes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         for module in model.modules():
-            for name, one in module._parameters.items():
-                if one is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(one), one.requires_grad)
-            for name, one in module._buffers.items():
-                if one is not None:
-                    module._buffers[name] = torch.empty_like(one)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    fake = torch.empty_like(parameter)
+                    module._parameters[name] = torch.nn.Parameter(fake, parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer)
     return mode
 
 
-def budgets() -> list[dict[str, Any]]:
-    """Of each recipe, micro-batch and way to keep activations: the estimate's parts and what the step was followed to."""
-    found = []
-    for name, (beside, optimizers) in RECIPES.items():
-        model = chatglm3(beside)
-        count = sum(one.numel() for one in model.parameters() if one.requires_grad)
-        ways = [(rows, again) for rows in (1, 4) for again in (True, False)]
-        estimates = [
-            [estimate_step_memory(model, rows, LENGTH, again, torch.bfloat16, optimizer) for optimizer in optimizers]
-            for rows, again in ways
+def budgets() -> list[Values]:
+    """For each recipe and micro-batch, with and without gradient checkpointing: the estimate's parts, and the simulation."""
+    results = []
+    for name, (finetuning, optimizers) in RECIPES.items():
+        model = chatglm3(finetuning)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        cases = [
+            (batch_size, again, optimizer)
+            for batch_size in (1, 4)
+            for again in (True, False)
+            for optimizer in optimizers
         ]
-        with without_content(model):
-            for (rows, again), of_optimizers in zip(ways, estimates, strict=True):
-                phases = follow_step(model, rows, LENGTH, again, torch.bfloat16)
-                for optimizer, estimate in zip(optimizers, of_optimizers, strict=True):
-                    found.append(
-                        {
-                            "trained": name + (", 8-bit Adam" if optimizer == 2 else ""),
-                            "rows": rows,
-                            "activations": "again" if again else "kept",
-                            "estimate": {**vars(estimate), "total": estimate.total},
-                            "followed": {phase: most + optimizer * count for phase, most in phases.items()},
-                        }
-                    )
-                    print(found[-1], flush=True)
-    return found
+        estimates = [
+            estimate_step_memory(model, size, SEQ_LEN, again, torch.bfloat16, optimizer)
+            for size, again, optimizer in cases
+        ]
+        simulated: dict[Any, dict[str, int]] = {}
+        with with_fake_tensors(model):
+            for (size, again, optimizer), estimate in zip(cases, estimates, strict=True):
+                if (size, again) not in simulated:  # the same for all optimizers
+                    simulated[size, again] = simulate_step(model, size, SEQ_LEN, again, torch.bfloat16)
+                peaks = {phase: peak + optimizer * trained for phase, peak in simulated[size, again].items()}
+                result: Values = {"trained": name + (", 8-bit Adam" if optimizer == 2 else ""), "batch_size": size}
+                result |= {"activations": "recomputed" if again else "kept"}
+                result |= {"estimate": {**vars(estimate), "total": estimate.total}, "simulated": peaks}
+                results.append(result)
+                print(result, flush=True)
+    return results
+
+
+def tables(measured: Values, name: str) -> str:
+    """A table of docs/memory.md."""
+    results = measured["bytes"]
+    if name == "errors":
+        errors = [result["estimate"]["total"] / max(result["simulated"].values()) - 1 for result in results]
+        return markdown_table(
+            ["estimate / simulation - 1", "smallest", "largest"], [["", f"{min(errors):+.0%}", f"{max(errors):+.0%}"]]
+        )
+    if name == "savings":
+        matrix = CHATGLM3_6B["vocab_size"] * CHATGLM3_6B["hidden_size"]
+        # Gradients of LoRA alone are fp32.
+        lora = next(result["estimate"]["gradients"] for result in results if result["trained"] == "LoRA") // 4
+        savings = {
+            "8-bit Adam instead of 32-bit: 6 bytes per trained parameter": 6 * (2 * matrix + lora),
+            "of these, the input matrix's state, which stays in 32 bits without `embedding_learning_rate`": 6 * matrix,
+            "frozen originals of both matrices, which peft would keep beside the trained ones in bf16: freed": 4
+            * matrix,
+            "a second fp32 gradient of the output matrix, formed before it is added to the first: not avoided": 4
+            * matrix,
+        }
+        return markdown_table(
+            ["both matrices trained", "GB"], [[what, f"{size / 1e9:.1f}"] for what, size in savings.items()]
+        )
+    if name == "phases":
+        small = next(result for result in results if result["trained"].endswith("8-bit Adam"))
+        return markdown_table(
+            [small["trained"], *PHASES], [["GB", *(f"{small['simulated'][phase] / 1e9:.1f}" for phase in PHASES)]]
+        )
+    lines = []
+    for result in results:
+        peak, parts = max(result["simulated"].values()), result["estimate"]
+        needed = max(peak, parts["total"])
+        fits = next((card for card, usable in CARDS.items() if needed <= usable), "none")
+        cells = [f"{size / 1e9:.1f}" for size in (*parts.values(), peak)]
+        cells += [f"{(CARDS['24 GB'] - peak) / 1e9:+.1f}", fits, "not measured"]
+        lines.append([result["trained"], f"{result['batch_size']} x {SEQ_LEN:,}", result["activations"], *cells])
+    header = ["trained", "micro-batch", "activations", *(part for part in results[0]["estimate"] if part != "total")]
+    return markdown_table([*header, "estimate", "simulated", "left of 23 GB", "fits a card of", "peak on a GPU"], lines)
 
 
 def main() -> None:
-    found = budgets()
-    atomic_write_json(RESULTS, {**environment(), "bytes": found})
-    PAGE.write_text(page(found), encoding="utf-8")
-
-
-def page(found: list[dict[str, Any]]) -> str:
-    """docs/memory.md."""
-    lines, off = [], []
-    for one in found:
-        parts, most = one["estimate"], max(one["followed"].values())
-        off.append(parts["total"] / most - 1)
-        needed = max(most, parts["total"])
-        fits = next((card for card, room in CARDS.items() if needed <= room), "none")
-        parts_gb = [f"{part / 1e9:.1f}" for part in parts.values()]
-        ends = [f"{most / 1e9:.1f}", f"{(CARDS['24 GB'] - most) / 1e9:+.1f}", fits, "not measured"]
-        lines.append([one["trained"], f"{one['rows']} x {LENGTH:,}", one["activations"], *parts_gb, *ends])
-    header = ["trained", "micro-batch", "activations", *(name for name in found[0]["estimate"] if name != "total")]
-    header += ["estimate", "followed", "left of 23 GB", "fits a card of", "peak on a GPU"]
-    full = next(one for one in found if one["trained"].endswith("8-bit Adam"))
-    phases = ", ".join(f"{phase} {most / 1e9:.1f}" for phase, most in full["followed"].items())
-    numbers = ROWS * WIDTH
-    return f"""# Memory of a training step
-
-`python -m benchmarks.memory_budget` writes this page. ChatGLM3-6B grown to {ROWS:,} rows, LoRA of rank {RANK} on all linear layers,
-bf16, one GPU, gradients accumulated; GB. **Computed, not measured on a GPU**, in two ways:
-
-- *estimate*: the trainer's own (`llmtuner/train/memory.py`), by which a run on a GPU decides whether activations are kept or
-  computed again (`gradient_checkpointing`, if it is left out), with its parts;
-- *followed*: every operation of a step of the full model, over tensors without content; the most bytes of tensors that live at the
-  same time, with the optimizer's state. Fragments and the kernels' own buffers come on top.
-
-The estimate lies between {min(off):.0%} and {max(off):+.0%} of what was followed. A card counts as large enough where both fit.
-
-{markdown_table(header, lines)}
-
-Weights are the frozen model in bf16 and what is trained in fp32. Of a card's memory 23, 38 and 76 GB are counted on.
-
-## One card of 24 GB
-
-Both matrices trained, an optimizer in 8 bits (`optim: adamw_8bit`, `pip install bitsandbytes`), `per_device_train_batch_size: 1` and
-activations computed again: {max(full["followed"].values()) / 1e9:.1f} GB ({phases}), if the table says that it fits; with the new rows alone
-(`train_new_tokens_only: true`) less. Leave `embedding_learning_rate` set, as step 5 has it: without it transformers keeps the input matrix's
-Adam in 32 bits, which takes {6 * numbers / 1e9:.1f} GB more.
-
-| what it takes or saves, both matrices trained | GB |
-| --- | ---: |
-| Adam in 8 bits instead of 32: 6 bytes for each trained number | {6 * (2 * numbers + lora_numbers(found)) / 1e9:.1f} |
-| frozen originals of both matrices, which peft would keep beside the trained ones in bf16: freed | {4 * numbers / 1e9:.1f} |
-| a second fp32 gradient of the output matrix, which is formed before it is added to the first: not avoided | {4 * numbers / 1e9:.1f} |
-"""
-
-
-def lora_numbers(found: list[dict[str, Any]]) -> int:
-    """Trained numbers of LoRA, from the gradients of LoRA alone (fp32)."""
-    return next(one["estimate"]["gradients"] for one in found if one["trained"] == "LoRA alone") // 4
+    options = make_parser(__doc__, "memory_budget.json").parse_args()
+    save_results(options.output, {"bytes": budgets()})
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

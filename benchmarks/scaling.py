@@ -1,22 +1,34 @@
 """Step 5 of ChatGLM3-6B on several GPUs, computed: what ZeRO-2 sends, when that costs less than 5 %, hours for 1B tokens.
 
-    python -m benchmarks.scaling        writes benchmarks/scaling.md
+    python -m benchmarks.scaling              prints the tables of benchmarks/scaling.md
+    python -m benchmarks.scaling --measure    also checks the formula of the traffic by counting bytes on the loopback
 
-Nothing here is measured but the formula of the traffic (`python -m benchmarks.zero2_traffic` counts bytes on the loopback).
+Per step each of N GPUs sends (2 A + 1) * (N - 1) / N * P * b bytes: after each of A micro-batches DeepSpeed averages the
+gradients of the P trained parameters by all-reduce (twice their size), and once it gathers the updated parameters; b bytes
+each. `--measure` trains in two processes on the CPU (gloo), 10 and 30 steps, and takes the difference of the loopback's
+counters, so nothing else may use the loopback meanwhile. Nothing else here is measured.
 """
 
+import json
+import re
+import statistics
+import sys
+import tempfile
 from pathlib import Path
 
-from benchmarks.zero2_traffic import parameters_of_chatglm3
+import yaml
 
-PAGE = Path(__file__).resolve().parent / "scaling.md"
-UTILISATION = 0.4  # of the vendor's peak: assumed
-TOKENS = 16_384  # a step and GPU: 4 sequences of 1,024, accumulated 4 times, as step 5 has it
-MEAN_SEEN = 512  # tokens that a token of a window of 1,024 sees, one document in it
-LAYERS, WIDTH, ROWS = 28, 4_096, 78_592
-BODY = LAYERS * (
-    2 * WIDTH * WIDTH + 2 * WIDTH * 256 + 3 * WIDTH * 13_696
-)  # numbers of all linear layers but the output
+from benchmarks import common
+from benchmarks.common import CHATGLM3_6B, LORA_RANK, NUM_NEW_TOKENS, ROOT, Values, markdown_table
+from llmtuner.console import print0, run_cli
+
+TABLES = ("loopback", "flop", "traffic", "optimizer", "overlap", "hours")
+UTILIZATION = 0.4  # of the vendor's peak: assumed
+TOKENS = 16_384  # per step and GPU: 4 sequences of 1,024, accumulated 4 times, as step 5 has it
+MEAN_ATTENDED = 512  # tokens that a token attends to in a window of 1,024, one document in it
+LAYERS, WIDTH, ROWS = CHATGLM3_6B["num_hidden_layers"], CHATGLM3_6B["hidden_size"], CHATGLM3_6B["vocab_size"]
+# Parameters of all linear layers but the output layer.
+BODY = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * 256 + 3 * WIDTH * CHATGLM3_6B["intermediate_size"])
 # Dense bf16 TFLOP/s by the vendor's data sheet; GB/s that a GPU sends while it receives as much, assumed but for NVLink.
 GPUS = {
     "RTX 3090, PCIe without peer-to-peer": (71, 8),
@@ -26,90 +38,147 @@ GPUS = {
     "H100 SXM, NVLink": (989, 450),
 }
 COUNTS = (1, 4, 8, 64)
-
-
-def flop_per_token(trained: dict[str, int], recipe: str, checkpointing: bool) -> float:
-    lora = trained["LoRA"]
-    output = ROWS * WIDTH
-    whole = 4 * BODY + 6 * lora + (4 if recipe == "LoRA" else 6) * output + 12 * LAYERS * WIDTH * MEAN_SEEN
-    return whole + (2 * (BODY + lora) + 4 * LAYERS * WIDTH * MEAN_SEEN if checkpointing else 0)
-
-
-def sent(parameters: int, gpus: int, accumulation: int) -> float:
-    """GB that each GPU sends in a step."""
-    return (2 * accumulation + 1) * (gpus - 1) / gpus * parameters * 2 / 1e9
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+STEPS = (10, 30)  # of the two runs whose difference is measured
 
 
 def main() -> None:
-    trained = parameters_of_chatglm3()
-    speeds = {
-        name: UTILISATION * tflops * 1e12 / flop_per_token(trained, "LoRA + embeddings", True)
-        for name, (tflops, _) in GPUS.items()
+    parser = common.make_parser(__doc__, "scaling.json")
+    parser.add_argument("--measure", action="store_true", help="count bytes on the loopback, some minutes")
+    options = parser.parse_args()
+    if options.measure:
+        measured = {"trained": trained_parameters(), "measured": [measure(1), measure(4)]}
+        common.save_results(options.output, measured)
+    else:
+        measured = common.read_results(options.output)
+    for table in TABLES:
+        print0(f"\n{tables(measured, table)}")
+
+
+def trained_parameters() -> dict[str, int]:
+    """Trained parameters of the three ways to train ChatGLM3-6B."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    with torch.device("meta"):
+        config = GlmConfig(**CHATGLM3_6B, attention_bias=True, pad_token_id=0, tie_word_embeddings=False)
+        modules = GlmForCausalLM(config).named_modules()
+    linear = [module for name, module in modules if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    lora = sum(LORA_RANK * (module.in_features + module.out_features) for module in linear)
+    return {
+        "LoRA": lora,
+        "LoRA + new tokens": lora + 2 * NUM_NEW_TOKENS * WIDTH,
+        "LoRA + embeddings": lora + 2 * ROWS * WIDTH,
     }
-    traffic = [
-        [name, f"{count / 1e6:,.0f} M"]
-        + [f"{sent(count, gpus, accumulation):.2f}" for accumulation in (1, 4) for gpus in (2, 4, 8, 64)]
-        for name, count in trained.items()
+
+
+def flop_per_token(lora: int, checkpointing: bool) -> float:
+    """FLOP of a token with `lora` parameters of LoRA and the output layer trained."""
+    flop = 4 * BODY + 6 * (lora + ROWS * WIDTH) + 12 * LAYERS * WIDTH * MEAN_ATTENDED
+    return flop + (2 * (BODY + lora) + 4 * LAYERS * WIDTH * MEAN_ATTENDED if checkpointing else 0)
+
+
+def sent(parameters: int, gpus: int, accumulation: int) -> float:
+    """GB that each GPU sends in a step, in bf16."""
+    return (2 * accumulation + 1) * (gpus - 1) / gpus * parameters * 2 / 1e9
+
+
+def measure(accumulation: int) -> Values:
+    """Bytes per step on the loopback of a small run, and what the formula says: the median of three differences."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        texts = [{"text": f"从前有一座山，山上住着第{number}位木匠。" * 8} for number in range(2_000)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
+        (directory / "texts.jsonl").write_text(lines, encoding="utf-8")
+        info = {"texts": {"file_name": "texts.jsonl", "columns": {"prompt": "text"}}}
+        (directory / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        counted, trained = [], 0
+        for repeat in range(3):
+            few, many = (run(directory, steps, accumulation, f"{repeat}-{steps}") for steps in STEPS)
+            counted.append((many[0] - few[0]) / (STEPS[1] - STEPS[0]))
+            trained = many[1]
+    formula = (2 * accumulation + 1) * trained * 4  # two processes, each sending (2 A + 1) / 2 * P * 4 bytes
+    return {"accumulation": accumulation, "formula": formula, "counted": statistics.median(counted)}
+
+
+def run(directory: Path, steps: int, accumulation: int, name: str) -> tuple[int, int]:
+    """Bytes that a run of some steps put on the loopback, and its trained parameters."""
+    settings = dict(
+        stage="pt", model_name_or_path=str(ROOT / "mini" / "base"), additional_target="embed_tokens,lm_head"
+    ) | dict(dataset="texts", dataset_dir=str(directory), cache_dir=str(directory / "cache"), cutoff_len=64)
+    settings |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, learning_rate=1e-4)
+    settings |= dict(max_steps=steps, output_dir=str(directory / name), save_strategy="no")
+    settings["deepspeed"] = str(ROOT / "ds_config_zero2.json")
+    (directory / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        common.free_port(),
     ]
-    enough = []
-    for name, (_, bandwidth) in GPUS.items():
-        cells = []
-        for count in trained.values():
-            seconds = sent(count, 8, 1) / bandwidth
-            cells.append(f"{19 * seconds * speeds[name]:,.0f}")  # computing takes 19 times as long as sending
-        enough.append([name, *cells])
-    hours = []
-    for name, (_, bandwidth) in GPUS.items():
-        cells = [f"{speeds[name]:,.0f}"]
-        for gpus in COUNTS:
-            seconds = TOKENS / speeds[name] + sent(trained["LoRA + embeddings"], gpus, 4) / bandwidth
-            cells.append(f"{1e9 / gpus * seconds / TOKENS / 3600:,.1f}")
-        hours.append([name, *cells])
-    original = [f"{1e9 / gpus / 1_160 / 3600:,.1f}" if gpus <= 4 else "" for gpus in COUNTS]
-    hours.append(["RTX 4090, as the original project measured on 4", "1,160", *original])
-    peaks = ", ".join(dict.fromkeys(f"{name.split(',')[0]} {tflops}" for name, (tflops, _) in GPUS.items()))
-    flop = {kind: flop_per_token(trained, "LoRA + embeddings", kind) for kind in (False, True)}
-    PAGE.write_text(
-        f"""# Several GPUs, computed
+    command = [*launcher, "-m", "llmtuner", "train", directory / "settings.yaml"]
+    before = loopback_bytes()
+    done = common.run_process(command, DS_ACCELERATOR="cpu", OMP_NUM_THREADS=1, GLOO_SOCKET_IFNAME="lo")
+    counted = loopback_bytes() - before
+    [parameters] = re.findall(r"(?m)^training ([\d,]+) .*parameters", done.stdout)
+    return counted, int(parameters.replace(",", ""))
 
-`python -m benchmarks.scaling` writes this page. **No figure here was measured on a GPU**; the traffic's formula was checked by
-counting bytes on the loopback (`python -m benchmarks.zero2_traffic`: 16.67 MB a step against 16.62 by the formula).
 
-ChatGLM3-6B grown to 78,592 rows, LoRA of rank 64 on all linear layers, bf16. A token costs {flop[False] / 1e9:.1f} GFLOP: 4 for each of
-{BODY / 1e9:.2f} billion frozen numbers (forward, and backward to the input), 6 for each of LoRA and of the trained output layer,
-and attention within windows of 1,024; with gradient checkpointing {flop[True] / 1e9:.1f} are computed. Assumed: {UTILISATION:.0%} of the
-vendor's dense bf16 peak, and GB/s that a GPU sends and receives at once (PCIe through the host 8, PCIe 4.0 20; NVLink by data
-sheet). The peaks: {peaks} TFLOP/s.
+def loopback_bytes() -> int:
+    """Bytes sent over the loopback since the machine started."""
+    lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.strip().startswith("lo:")).split()[9])
 
-## GB that each GPU sends in a step under ZeRO-2
 
-(2 A + 1) (N - 1) / N * P * 2 bytes for P trained parameters, N GPUs, A micro-batches.
-
-{markdown_table(["trained", "P", *(f"A = {a}, N = {n}" for a in (1, 4) for n in (2, 4, 8, 64))], traffic)}
-
-## Tokens a micro-batch and GPU from which 8 GPUs keep 95 % of their speed
-
-If nothing is sent while something is computed, which is the worst case; DeepSpeed overlaps a part (`overlap_comm`). With A
-micro-batches a step it is (2 A + 1) / (3 A) of that.
-
-{markdown_table(["", *trained], enough)}
-
-## Hours for 1B tokens, LoRA and both embedding matrices, {TOKENS:,} tokens a step and GPU
-
-With gradient checkpointing, and sending as above after each of four micro-batches, not overlapped. Between machines a network
-slower than that takes longer.
-
-{markdown_table(["", "tokens/s and GPU, computing alone", *(f"{count} GPU{'s' * (count > 1)}" for count in COUNTS)], hours)}
-""",
-        encoding="utf-8",
+def tables(measured: Values, name: str) -> str:
+    """A table of benchmarks/scaling.md, from the trained parameters and what `--measure` has counted."""
+    trained = measured["trained"]
+    flop = {checkpointing: flop_per_token(trained["LoRA"], checkpointing) for checkpointing in (False, True)}
+    speeds = {gpu: UTILIZATION * tflops * 1e12 / flop[True] for gpu, (tflops, _) in GPUS.items()}
+    if name == "loopback":
+        cases = [
+            (str(case["accumulation"]), case["formula"] / 1e6, case["counted"] / 1e6) for case in measured["measured"]
+        ]
+        lines = [[case[0], *(f"{value:.2f}" for value in case[1:])] for case in cases]
+        return markdown_table(["micro-batches per step", "MB by the formula", "MB counted"], lines)
+    if name == "flop":
+        header = ["GFLOP per token", "without gradient checkpointing", "with it"]
+        return markdown_table(header, [["LoRA + embeddings", *(f"{value / 1e9:.1f}" for value in flop.values())]])
+    if name == "traffic":
+        cases = [(accumulation, gpus) for accumulation in (1, 4) for gpus in (2, 4, 8, 64)]
+        lines = [
+            [
+                recipe,
+                f"{count / 1e6:,.0f} M",
+                *(f"{sent(count, gpus, accumulation):.2f}" for accumulation, gpus in cases),
+            ]
+            for recipe, count in trained.items()
+        ]
+        return markdown_table(
+            ["trained", "P", *(f"A = {accumulation}, N = {gpus}" for accumulation, gpus in cases)], lines
+        )
+    if name == "optimizer":
+        lines = [[recipe, *(f"{12 * count / n / 1e9:.2f}" for n in COUNTS[:3])] for recipe, count in trained.items()]
+        return markdown_table(["trained", *(f"{n} GPU{'s' * (n > 1)}" for n in COUNTS[:3])], lines)
+    if name == "overlap":  # computation takes 19 times as long as communication
+        lines = [
+            [gpu, *(f"{19 * sent(count, 8, 1) / bandwidth * speeds[gpu]:,.0f}" for count in trained.values())]
+            for gpu, (_, bandwidth) in GPUS.items()
+        ]
+        return markdown_table(["", *trained], lines)
+    lines = []
+    for gpu, (_, bandwidth) in GPUS.items():
+        seconds = [TOKENS / speeds[gpu] + sent(trained["LoRA + embeddings"], n, 4) / bandwidth for n in COUNTS]
+        hours = [f"{1e9 / n * step / TOKENS / 3600:,.1f}" for n, step in zip(COUNTS, seconds, strict=True)]
+        lines.append([gpu, f"{speeds[gpu]:,.0f}", *hours])
+    original = [f"{1e9 / n / 1_160 / 3600:,.1f}" if n <= 4 else "" for n in COUNTS]
+    lines.append(["RTX 4090, as the original project measured on 4", "1,160", *original])
+    return markdown_table(
+        ["", "tokens/s and GPU, computation alone", *(f"{n} GPU{'s' * (n > 1)}" for n in COUNTS)], lines
     )
-    print(PAGE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

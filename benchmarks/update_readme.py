@@ -1,143 +1,138 @@
-"""Puts the figures of results/*.json into the tables of benchmarks/README.md; what was not measured says so.
+"""Writes the values of results/*.json into the tables of the benchmarks' pages; what was not measured says so.
 
     python -m benchmarks.update_readme
 
-A table follows a line `<!-- name -->`, up to the next empty line, and is written anew; the prose around it is left alone.
+A table follows a line `<!-- name -->`, up to the next empty line, and is rewritten; the prose around it is left alone.
 """
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from benchmarks.scaling import markdown_table
+from benchmarks import common, memory_budget, scaling
+from benchmarks.common import Values, markdown_table, read_results
 from llmtuner.console import UserError, print0, run_cli
 
-HERE = Path(__file__).resolve().parent
+PAGES = ("benchmarks/README.md", "benchmarks/scaling.md", "docs/memory.md")
 MISSING = "**not measured**"
 MARKER = re.compile(r"(?m)^<!-- ([\w -]+) -->\n(?:(?!\n).*\n)*")
 
 
 def main() -> None:
-    page = HERE / "README.md"
-    before = page.read_text(encoding="utf-8")
-    page.write_text(MARKER.sub(fill, before), encoding="utf-8")
-    print0(f"{len(MARKER.findall(before))} tables of {page} are as in {HERE / 'results'}")
+    for name in PAGES:
+        before = (common.ROOT / name).read_text(encoding="utf-8")
+        (common.ROOT / name).write_text(MARKER.sub(fill, before), encoding="utf-8")
+        print0(f"{len(MARKER.findall(before))} tables of {name} are as in {common.RESULTS}")
 
 
-def fill(place: re.Match) -> str:
-    """A table's marker and the table."""
-    name = place[1]
+def fill(marker: re.Match) -> str:
+    """A table's marker and the table.
+
+    Raises:
+        UserError: if no such table is known.
+    """
+    name = marker[1]
     benchmark, _, part = name.partition(" ")
     if benchmark not in TABLES:
-        raise UserError(f"README.md asks for the table {name!r}. Known: {', '.join(TABLES)}.")
-    file = HERE / "results" / f"{benchmark}.json"
-    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        raise UserError(f"a page asks for the table {name!r}. Known: {', '.join(TABLES)}.")
     try:
-        text = TABLES[benchmark](measured, part)
+        text = TABLES[benchmark](read_results(common.RESULTS / f"{benchmark}.json"), part)
     except KeyError:
         text = MISSING
     return f"<!-- {name} -->\n{text}\n"
 
 
-def compare_trainers(measured: Any, job: str) -> str:
-    """`job`: pt, pt-1024, sft."""
-    losses = dict(held_out_loss=".3f", first_loss=".3f", last_loss=".3f", first_norm=".2f", last_norm=".2f")
-    columns = dict(tokens_per_second=",.0f", target_tokens_per_second=",.0f", peak_memory_gb=".2f", **losses)
-    header = [
-        "tokens/s",
-        "trained tokens/s",
-        "GB",
-        "held-out loss",
-        "first loss",
-        "last 5",
-        "first gradient norm",
-        "last",
-    ]
+SPEEDS = "tokens/s=tokens_per_second:,.0f target_tokens/s=target_tokens_per_second:,.0f "
+LOSSES = "first_loss=first_loss:.3f last_5=last_loss:.3f first_norm=first_norm:.2f last=last_norm:.2f"
+
+
+def make_table(first: str, results: dict[str, Values], columns: str, ratio: str = "", key: str = "ratio") -> str:
+    """A table with a line per result.
+
+    Args:
+        columns: "header=key:format" of each column, an underscore in a header being a space; a missing value is an empty cell.
+        ratio: header of a column before them: the median of a ratio under `key`, and its range over the rounds.
+    """
+    specs = [re.fullmatch(r"(.+)=(\w+):?(.*)", column).groups() for column in columns.split()]  # type: ignore[union-attr]
     lines = []
-    for name, one in measured[job]["results"].items():
-        ratio = f"**{one['speedup']:.2f}** ({spread(one['speedup_per_round'])})" if name != "ours" else ""
-        lines.append([name, ratio, *cells(one, columns)])
-    return markdown_table(["", f"ours / theirs, {measured[job]['repeats']} rounds", *header], lines)
+    for name, values in results.items():
+        cells = [format(values[column], form) if column in values else "" for _, column, form in specs]
+        if ratio:
+            rounds = values[f"{key}_per_round"]
+            spread = f"**{values[key]:.2f}** ({min(rounds):.2f} to {max(rounds):.2f})"
+            cells.insert(0, "" if name == "ours" else spread)
+        lines.append([name, *cells])
+    headers = [header.replace("_", " ") for header, *_ in specs]
+    return markdown_table([first, *([ratio] if ratio else []), *headers], lines)
 
 
-def throughput(measured: Any, run: str) -> str:
+def compare_trainers(measured: Values, job: str) -> str:
+    """`job`: pt, pt-1024, sft."""
+    columns = f"{SPEEDS} GB=peak_memory_gb:.2f held-out_loss=held_out_loss:.3f {LOSSES}"
+    rounds = measured[job]["repeats"]
+    return make_table("", measured[job]["results"], columns, f"ours / theirs, {rounds} rounds", "speedup")
+
+
+def train_throughput(measured: Values, run: str) -> str:
     """`run`: stage, size and window, as in `pt mini 256`."""
     stage, size, window = run.split()
-    columns = dict(tokens_per_second=",.0f", target_tokens_per_second=",.0f", utilisation=".0%", peak_memory_gb=".2f")
-    columns |= dict(first_loss=".3f", last_loss=".3f", first_norm=".2f", last_norm=".2f")
-    shares = [f"{part}_fraction" for part in ("data", "forward", "backward", "optimizer")]
-    header = ["times as fast", "tokens/s", "trained", "utilisation", "GB", "first loss", "last 5", "first norm", "last"]
-    lines = []
-    for name, one in measured[f"{stage}, {size}, windows of {int(window):,}"]["results"].items():
-        ratio = f"{one['ratio']:.2f} ({spread(one['ratio_per_round'])})"
-        lines.append([name, ratio, *cells(one, columns), " / ".join(f"{one[share]:.0%}" for share in shares)])
-    return markdown_table(["", *header, "data / forward / backward / optimizer"], lines)
+    results = measured[f"{stage}, {size}, windows of {int(window):,}"]["results"]
+    parts = ("data", "forward", "backward", "optimizer")
+    for values in results.values():
+        values["parts"] = " / ".join(f"{values[f'{part}_fraction']:.0%}" for part in parts)
+    columns = f"{SPEEDS} utilization=utilization:.0% GB=peak_memory_gb:.2f {LOSSES} {'_/_'.join(parts)}=parts"
+    return make_table("", results, columns, "times as fast")
 
 
-def ablation_step_time(measured: Any, window: str) -> str:
-    columns = dict(ratio=".2f", milliseconds=".0f", loss=".5f")
-    lines = [[name, *cells(one, columns)] for name, one in measured["results"][f"{int(window):,}"].items()]
-    return markdown_table([f"windows of {int(window):,}", "times as fast", "ms a step", "first loss"], lines)
+def ablation_step_time(measured: Values, window: str) -> str:
+    columns = "times_as_fast=ratio:.2f ms_per_step=milliseconds:.0f first_loss=loss:.5f"
+    return make_table(f"windows of {int(window):,}", measured["results"][f"{int(window):,}"], columns)
 
 
-def preparation(measured: Any, tokens: str) -> str:
-    """`tokens`: how many the tokenizer knows."""
-    columns = dict(mb=".1f", bare_mb_per_second=".1f", ours_mb_per_second=".1f")
-    lines = []
-    for name, one in measured[f"{int(tokens):,} tokens"]["results"].items():
-        ratio = f"**{one['ratio']:.2f}** ({spread(one['ratios'])})"
-        lines.append([name, *cells(one, columns), ratio, f"{one['slow_ratio']:.1f}" if "slow_ratio" in one else ""])
-    return markdown_table(["", "MB", "bare, MB/s", "ours, MB/s", "our time / bare", "slow path's time / bare"], lines)
+def tokenize_throughput(measured: Values, vocab_size: str) -> str:
+    columns = (
+        "MB=mb:.1f bare,_MB/s=bare_mb_per_second:.1f ours,_MB/s=ours_mb_per_second:.1f slow_path_/_bare=slow_ratio:.1f"
+    )
+    return make_table("", measured[f"{int(vocab_size):,} tokens"]["results"], columns, "time / bare")
 
 
-def step1(measured: Any, part: str) -> str:
+def tokenizer_training(measured: Values, part: str) -> str:
     """`part`: samples, corpora."""
+    results, columns = measured["results"], "seconds=seconds:.0f peak_MB=peak_mb:,.0f "
     if part == "corpora":
-        columns = dict(read_mb=",.0f", seconds=".0f", peak_mb=",.0f", pieces=",.0f")
-        lines = [[name, *cells(one, columns)] for name, one in measured["results"]["step1"].items()]
-        return markdown_table(["corpus", "learned from, MB", "seconds", "peak MB", "pieces"], lines)
-    lines = [
-        [name, f"{one['seconds']:.0f}", f"{one['peak_mb']:,}", f"{one['tokens_per_character']['all']:.4f}"]
-        + [f"{value - 1:+.1%}" for value in one["against_all"].values()]
-        for name, one in measured["results"]["samples"].items()
-    ]
-    sets = [f"against all: {name}" for name in next(iter(measured["results"]["samples"].values()))["against_all"]]
-    return markdown_table(["sample", "seconds", "peak MB", "tokens per character", *sets], lines)
+        return make_table("corpus", results["step1"], f"learned_from,_MB=read_mb:,.0f {columns} tokens=pieces:,.0f")
+    for sample in results["samples"].values():
+        sample["per_character"] = sample["tokens_per_character"]["all"]
+        sample |= {f"more_{name}": ratio - 1 for name, ratio in sample["against_all"].items()}
+    columns += "tokens_per_character=per_character:.4f "
+    columns += " ".join(
+        f"against_all_data:_{name.removeprefix('ja_')}=more_{name}:+.1%" for name in sample["against_all"]
+    )
+    return make_table("sample", results["samples"], columns)
 
 
-def answers(measured: Any, _: str) -> str:
-    columns = dict(tokens_per_second=",.0f", ratio=".1f", changed_answers=".0f")
-    lines = [[name, *cells(one, columns)] for name, one in measured["results"].items()]
-    return markdown_table(["", "tokens/s", "times as fast", "other answers of 128"], lines)
+def generate_throughput(measured: Values, _: str) -> str:
+    columns = "tokens/s=tokens_per_second:,.0f times_as_fast=ratio:.1f changed_answers_of_128=changed_answers:.0f"
+    return make_table("", measured["results"], columns)
 
 
-def embeddings(measured: Any, _: str) -> str:
-    columns = dict(seconds_per_step=".3f", trainable_parameters=",.0f", eval_loss=".3f")
-    lines = [
-        [name, f"**{one['ratio']:.2f}** ({spread(one['ratio_per_round'])})", *cells(one, columns)]
-        for name, one in measured["embeddings"]["results"].items()
-    ]
-    return markdown_table(["", "time against LoRA", "seconds a step", "trained numbers", "held-out loss"], lines)
+def training_costs(measured: Values, part: str) -> str:
+    columns = (
+        "seconds_per_step=seconds_per_step:.3f trained_parameters=trainable_parameters:,.0f held-out_loss=eval_loss:.3f"
+    )
+    return make_table("", measured[part]["results"], columns, "time against LoRA")
 
 
-def cells(values: Any, columns: dict[str, str]) -> list[str]:
-    return [format(values[key], form) for key, form in columns.items()]
+def full_size_checkpoint(measured: Values, _: str) -> str:
+    columns = "GB=gigabytes:.1f seconds=seconds:.0f seconds_per_GB=seconds_per_gigabyte:.1f peak_MB=peak_megabytes:,.0f"
+    return make_table("job", {result["job"]: result for result in measured["results"]}, columns)
 
 
-def spread(values: list[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
-
-
-TABLES: dict[str, Callable[[Any, str], str]] = {
-    "compare_trainers": compare_trainers,
-    "train_throughput": throughput,
-    "ablation_step_time": ablation_step_time,
-    "tokenize_throughput": preparation,
-    "tokenizer_training": step1,
-    "generate_throughput": answers,
-    "training_costs": embeddings,
+TABLES: dict[str, Callable[[Values, str], str]] = {
+    **{"compare_trainers": compare_trainers, "train_throughput": train_throughput, "training_costs": training_costs},
+    **{"ablation_step_time": ablation_step_time, "generate_throughput": generate_throughput},
+    **{"full_size_checkpoint": full_size_checkpoint},
+    **{"tokenize_throughput": tokenize_throughput, "tokenizer_training": tokenizer_training},
+    **{"scaling": scaling.tables, "memory_budget": memory_budget.tables},
 }
 
 if __name__ == "__main__":

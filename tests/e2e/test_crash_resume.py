@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as one that was not."""
+"""A run that is killed and restarted ends as one that was not."""
 
 import json
 
@@ -13,14 +13,14 @@ def write_few_texts(directory):
         (directory / f"{name}.train.jsonl").write_text(lines, encoding="utf-8")
 
 
-def test_killed_run_ends_as_if_it_had_not_been(tiny_model_dir, tmp_path, monkeypatch, capsys):
+def test_killed_run_ends_like_an_uninterrupted_one(tiny_model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(crash_resume, "write_world", write_few_texts)
     file = tmp_path / "crash_resume.json"
     file.write_text('{"2 processes": "of an earlier call"}')
-    words = ["--kills", "2", "--steps", "40", "--seed", "40", "--model", str(tiny_model_dir)]
-    crash_resume.main([*words, "--output", str(file)])
+    arguments = ["--kills", "2", "--steps", "40", "--seed", "40", "--model", str(tiny_model_dir)]
+    crash_resume.main([*arguments, "--output", str(file)])
     result = json.loads(file.read_text())["1 processes"]
-    assert "met: 2 kills" in capsys.readouterr().out
+    assert "passed: 2 kills" in capsys.readouterr().out
     assert json.loads(file.read_text())["2 processes"] == "of an earlier call"
     assert len(result["kills"]) == 2
     assert result["problems"] == []

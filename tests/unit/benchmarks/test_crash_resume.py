@@ -29,7 +29,7 @@ def log():
         (lambda log: log[7].update(loss=log[7]["loss"] + 1e-5), "step 7: loss is"),
         (lambda log: log[7].update(grad_norm=float("nan")), "step 7: grad_norm is"),
         (lambda log: log[7].update(learning_rate=2e-3), "step 7: learning_rate is"),
-        (lambda log: log[7].pop("grad_norm"), "other names"),
+        (lambda log: log[7].pop("grad_norm"), "other keys"),
         (lambda log: log[-1].update(eval_loss=3.9), "step 20: eval_loss is"),
         (lambda log: log.pop(), "22 and 21 lines"),
     ],

@@ -1,28 +1,35 @@
-"""The benchmarks' page: its tables are those of the results that are kept beside it."""
+"""The benchmarks' pages: their tables are those of the results that are kept beside them."""
 
 import json
 
 import pytest
 
-from benchmarks import update_readme
+from benchmarks import common, update_readme
 from llmtuner.console import UserError
 
 
-def test_the_page_says_what_the_results_say():
-    text = (update_readme.HERE / "README.md").read_text(encoding="utf-8")
-    assert len(update_readme.MARKER.findall(text)) >= 9
+@pytest.mark.parametrize(
+    ("page", "tables"), [("benchmarks/README.md", 15), ("benchmarks/scaling.md", 6), ("docs/memory.md", 4)]
+)
+def test_tables_of_a_page_match_the_results(page, tables):
+    assert page in update_readme.PAGES
+    text = (common.ROOT / page).read_text(encoding="utf-8")
+    assert len(update_readme.MARKER.findall(text)) >= tables
     assert update_readme.MARKER.sub(update_readme.fill, text) == text, "run python -m benchmarks.update_readme"
+    assert update_readme.MISSING not in text
 
 
-def test_a_table_is_written_anew_and_the_rest_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(update_readme, "HERE", tmp_path)
+def test_a_table_is_rewritten_and_the_rest_is_left_alone(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    monkeypatch.setattr(update_readme, "PAGES", (str(page),))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     results = {"results": {"8 at once": {"tokens_per_second": 1234.5, "ratio": 2.345, "changed_answers": 3}}}
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "generate_throughput.json").write_text(json.dumps(results))
-    before = "above\n\n<!-- generate_throughput -->\n| old |\n| 1 |\n\nbelow\n\n<!-- compare_trainers pt -->\n\nend\n"
-    (tmp_path / "README.md").write_text(before)
+    (tmp_path / "generate_throughput.json").write_text(json.dumps(results))
+    page.write_text(
+        "above\n\n<!-- generate_throughput -->\n| old |\n| 1 |\n\nbelow\n\n<!-- compare_trainers pt -->\n\nend\n"
+    )
     update_readme.main()
-    lines = (tmp_path / "README.md").read_text().splitlines()
+    lines = page.read_text().splitlines()
     assert lines[:3] == ["above", "", "<!-- generate_throughput -->"]
     assert lines[5:] == [
         "| 8 at once | 1,234 | 2.3 | 3 |",
@@ -34,6 +41,18 @@ def test_a_table_is_written_anew_and_the_rest_is_left_alone(tmp_path, monkeypatc
         "",
         "end",
     ]
-    (tmp_path / "README.md").write_text("<!-- compare pt -->\n")
+    page.write_text("<!-- compare pt -->\n")
     with pytest.raises(UserError, match="asks for the table 'compare pt'"):
         update_readme.main()
+
+
+def test_ratio_column_has_median_and_range_and_missing_values_are_empty_cells():
+    results = {"ours": {"speedup": 1.0, "speedup_per_round": [1.0]}}
+    results["theirs"] = {"speedup": 2.0, "speedup_per_round": [1.5, 2.0, 3.25], "seconds": 1234.5}
+    table = update_readme.make_table("", results, "held-out_time=seconds:,.1f", "ours / theirs", "speedup")
+    assert table.splitlines() == [
+        "|  | ours / theirs | held-out time |",
+        "| --- | ---: | ---: |",
+        "| ours |  |  |",
+        "| theirs | **2.00** (1.50 to 3.25) | 1,234.5 |",
+    ]

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GlmConfig, GlmForCausalLM
 
-from benchmarks.memory_budget import LivingTensors, follow_step, without_content
+from benchmarks.memory_budget import LiveTensors, simulate_step, with_fake_tensors
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model.adapters import init_adapter
 from llmtuner.model.model_dir import APPENDED_ROWS
@@ -103,18 +103,18 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
 
 def test_living_tensors_are_counted_once_and_forgotten():
     first = torch.zeros(1000)
-    with LivingTensors([first]) as living:
-        assert living.now == 4000
+    with LiveTensors([first]) as live:
+        assert live.now == 4000
         second = first + 1
         view = second.view(10, 100).T  # the same memory
         third = view.double()
-        assert living.now == 4000 + 4000 + 8000
+        assert live.now == 4000 + 4000 + 8000
         del third
-        living.phase = "later"
+        live.phase = "later"
         fourth = second * 2
-    assert (living.most["before"], living.most["later"], living.now) == (16_000, 12_000, 12_000)
+    assert (live.peak["before"], live.peak["later"], live.now) == (16_000, 12_000, 12_000)
     del second, view, fourth
-    assert living.now == 4000
+    assert live.now == 4000
 
 
 def whole_model(dtype, **beside):
@@ -139,9 +139,9 @@ BOTH = dict(additional_target=["embed_tokens", "lm_head"])
 def test_the_estimate_is_not_below_the_height_of_a_real_step(beside, checkpointing, dtype, above):
     model = whole_model(dtype, **beside)
     estimate = estimate_step_memory(model, 2, 256, checkpointing, dtype, optimizer_bytes=0)
-    real = follow_step(model, 2, 256, checkpointing, dtype)
+    real = simulate_step(model, 2, 256, checkpointing, dtype)
     # As far above it as was once measured, for not all parts are there at once; less far the deeper a model is.
     assert estimate.total / max(real.values()) == pytest.approx(above, abs=0.02)
-    with without_content(model):
+    with with_fake_tensors(model):
         # As elsewhere: without content, attention is not traced as the fused kernel.
-        assert follow_step(model, 2, 256, checkpointing, dtype) == pytest.approx(real, rel=0.12)
+        assert simulate_step(model, 2, 256, checkpointing, dtype) == pytest.approx(real, rel=0.12)

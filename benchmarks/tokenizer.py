@@ -1,0 +1,481 @@
+"""Measures tokenizers: ways of merging, equality with sentencepiece, step 1 by the size of its sample, speed of tokenizing.
+
+    python -m benchmarks.tokenizer merge --base CHATGLM3.model --corpora DIR [--candidates FILE.model]
+    python -m benchmarks.tokenizer equality --tokenizer CHATGLM3.model --corpora DIR
+    python -m benchmarks.tokenizer training --base CHATGLM3.model --corpora DIR
+    python -m benchmarks.tokenizer throughput --tokenizer DIR_OR_FILE.model --corpora DIR        Linux only
+
+`--corpora` holds ja_*, zh_* and en_*.train.* to learn from or to tokenize, ja_*, zh_* and en_*.test.* to measure on, and
+dialogues.jsonl.
+
+`merge`: merges Japanese tokens into ChatGLM3's tokenizer in several ways and counts what each does to ja (tokens of a
+document relative to the base tokenizer), zh, en and code (Python's own standard library). `--candidates` is the vocabulary
+of another Japanese tokenizer. A line has changed if its ids differ; "beyond_quotes" are those among them without any
+character that Chinese and English do not write: these must be 0.
+
+`equality`: encodes every line and document with the fast tokenizer and with its sentencepiece model; 0 may differ.
+
+`training`: samples of encyclopedia and literature in the proportions that these have in the whole, so that the largest is all
+there is and the others differ in size alone. Each learns 13,756 tokens by continued BPE, merges them and encodes the ja_*.test
+files, which it has not read. Then step 1 itself runs, with its settings of profile chatglm3-6b, on two large corpora: their
+documents are drawn from the same texts again and again, with their lines shuffled, so the text is not new, but step 1 reads,
+samples and learns as it would. Every measurement is a process of its own, alone.
+
+`throughput`: from a file to token ids on disk, against the bare sentencepiece encoder, which gets the same texts ready in
+memory and the same number of threads. With one thread the process is confined to one core. The slow path is transformers'
+tokenizer in Python over the same sentencepiece model, text by text, on a sample. What is compared runs in turn; a ratio is
+the median over the pairs. The dialogues are few and are read many times over. Files lie in the page cache.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from benchmarks.common import NUM_NEW_TOKENS, Values, add_options, print_results, run_process, save_results, seconds_of
+from llmtuner.console import UserError, format_table, print0, progress, run_cli
+from llmtuner.data.converter import to_messages
+from llmtuner.data.readers import read_rows, read_texts
+from llmtuner.data.sources import FILE_TYPES, DatasetAttr, get_dataset_attr
+from llmtuner.data.tokenize import load_tokenized_dataset
+from llmtuner.hparams import DataArguments
+from llmtuner.tokenizer import fast, merge_vocab
+from llmtuner.tokenizer.comparison import compare
+from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
+from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes, split_sentences, train_bpe
+from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
+
+JAPANESE = WRITING_SYSTEMS["japanese"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- texts
+def texts(directory: Path, pattern: str) -> Iterator[str]:
+    """The documents of all files that match."""
+    files = tuple(str(file) for file in sorted(directory.glob(pattern)) if file.suffix in FILE_TYPES)
+    return read_texts(DatasetAttr(name=pattern, files=files, columns={"prompt": "text"}))
+
+
+def lines_of(documents: Iterable[str]) -> Iterator[str]:
+    return (line for text in documents for line in text.splitlines() if line.strip())
+
+
+def megabytes(documents: Iterable[str]) -> float:
+    return sum(len(text.encode()) for text in documents) / 1e6
+
+
+# ------------------------------------------------------------------------------------------------------------------- merge
+CODE_FILES = 400
+
+
+def measure_merge(options: argparse.Namespace) -> None:
+    """Ways of merging Japanese tokens into ChatGLM3's tokenizer."""
+    base, corpora = fast.read_sentencepiece(options.base), options.corpora
+    merges, seconds, pairs = merge_all(base, options)
+    num_base = len(base.pieces) + len(fast.SPECIAL_TOKENS)
+    ja = {file.name.split(".")[0]: list(texts(corpora, file.name)) for file in sorted(corpora.glob("ja_*.test.*"))}
+    others = {language: list(lines_of(texts(corpora, f"{language}_*.test.*"))) for language in ("zh", "en")}
+    stdlib = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:CODE_FILES]
+    others["code"] = list(lines_of(file.read_text(encoding="utf-8", errors="ignore") for file in stdlib))
+    before, results = fast.to_processor(base), {}
+    for name, merged in merges.items():
+        after = fast.to_processor(merged)
+        result: Values = {
+            "added": len(merged.pieces) - num_base,
+            "unreachable": len(merge_vocab.unreachable_tokens(base, merged)),
+        }
+        result["ja"] = {file: round(compare(before, after, documents).token_ratio, 4) for file, documents in ja.items()}
+        for language, lines in others.items():
+            encoded = zip(
+                lines, fast.encode_sentencepiece(before, lines), fast.encode_sentencepiece(after, lines), strict=True
+            )
+            changed = [line for line, old, new in encoded if old != new]
+            beyond_quotes = sum(not quotes_japanese(line) for line in changed)
+            result[language] = {"lines": len(lines), "changed": len(changed), "beyond_quotes": beyond_quotes}
+        results[name] = result
+    rows = [
+        [name, f"{result['added']:,}", *(f"{ratio:.4f}" for ratio in result["ja"].values())]
+        + [f"{result[language]['changed']:,} / {result[language]['beyond_quotes']:,}" for language in others]
+        + [str(result["unreachable"])]
+        for name, result in results.items()
+    ]
+    counts = [f"{language} of {len(lines):,}" for language, lines in others.items()]
+    print0(format_table(["merge", "added", *ja, *counts, "unreachable"], rows))
+    print0(f"\nzh, en, code: changed lines / changed lines beyond quotes\nseconds to learn: {seconds}\n")
+    relative = {
+        f"{ours} / {theirs}": {
+            file: round(results[ours]["ja"][file] / results[theirs]["ja"][file], 4) for file in results[ours]["ja"]
+        }
+        for ours, theirs in pairs
+        if results[ours]["added"] == results[theirs]["added"]
+    }
+    rows = [[name, *map(str, ratios.values())] for name, ratios in relative.items()]
+    print0(format_table(["Japanese tokens, ours / theirs", *ja], rows))
+    arguments = {"sample_mb": options.sample_mb, "vocab_size": options.vocab_size}
+    save_results(options.output, {"arguments": arguments, "seconds": seconds, "merges": results, "relative": relative})
+
+
+def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float], list[tuple[str, str]]]:
+    """Merged models by name, seconds to learn, and pairs (ours, theirs) to compare."""
+    num_base = len(base.pieces) + len(fast.SPECIAL_TOKENS)
+    merges: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+
+    def japanese() -> Iterator[str]:
+        streams = {name: texts(options.corpora, f"ja_{name}.train.*") for name in ("wiki", "aozora")}
+        return (
+            text for _, text in interleave_by_bytes(streams, {"wiki": 0.8, "aozora": 0.2}, int(options.sample_mb * 1e6))
+        )
+
+    def chinese() -> Iterator[str]:
+        return texts(options.corpora, "zh_*.train.*")
+
+    def learn(start: Any, count: int) -> list[str]:
+        return list(
+            train_continued_bpe(segment_corpus(start, lines_of(japanese()), JAPANESE), count, JAPANESE, chinese())
+        )
+
+    def added(name: str) -> int:
+        return len(merges[name].pieces) - num_base
+
+    def filtered(candidates: Any) -> Any:
+        return merge_vocab.merge_reachable(
+            base, merge_vocab.filter_candidates(base, candidates, JAPANESE, chinese()).accepted
+        )[0]
+
+    original = {"original": False, "original, base's rules": True}
+    for name, chatglm3_spec in original.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            file, start = Path(scratch) / "candidates.model", time.perf_counter()
+            sentences = (sentence for text in japanese() for sentence in split_sentences(text))
+            train_bpe(sentences, file, options.vocab_size, chatglm3_spec=chatglm3_spec)
+            seconds[name] = round(time.perf_counter() - start, 1)
+            merges[name] = merge_vocab.merge_as_original(base, fast.read_sentencepiece(file))
+            if chatglm3_spec:
+                merges["the same pieces, filtered, below"] = filtered(fast.read_sentencepiece(file))
+    # Ours with as many tokens as each of theirs.
+    pairs = [(f"continued BPE, as many as {name}", name) for name in original]
+    start = time.perf_counter()
+    pieces = learn(base, max(map(added, original)))
+    seconds["continued BPE"] = round(time.perf_counter() - start, 1)
+    for ours, theirs in pairs:
+        merges[ours] = merge_vocab.merge_reachable(base, pieces[: added(theirs)])[0]
+    if options.candidates:
+        candidates, seed = fast.read_sentencepiece(options.candidates), "seed list"
+        merges[f"{seed}, original"] = merge_vocab.merge_as_original(base, candidates)
+        merges[f"{seed}, filtered, below"] = kept = filtered(candidates)
+        pieces = [piece.piece for piece in kept.pieces[num_base:]]
+        pieces += learn(
+            merge_vocab.merge_vocab(base, pieces, placeholders=False), added(f"{seed}, original") - len(pieces)
+        )
+        merges[f"{seed}, filtered, filled up by continued BPE"] = merge_vocab.merge_reachable(base, pieces)[0]
+        pairs.append((f"{seed}, filtered, filled up by continued BPE", f"{seed}, original"))
+    return merges, seconds, pairs
+
+
+def quotes_japanese(line: str) -> bool:
+    """Whether a line has a kana, or a Han character outside GB 2312 (Japanese or traditional script)."""
+    return bool(JAPANESE.exclusive_pattern.search(line)) or any(
+        map(JAPANESE.has_uncommon, JAPANESE.shared_run_pattern.findall(line))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- equality
+BATCH = 4_096  # documents
+
+
+def measure_equality(options: argparse.Namespace) -> None:
+    """Ids of the fast tokenizer against those of its sentencepiece model, both with as many threads as there are cores."""
+    fast_tokenizer, processor = (
+        fast.build_fast_tokenizer(options.tokenizer),
+        fast.to_processor(fast.read_sentencepiece(options.tokenizer)),
+    )
+    encoders = {
+        "fast": lambda some: fast.encode_fast(fast_tokenizer, some),
+        "sentencepiece": lambda some: fast.encode_sentencepiece(processor, some),
+    }
+    files = [file for file in options.corpora.iterdir() if file.suffix in FILE_TYPES and "dialogues" not in file.name]
+    results: dict[str, Values] = {}
+    for file in progress(sorted(files), "comparing", unit=" files"):
+        size, seconds = 0.0, dict.fromkeys(encoders, 0.0)
+        counts = {"lines": 0, "documents": 0, "differing": 0}
+        documents = texts(file.parent, file.name)
+        while batch := list(itertools.islice(documents, BATCH)):
+            for kind, some in (("documents", batch), ("lines", [line for text in batch for line in text.splitlines()])):
+                size += megabytes(some)
+                ids = {}
+                for name, encode in encoders.items():
+                    start = time.perf_counter()
+                    ids[name] = encode(some)
+                    seconds[name] += time.perf_counter() - start
+                counts[kind] += len(some)
+                counts["differing"] += sum(a != b for a, b in zip(*ids.values(), strict=True))
+        results[file.name] = counts | {f"{name}_mb_per_second": size / spent for name, spent in seconds.items()}
+    totals = {key: sum(result[key] for result in results.values()) for key in ("lines", "documents", "differing")}
+    columns = dict(lines=",.0f", documents=",.0f", differing=",.0f")
+    columns |= dict(fast_mb_per_second=".1f", sentencepiece_mb_per_second=".1f")
+    print_results("the fast tokenizer against sentencepiece", {**results, "all": totals}, columns)
+    save_results(options.output, {"tokenizer": options.tokenizer.name, **totals})
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+SETS = ("ja_wiki", "ja_aozora")
+LARGE_PROPORTIONS = (0.8, 0.2)  # of the sets in the large corpora, as in step 1's mix, which then finds enough of both
+ROW_GROUP_BYTES = 4_000_000  # of the large corpora
+
+
+def measure_training(options: argparse.Namespace) -> None:
+    """Time, memory and tokens per character of step 1 by the size of its sample."""
+    if options.learn:  # this is the process of one sample
+        print(json.dumps(learn_sample(options.base, options.corpora, options.learn)))
+        return
+    available = sum(train_bytes(options.corpora, name) for name in SETS)
+    sizes = [size for size in (int(mb * 1e6) for mb in options.samples) if size < available]
+    samples: dict[str, Values] = {}
+    for size in [*sizes, available]:
+        command = [sys.executable, "-m", "benchmarks.tokenizer", "training", "--base", options.base.resolve()]
+        done = run_process([*command, "--corpora", options.corpora.resolve(), "--learn", size])
+        name = f"{size / 1e6:.1f} MB, {size / available:.0%}"
+        samples[name] = {**json.loads(done.stdout.splitlines()[-1]), **usage(done)}
+    best = list(samples.values())[-1]["tokens_per_character"]
+    for sample in samples.values():
+        per_character = sample["tokens_per_character"]
+        sample["against_all"] = {file: round(value / best[file], 4) for file, value in per_character.items()}
+    lines = [
+        [name, f"{sample['seconds']:.1f}", f"{sample['peak_mb']:,}", f"{sample['pieces']:,}"]
+        + [
+            f"{value:.4f} ({sample['against_all'][file] - 1:+.1%})"
+            for file, value in sample["tokens_per_character"].items()
+        ]
+        for name, sample in samples.items()
+    ]
+    print0(format_table(["sample", "seconds", "peak MB", "tokens learned", *best], lines))
+    enough = next(name for name, sample in samples.items() if sample["against_all"]["all"] <= 1.01)
+    print0(f"\nthe smallest sample that costs at most 1 % on all files together: {enough}\n")
+    large = {f"{mb:g} MB": run_step1(options, int(mb * 1e6)) for mb in options.large}
+    print_results("step 1 on a corpus of", large, dict(read_mb=",", seconds=",", peak_mb=","))
+    results = {"samples": samples, "smallest_within_1_percent": enough, "step1": large}
+    save_results(options.output, {"results": results})
+
+
+def usage(done: Any) -> Values:
+    return {"seconds": round(done.seconds, 1), "peak_mb": round(done.peak_mb)}
+
+
+def learn_sample(base_file: Path, corpora: Path, size: int) -> Values:
+    """Learns from a sample of `size` bytes and encodes the test files."""
+    base = fast.read_sentencepiece(base_file)
+    streams = {name: texts(corpora, f"{name}.train.*") for name in SETS}
+    sample = (
+        text for _, text in interleave_by_bytes(streams, {name: train_bytes(corpora, name) for name in SETS}, size)
+    )
+    corpus = segment_corpus(base, lines_of(sample), JAPANESE)
+    pieces = list(train_continued_bpe(corpus, NUM_NEW_TOKENS, JAPANESE, texts(corpora, "zh_*.train.*")))
+    processor = fast.to_processor(merge_vocab.merge_reachable(base, pieces)[0])
+    tokens, characters = {"all": 0}, {"all": 0}
+    for file in sorted(corpora.glob("ja_*.test.*")):
+        name, held_out = file.name.split(".")[0], list(texts(corpora, file.name))
+        tokens[name], characters[name] = sum(map(len, processor.encode(held_out))), sum(map(len, held_out))
+    tokens["all"], characters["all"] = sum(tokens.values()), sum(characters.values())
+    per_character = {name: round(tokens[name] / characters[name], 5) for name in tokens}
+    return {"pieces": len(pieces), "tokens_per_character": per_character}
+
+
+def train_bytes(corpora: Path, name: str) -> int:
+    """UTF-8 bytes of a set's training text."""
+    return sum(len(text.encode()) for text in texts(corpora, f"{name}.train.*"))
+
+
+def run_step1(options: argparse.Namespace, size: int) -> Values:
+    """Runs step 1 on a corpus of `size` bytes of Japanese."""
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus, base, work = (Path(scratch) / name for name in ("corpus", "base", "work"))
+        corpus.mkdir()
+        base.mkdir()
+        (base / "tokenizer.model").symlink_to(options.base.resolve())
+        for file in options.corpora.iterdir():
+            if file.name.startswith(("zh_", "ja_")) and not file.name.startswith(
+                tuple(f"{name}.train" for name in SETS)
+            ):
+                (corpus / file.name).symlink_to(file.resolve())
+        for name, proportion in zip(SETS, LARGE_PROPORTIONS, strict=True):
+            enlarge(options.corpora, name, corpus / f"{name}.train.parquet", int(size * proportion))
+        variables = dict(PROFILE="chatglm3-6b", WORK_DIR=work, CORPUS_DIR=corpus, BASE_MODEL_DIR=base)
+        done = run_process([sys.executable, "step1_train_tokenizer.py"], **variables)
+        metrics = json.loads((work / "metrics" / "step1.json").read_text(encoding="utf-8"))
+        return {**usage(done), "read_mb": round(metrics["input_bytes"] / 1e6, 1), "pieces": metrics["new_pieces"]}
+
+
+def enlarge(corpora: Path, name: str, file: Path, size: int) -> None:
+    """Writes a parquet file of `size` bytes of text by drawing a set's documents again and again, their lines shuffled."""
+    draw, documents, written = random.Random(0), list(texts(corpora, f"{name}.train.*")), 0
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        while written < size:
+            batch: list[str] = []
+            end = min(written + ROW_GROUP_BYTES, size)
+            while written < end:
+                lines = draw.choice(documents).splitlines()
+                draw.shuffle(lines)
+                batch.append("\n".join(lines))
+                written += len(batch[-1].encode())
+            writer.write_batch(pyarrow.record_batch([pyarrow.array(batch)], schema=schema))
+
+
+# -------------------------------------------------------------------------------------------------------------- throughput
+SLOW_SAMPLE_BYTES = 1_000_000
+REPEATED_DIALOGUES = 20  # 0.4 MB would be read before the clock has ticked
+DATASETS = {
+    "ja": ("pt", "ja_*.train.parquet"),
+    "zh": ("pt", "zh_*.train.parquet"),
+    "en": ("pt", "en_wiki.train.parquet"),
+    "dialogues": ("sft", "dialogues.jsonl"),
+}
+
+
+def measure_throughput(options: argparse.Namespace) -> None:
+    """Speed from a file to token ids on disk, by one thread and by two."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = options.tokenizer
+        if directory.is_file():
+            fast.save_tokenizer(options.tokenizer, directory := Path(scratch))
+        tokenizer: Any = fast.load_tokenizer(directory)
+        if not fast.PROCESSORS.get(tokenizer):
+            raise UserError(f"{directory} has no tokenizer.model, which encodes corpora.")
+        slow, slow_name = slow_tokenizer(directory / "tokenizer.model")
+        many = Path(scratch) / "dialogues.jsonl"
+        many.write_bytes((options.corpora / many.name).read_bytes() * REPEATED_DIALOGUES)
+        tokenize("sft", many, tokenizer, 1)()  # pays for what the first call of a process imports
+        results: dict[str, Values] = {}
+        cores = sorted(os.sched_getaffinity(0))
+        for name, (stage, pattern) in DATASETS.items():
+            file = many if stage == "sft" else options.corpora / pattern
+            documents = encoder_input(stage, file)
+            size = megabytes(documents)
+            for threads in (1, 2):
+                confine(cores[:threads])
+                values = compare_speed(
+                    size,
+                    options.repeats,
+                    bare=bare_encoder(tokenizer, documents, threads),
+                    ours=tokenize(stage, file, tokenizer, threads),
+                )
+                if threads == 1:
+                    ends = itertools.accumulate(len(text.encode()) for text in documents)
+                    sample = [
+                        text
+                        for text, end in zip(documents, ends, strict=True)
+                        if end - len(text.encode()) < SLOW_SAMPLE_BYTES
+                    ]
+                    slower = compare_speed(
+                        megabytes(sample),
+                        options.repeats,
+                        bare=bare_encoder(tokenizer, sample, 1),
+                        slow=lambda some=sample: [slow(text, add_special_tokens=False)["input_ids"] for text in some],
+                    )
+                    values |= {"slow_mb_per_second": slower["slow_mb_per_second"], "slow_ratio": slower["ratio"]}
+                results[f"{name}, {threads} thread{'s' * (threads > 1)}"] = values
+    columns = ("mb", "bare_mb_per_second", "ours_mb_per_second", "ratio", "slow_mb_per_second", "slow_ratio")
+    print_results(f"ratio: time against the bare encoder; slow: {slow_name}", results, dict.fromkeys(columns, ",.2f"))
+    save_results(options.output, {"slow": slow_name, "results": results}, f"{len(tokenizer):,} tokens")
+
+
+def compare_speed(size: float, repeats: int, **functions: Callable[[], Any]) -> Values:
+    """MB/s of two functions that run in turn on `size` MB, and the second's time relative to the first's."""
+    pairs = [tuple(map(seconds_of, functions.values())) for _ in range(repeats)]
+    ratios = [round(second / first, 3) for first, second in pairs]
+    speeds = zip(functions, zip(*pairs, strict=True), strict=True)
+    values = {f"{name}_mb_per_second": round(size / median(seconds), 3) for name, seconds in speeds}
+    return {"mb": round(size, 2), **values, "ratio": median(ratios), "ratio_per_round": ratios}
+
+
+def confine(cores: list[int]) -> None:
+    """Lets all threads of this process, and those to come, run on some cores only."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+
+
+def describe(directory: Path, stage: str, file: Path) -> Path:
+    """Writes a dataset_info.json with one dataset, "set"."""
+    columns = {"columns": {"prompt": "text"}} if stage == "pt" else {}
+    path = directory / "dataset_info.json"
+    path.write_text(json.dumps({"set": {"file_name": file.name, **columns}}), encoding="utf-8")
+    return path
+
+
+def encoder_input(stage: str, file: Path) -> list[str]:
+    """The texts that tokenizing a dataset hands to the encoder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = get_dataset_attr("set", describe(Path(scratch), stage, file), file.parent)
+        if stage == "pt":
+            return list(read_texts(source))
+        return [message["content"] for row in read_rows(source) for message in to_messages(source, row.values)]
+
+
+def bare_encoder(tokenizer: Any, documents: list[str], threads: int) -> Callable[[], Any]:
+    return lambda: fast.PROCESSORS[tokenizer].encode(documents, num_threads=threads, out_type="numpy")
+
+
+def tokenize(stage: str, file: Path, tokenizer: Any, threads: int) -> Callable[[], None]:
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            describe(Path(scratch), stage, file)
+            directories = dict(dataset_dir=scratch, corpus_dir=str(file.parent), cache_dir=f"{scratch}/cache")
+            load_tokenized_dataset(
+                "set", stage, tokenizer, DataArguments(**directories, preprocessing_num_workers=threads)
+            )
+
+    return run
+
+
+def slow_tokenizer(model: Path) -> tuple[Any, str]:
+    """transformers' own tokenizer in Python around a sentencepiece model, and its name."""
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    class Slow(SentencePieceBackend):
+        vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
+        model_input_names = ["input_ids"]  # noqa: RUF012
+
+    slow = Slow(vocab_file=str(model), unk_token="<unk>", bos_token=None, eos_token="</s>")
+    return slow, f"{SentencePieceBackend.__module__}.{SentencePieceBackend.__qualname__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(measure: Callable, results: str, model: str, **defaults: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(measure.__name__.removeprefix("measure_"), help=measure.__doc__)
+        add_options(command, results, corpora=..., **defaults)
+        command.add_argument(f"--{model}", type=Path, required=True, help="ChatGLM3's tokenizer.model, or one like it")
+        command.set_defaults(measure=measure)
+        return command
+
+    command = add(measure_merge, "merge_methods.json", "base")
+    command.add_argument("--candidates", type=Path, help="a sentencepiece model whose tokens are merged too")
+    command.add_argument("--sample-mb", type=float, default=1e6, help="Japanese text to learn from, at most")
+    command.add_argument("--vocab-size", type=int, default=20_000, help="of sentencepiece models")
+    add(measure_equality, "tokenizer_equality.json", "tokenizer")
+    command = add(measure_training, "tokenizer_training.json", "base")
+    command.add_argument("--samples", type=float, nargs="+", default=(1, 2, 5, 10, 20), metavar="MB")
+    sizes = "sizes of the large corpora, more than the 100 MB that step 1 reads; none: left out"
+    command.add_argument("--large", type=float, nargs="*", default=(150, 1_000), metavar="MB", help=sizes)
+    command.add_argument("--learn", type=int, help=argparse.SUPPRESS)
+    add(measure_throughput, "tokenize_throughput.json", "tokenizer", repeats=5)
+    options = parser.parse_args()
+    options.measure(options)
+
+
+if __name__ == "__main__":
+    run_cli(main)
