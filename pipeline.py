@@ -1,4 +1,4 @@
-"""What all steps share: checking what they need, marking them finished, and the report of what they left."""
+"""What all steps share: starting, finishing and requiring them, tracing their inputs, and the report of what they left."""
 
 import json
 import os
@@ -7,41 +7,50 @@ from contextlib import suppress
 from pathlib import Path
 
 import constants
-from llmtuner.console import UserError, command, interpreter, is_rank_zero, print0
+from llmtuner.console import UserError, command, display_path, interpreter, is_rank_zero, print0, print_header
 from llmtuner.files import atomic_write_json, check_writable, checksum, checksum_of
 from llmtuner.locks import acquire_lock
 from llmtuner.outputs import add_to_marker, check_destination, recover_directory
+from llmtuner.report.steps import Step
 
-# What each step does, takes and gives, for the report's drawing: what one step takes has the name under which another
-# gives it.
-STEPS = (
-    ("step1", "step1_train_tokenizer.py", "learns Japanese pieces", ("corpora",), "ja_bpe.model"),
-    (
-        "step2",
-        "step2_merge_tokenizer.py",
-        "merges them into the tokenizer",
-        ("base tokenizer", "ja_bpe.model"),
-        "merged tokenizer",
-    ),
-    ("step3", "step3_resize_model.py", "grows the model", ("base model", "merged tokenizer"), "Zero model"),
-    ("step4", "step4_test_zero.py", "tests that nothing was lost", ("Zero model",), "zero test"),
-    (
-        "step5",
-        "step5_train_pt_single_gpu.py",
-        "goes on pretraining",
-        ("Zero model", "pretraining mix"),
-        "pretrained model",
-    ),
-    (
-        "step6",
-        "step6_train_sft_single_gpu.py",
-        "tunes on instructions",
-        ("pretrained model", "instruction mix"),
-        "chat model",
-    ),
-    ("step7", "step7_eval_chat.py", "compares all models", ("chat model",), "report"),
-)
-# Where lies what a step takes or gives, under the names of `STEPS`; what is not here is looked for elsewhere.
+STEPS = {
+    step.name: step
+    for step in (
+        Step("step1", "step1_train_tokenizer.py", "Train a Japanese tokenizer", ("corpora",), "ja_bpe.model"),
+        Step(
+            "step2",
+            "step2_merge_tokenizer.py",
+            "Merge it into the base tokenizer",
+            ("base tokenizer", "ja_bpe.model"),
+            "merged tokenizer",
+        ),
+        Step(
+            "step3",
+            "step3_resize_model.py",
+            "Resize the embeddings",
+            ("base model", "merged tokenizer"),
+            "Zero model",
+        ),
+        Step("step4", "step4_test_zero.py", "Prove that nothing was lost", ("Zero model",), "zero test"),
+        Step(
+            "step5",
+            "step5_train_pt_single_gpu.py",
+            "Continued pretraining",
+            ("Zero model", "pretraining mix"),
+            "pretrained model",
+        ),
+        Step(
+            "step6",
+            "step6_train_sft_single_gpu.py",
+            "Instruction tuning",
+            ("pretrained model", "instruction mix"),
+            "chat model",
+        ),
+        Step("step7", "step7_eval_chat.py", "Evaluate all models", ("chat model",), "report"),
+    )
+}
+REPORT = constants.WORK_DIR / "report.html"
+# Paths of the steps' inputs and outputs; an input without one comes from CORPUS_DIR or the hub.
 ARTIFACTS = {
     "base tokenizer": constants.BASE_MODEL_DIR / "tokenizer.model",
     "base model": constants.BASE_MODEL_DIR,
@@ -51,180 +60,182 @@ ARTIFACTS = {
     "pretrained model": constants.PT_MERGED_DIR,
     "chat model": constants.CHAT_MODEL_DIR,
 }
-STEP_SCRIPTS = {name: script for name, script, *_ in STEPS}
-PRODUCED_BY = {ARTIFACTS[gives]: name for name, *_, gives in STEPS if gives in ARTIFACTS}
-# checksums of what the step at hand takes, as they were when it started
+PRODUCED_BY = {ARTIFACTS[step.output]: step for step in STEPS.values() if step.output in ARTIFACTS}
+# Checksums of the running step's inputs, as they were when it started.
 _input_checksums: dict[str, str] = {}
 
 
-def require_artifacts(*needs: Path) -> None:
-    """Makes sure that results of earlier steps are there.
+def require_artifacts(*paths: Path) -> None:
+    """Makes sure that results of earlier steps exist.
 
     Raises:
         UserError: names the step that makes what is missing.
     """
-    for path in needs:
+    for path in paths:
         if not path.exists() and is_rank_zero():
-            recover_directory(_result_dir(path))
+            recover_directory(_output_dir(path))
         if not path.exists():
             step = PRODUCED_BY[path]
-            raise UserError(
-                f"{path} is missing. It is made by step {step.removeprefix('step')}: run {command(STEP_SCRIPTS[step])} first."
-            )
+            raise UserError(f"{path} is missing. It is made by step {step.number}: run {command(step.script)} first.")
 
 
-def start_step(step: str, *needs: Path) -> None:
-    """Checks what a step depends on before anything heavy is imported or loaded, and keeps other steps out of WORK_DIR.
+def start_step(name: str, *required: Path) -> None:
+    """Announces a step and checks what it depends on before anything heavy is imported; locks WORK_DIR until it ends.
 
     Args:
-        step: "step1" to "step7".
-        needs: results of earlier steps, from `ARTIFACTS`.
+        name: "step1" to "step7".
+        required: results of earlier steps, from `ARTIFACTS`.
 
     Raises:
         UserError: if results cannot be written, another step is running there, this step has finished already, an
             earlier one has not, or what an earlier one used has changed since.
     """
+    step = STEPS[name]
+    print_header(f"Step {step.number}: {step.title}")
     check_writable(constants.WORK_DIR)
     if is_rank_zero():
         acquire_lock(constants.WORK_DIR / ".lock", f"WORK_DIR={constants.WORK_DIR}")  # until this process ends
-    require_artifacts(*needs)
-    if is_finished(step) and not constants.OVERWRITE:
-        check_lineage(step)
+    require_artifacts(*required)
+    if is_finished(name) and not constants.OVERWRITE:
+        check_lineage(name)
         if constants.SKIP_COMPLETED:
-            print0(f"{step} has finished already: its results are in {constants.WORK_DIR}")
+            print0(f"Step {step.number} has finished already: its results are in {display_path(constants.WORK_DIR)}")
             raise SystemExit(0)
         raise UserError(
-            f"{step} has finished already: its results are in {constants.WORK_DIR}. Set OVERWRITE=1 to replace them, "
-            "or WORK_DIR to keep them and work elsewhere."
+            f"step {step.number} has finished already: its results are in {constants.WORK_DIR}. Set OVERWRITE=1 to "
+            "replace them, or WORK_DIR to keep them and work elsewhere."
         )
     if not is_rank_zero():
         return
-    _, _, _, takes, gives = next(one for one in STEPS if one[0] == step)
-    if gives in ARTIFACTS:
-        check_destination(_result_dir(ARTIFACTS[gives]), replace=True)
-    for maker in (maker for maker, *_, made in STEPS if made in takes):
-        check_lineage(maker)
-        if load_metrics(maker).get("cut_short"):
-            print0(f"note: {maker} was cut short by max_steps; what it made is not its finished result")
-    names = [
-        name for name in takes if name in ARTIFACTS and (ARTIFACTS[name] in needs or ARTIFACTS[name] not in PRODUCED_BY)
-    ]
-    _input_checksums.update({name: checksum(ARTIFACTS[name]) for name in names})
+    if step.output in ARTIFACTS:
+        check_destination(_output_dir(ARTIFACTS[step.output]), replace=True)
+    for producer in _producers(step):
+        check_lineage(producer.name)
+        if load_metrics(producer.name).get("cut_short"):
+            print0(f"note: step {producer.number} was cut short by max_steps; its output is not the finished result")
+    for artifact in step.inputs:
+        path = ARTIFACTS.get(artifact)
+        if path and (path in required or path not in PRODUCED_BY):
+            _input_checksums[artifact] = checksum(path)
 
 
-def is_finished(step: str) -> bool:
-    """Whether a step has come to its end, was not cut short, and its result is still there."""
-    result = ARTIFACTS.get(next(gives for name, *_, gives in STEPS if name == step))
-    ended = (constants.METRICS_DIR / f"{step}.json").is_file() and not load_metrics(step).get("cut_short")
-    return ended and (result is None or result.exists())
+def is_finished(name: str) -> bool:
+    """Whether a step has run to its end, was not cut short, and its result still exists."""
+    result = ARTIFACTS.get(STEPS[name].output)
+    completed = (constants.METRICS_DIR / f"{name}.json").is_file() and not load_metrics(name).get("cut_short")
+    return completed and (result is None or result.exists())
 
 
-def check_lineage(*steps: str) -> None:
-    """Makes sure that finished steps, and those before them, are made from what lies there now.
+def _producers(step: Step) -> list[Step]:
+    """The steps whose results a step reads."""
+    return [other for other in STEPS.values() if other.output in step.inputs]
+
+
+def check_lineage(*names: str) -> None:
+    """Makes sure that finished steps, and those before them, were made from the present inputs.
 
     Raises:
         UserError: names the first step that has to be run again.
     """
-    if is_rank_zero() and (changes := changed_since(*steps)):
-        raise UserError(changes[0])
+    if is_rank_zero() and (stale := find_stale_inputs(*names)):
+        raise UserError(stale[0])
 
 
-def changed_since(*steps: str) -> list[str]:
-    """What has changed since steps used it, and what to do; earlier steps first, those that each step builds on included."""
-    found: dict[str, None] = {}
-    for name, script, _, takes, _ in STEPS:
-        if name not in steps:
+def find_stale_inputs(*names: str) -> list[str]:
+    """One message for each input that has changed since a step, or one that it builds on, read it; earlier steps first."""
+    messages: dict[str, None] = {}
+    for step in STEPS.values():
+        if step.name not in names:
             continue
-        found |= dict.fromkeys(changed_since(*(maker for maker, *_, gives in STEPS if gives in takes)))
-        for taken, before in load_metrics(name).get("made_from", {}).items():
-            now = checksum(ARTIFACTS[taken]) if taken in ARTIFACTS else ""
+        messages |= dict.fromkeys(find_stale_inputs(*(producer.name for producer in _producers(step))))
+        for artifact, before in load_metrics(step.name).get("made_from", {}).items():
+            now = checksum(ARTIFACTS[artifact]) if artifact in ARTIFACTS else ""
             if before and now and now != before:
-                found[
-                    f"the {taken} ({ARTIFACTS[taken]}) is not the one that {name} used: run {name} again "
-                    f"(OVERWRITE=1 {command(script)})."
+                messages[
+                    f"the {artifact} ({ARTIFACTS[artifact]}) is not the one that {step.name} used: run {step.name} again "
+                    f"(OVERWRITE=1 {command(step.script)})."
                 ] = None
-    return list(found)
+    return list(messages)
 
 
-def changed_corpora() -> list[str]:
-    """Which steps have read texts that have changed since; more text is no reason to stop, but one to know."""
+def find_changed_corpora() -> list[str]:
+    """Which steps read texts that have changed since; more text is worth knowing, but no reason to stop."""
     return [
-        f"the texts that {step} read have changed since"
-        for step in STEP_SCRIPTS
-        if (metrics := load_metrics(step))
+        f"the texts that {name} read have changed since"
+        for name in STEPS
+        if (metrics := load_metrics(name))
         and (before := metrics.get("made_from", {}).get("texts"))
-        and (now := _checksum_of_texts(step, metrics))
+        and (now := _corpus_checksum(name, metrics))
         and now != before
     ]
 
 
-def _checksum_of_texts(step: str, metrics: dict) -> str:
-    """Over the local files of the data sets that a step learns from; "" where there are none."""
+def _corpus_checksum(name: str, metrics: dict) -> str:
+    """Checksum of the local files of the data sets that a step learns from; "" where there are none."""
     from llmtuner.data.sources import get_dataset_attr
 
     files: list[str] = []
-    for name in constants.TOKENIZER_MIX if step == "step1" else metrics.get("data", ()):
-        with suppress(UserError):  # taken away since, or never described
-            files += get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR).files
+    for dataset in constants.TOKENIZER_MIX if name == "step1" else metrics.get("data", ()):
+        with suppress(UserError):  # removed since, or never described
+            files += get_dataset_attr(dataset, constants.DATASET_INFO, constants.CORPUS_DIR).files
     return checksum_of([Path(file).name, checksum(Path(file))] for file in files) if files else ""
 
 
-def _result_dir(result: Path) -> Path:
-    """The directory that appears as a whole; the tokenizer of step 1 lies inside its own."""
+def _output_dir(result: Path) -> Path:
+    """The directory that is replaced as a whole; the tokenizer of step 1 lies inside its own."""
     return result.parent if result == constants.JA_TOKENIZER else result
 
 
-def mark_unfinished(step: str) -> None:
-    """Takes away the mark that a step has finished, once it starts to replace its result."""
-    (constants.METRICS_DIR / f"{step}.json").unlink(missing_ok=True)
+def mark_unfinished(name: str) -> None:
+    """Deletes a step's metrics, which mark it as finished, once it starts to replace its result."""
+    (constants.METRICS_DIR / f"{name}.json").unlink(missing_ok=True)
 
 
-def require_base_model(weights: bool = True, published: bool = False) -> Path:
+def require_base_model(weights: bool = True, original_chatglm: bool = False) -> Path:
     """Returns `BASE_MODEL_DIR` once it is known to hold a tokenizer and, if asked for, weights.
 
     Args:
         weights: false for a step that needs the tokenizer only.
-        published: true for a step that also reads ChatGLM3's weights as published; the others run the model, and for
-            that it must be converted.
+        original_chatglm: true for a step that also reads ChatGLM3's original checkpoint; all others run the model, which
+            has to be converted first.
 
     Raises:
         UserError: names the file that is missing, or the command that converts the model.
     """
-    how = "Set BASE_MODEL_DIR to a model directory; docs/chatglm3-6b.md says where to get one."
-    if not constants.BASE_MODEL_DIR.is_dir():
-        raise UserError(f"the base model directory {constants.BASE_MODEL_DIR} does not exist. {how}")
-    wanted = ["tokenizer.model", *(["config.json"] if weights else [])]
-    for name in wanted:
-        if not (constants.BASE_MODEL_DIR / name).is_file():
-            raise UserError(f"{constants.BASE_MODEL_DIR} has no {name}. {how}")
+    directory = constants.BASE_MODEL_DIR
+    hint = "Set BASE_MODEL_DIR to a model directory; docs/chatglm3-6b.md says where to get one."
+    if not directory.is_dir():
+        raise UserError(f"the base model directory {directory} does not exist. {hint}")
+    for name in ["tokenizer.model", *(["config.json"] if weights else [])]:
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} has no {name}. {hint}")
     if not weights:
-        return constants.BASE_MODEL_DIR
-    if not [*constants.BASE_MODEL_DIR.glob("*.safetensors"), *constants.BASE_MODEL_DIR.glob("pytorch_model*.bin")]:
-        raise UserError(f"{constants.BASE_MODEL_DIR} has no *.safetensors weights. {how}")
-    if not published and _model_type(constants.BASE_MODEL_DIR) == "chatglm":
+        return directory
+    if not [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]:
+        raise UserError(f"{directory} has no *.safetensors weights. {hint}")
+    if not original_chatglm and _model_type(directory) == "chatglm":
         raise UserError(
-            f"{constants.BASE_MODEL_DIR} is the checkpoint as published. Convert it first: {interpreter()} -m llmtuner convert "
-            f"{constants.BASE_MODEL_DIR} {constants.BASE_MODEL_DIR}-glm, then set BASE_MODEL_DIR={constants.BASE_MODEL_DIR}-glm."
+            f"{directory} is ChatGLM3's original checkpoint. Convert it first: {interpreter()} -m llmtuner convert "
+            f"{directory} {directory}-glm, then set BASE_MODEL_DIR={directory}-glm."
         )
-    return constants.BASE_MODEL_DIR
+    return directory
 
 
 def _model_type(directory: Path) -> str | None:
     try:
         return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{directory / 'config.json'} is not valid JSON ({error}). Fetch it again.") from error
+        raise UserError(f"{directory / 'config.json'} is not valid JSON ({error}). Download it again.") from error
 
 
 def require_corpus() -> Path:
-    """Returns `CORPUS_DIR`; the miniature's own texts are written first if they are not there yet.
+    """Returns `CORPUS_DIR`; the miniature's own texts are written first if they do not exist yet.
 
     Raises:
         UserError: if a corpus directory that was asked for does not exist.
     """
-    if (
-        constants.PROFILE_NAME == "mini" and not constants.QUESTIONS.is_file()
-    ):  # its questions are asked whatever the texts are
+    # The miniature's questions are asked whatever the texts are.
+    if constants.PROFILE_NAME == "mini" and not constants.QUESTIONS.is_file():
         from mini.world import write_world
 
         write_world(constants.MINI_CORPUS_DIR)
@@ -236,7 +247,7 @@ def require_corpus() -> Path:
 
 
 def held_out_texts(language: str) -> list[str]:
-    """Text of "ja", "zh" or "en" that no step trains on, by which all steps measure.
+    """Text of "ja", "zh" or "en" that no step trains on; all steps measure with the same.
 
     Raises:
         UserError: if the corpus has none.
@@ -255,10 +266,10 @@ def held_out_texts(language: str) -> list[str]:
 
 
 def tokenizer_corpus(max_bytes: int) -> Iterator[tuple[str, str]]:
-    """Japanese training text in the shares of `TOKENIZER_MIX`: (data set, text).
+    """Japanese training text in the proportions of `TOKENIZER_MIX`: (data set, text).
 
     Raises:
-        UserError: at once, if a data set is nowhere to be found.
+        UserError: at once, if a data set cannot be found.
     """
     from llmtuner.data.held_out import training_documents
     from llmtuner.data.sources import get_dataset_attr
@@ -272,7 +283,7 @@ def tokenizer_corpus(max_bytes: int) -> Iterator[tuple[str, str]]:
 
 
 def reference_texts() -> Iterator[str]:
-    """Chinese training text, by which steps 1 and 2 know what Chinese writes too; none where no character is shared.
+    """Chinese training text, which tells steps 1 and 2 what Chinese writes too; none where no character is shared.
 
     Raises:
         UserError: at once, if there is no such text.
@@ -290,27 +301,40 @@ def reference_texts() -> Iterator[str]:
     )
 
 
-def finish_step(step: str, metrics: dict) -> None:
-    """Writes `WORK_DIR/metrics/<step>.json`, the mark that the step has finished, and the report of all steps.
+def finish_step(name: str, metrics: dict, outcome: str) -> None:
+    """Writes `WORK_DIR/metrics/<name>.json`, which marks the step as finished, and the report; prints the outcome.
 
-    Beside what was measured it holds checksums of what the step was made from, as they were when it started.
+    The file also holds checksums of the step's inputs, as they were when it started.
+
+    Args:
+        outcome: what came out and how good it is, for the one line that ends every step.
     """
-    if texts := _checksum_of_texts(step, metrics):
+    if texts := _corpus_checksum(name, metrics):
         _input_checksums["texts"] = texts
-    atomic_write_json(constants.METRICS_DIR / f"{step}.json", {**metrics, "made_from": _input_checksums})
+    atomic_write_json(constants.METRICS_DIR / f"{name}.json", {**metrics, "made_from": _input_checksums})
+    write_report()
+    step, steps = STEPS[name], list(STEPS.values())
+    following = steps[steps.index(step) + 1 :]
     if metrics.get("cut_short"):
-        print0(f"{step} was cut short by max_steps, after {metrics['steps']:,} steps: it does not count as finished")
-    make_report()
+        status = f"cut short by max_steps after {metrics['steps']:,} steps, so not finished"
+    else:
+        status = "done"
+    places = [display_path(ARTIFACTS.get(step.output, REPORT))]
+    if following:
+        places.append(f"next: {command(following[0].script)}")
+    else:
+        places.append(f"chat: {command(step.script)} --chat (or --web)")
+    print0(f"\nStep {step.number} {status}: {outcome} | {' | '.join(places)}")
 
 
-def make_report() -> None:
-    """Makes WORK_DIR/report.html from what the steps have left there.
+def write_report() -> None:
+    """Writes WORK_DIR/report.html from what the steps have left there.
 
     Raises:
         UserError: if no step has finished yet.
     """
+    from llmtuner.report import page
     from llmtuner.report.environment import environment
-    from llmtuner.report.page import Step, write_report
 
     profile = {
         "PROFILE": constants.PROFILE_NAME,
@@ -321,26 +345,30 @@ def make_report() -> None:
         "profile": profile | {name: str(value) for name, value in vars(constants.PROFILE).items()},
         **environment(),
     }
-    warnings = [*changed_since(*STEP_SCRIPTS), *changed_corpora()]
-    print0(f"report: {write_report(constants.WORK_DIR, [Step(*step) for step in STEPS], facts, warnings)}")
+    warnings = [*find_stale_inputs(*STEPS), *find_changed_corpora()]
+    page.write_report(constants.WORK_DIR, list(STEPS.values()), facts, warnings)
 
 
-def write_card(model_dir: Path, metrics: dict) -> None:
+def write_model_card(model_dir: Path, metrics: dict) -> None:
     """Writes README.md of the chat model: what it is, how it was made, what step 7 has measured of it."""
     from llmtuner.data.sources import get_dataset_attr
     from llmtuner.eval.questions import read_questions
-    from llmtuner.report.model_card import write_model_card
+    from llmtuner.report import model_card
 
-    everything = {f"step{number}": load_metrics(f"step{number}") for number in range(1, 7)} | {"step7": metrics}
-    used = [name for step in ("step5", "step6") for name in everything[step].get("data", {})]
+    metrics_by_step = {name: load_metrics(name) for name in STEPS} | {"step7": metrics}
+    used = [dataset for name in ("step5", "step6") for dataset in metrics_by_step[name].get("data", {})]
     sources = {name: get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in used}
     data = {name: {} if source.files else {"hf_hub_url": source.hf_hub_url} for name, source in sources.items()}
-    examples = [one.question for one in read_questions(constants.QUESTIONS) if one.language == "ja" and one.value]
-    write_model_card(model_dir, everything, constants.PROFILE.base_id, data, *examples[:1])
+    examples = [
+        question.question
+        for question in read_questions(constants.QUESTIONS)
+        if question.language == "ja" and question.value
+    ]
+    model_card.write_model_card(model_dir, metrics_by_step, constants.PROFILE.base_id, data, *examples[:1])
     add_to_marker(model_dir, "README.md", "generation_config.json")
 
 
-def load_metrics(step: str) -> dict:
+def load_metrics(name: str) -> dict:
     """Reads what an earlier step measured; empty if it has not finished."""
-    path = constants.METRICS_DIR / f"{step}.json"
+    path = constants.METRICS_DIR / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

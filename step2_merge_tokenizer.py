@@ -1,7 +1,7 @@
-"""Step 2: merge the pieces of step 1 into the base tokenizer, and prove that Chinese and English stay as they were.
+"""Step 2: merge step 1's tokens into the base tokenizer, and prove that Chinese and English are encoded as before.
 
     python step2_merge_tokenizer.py
-    python step2_merge_tokenizer.py --candidates FILE.model    take the pieces from another sentencepiece model
+    python step2_merge_tokenizer.py --candidates FILE.model    merge the tokens of another sentencepiece model
     python step2_merge_tokenizer.py --method original          add every candidate with the highest score, to compare
 
 Reads the tokenizer of BASE_MODEL_DIR (not its weights), the model of step 1, and Chinese text that tells which Han strings
@@ -15,24 +15,26 @@ from typing import Any
 import constants
 import pipeline
 from constants import JA_TOKENIZER, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
-from llmtuner.console import UserError, command, format_table, print0, print_header, progress, run_cli
+from llmtuner.console import UserError, format_table, print0, print_header, progress, run_cli, verdict
 from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
 
-EXAMPLES = 5  # changed texts that are shown and saved for each language
+MAX_EXAMPLES = 5  # changed texts per language that are shown and saved
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="merge Japanese pieces into the base tokenizer")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=Path, default=JA_TOKENIZER, metavar="FILE")
     parser.add_argument("--method", choices=["exact", "original"], default="exact")
     options = parser.parse_args()
     exact = options.method == "exact"
 
-    # Check: everything that is read must be there.
+    # Check: every input must exist.
     if exact:
         pipeline.start_step("step2", *([JA_TOKENIZER] if options.candidates == JA_TOKENIZER else []))
+    else:
+        print_header("The original project's merge, to compare with step 2")
     base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
     pipeline.require_corpus()
     from llmtuner.tokenizer.comparison import compare, encoding_mismatches
@@ -61,26 +63,25 @@ def main() -> None:
     check_sentencepiece_spec(base, base_model)
     held_out = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
 
-    # Do: choose the pieces that only Japanese can hold, rank them below all native ones, leave out what is never used.
-    print_header("Step 2: merge the Japanese pieces into the base tokenizer")
+    # Do: keep the tokens that only Japanese text can contain, rank them below the base vocabulary, drop unreachable ones.
     if exact:
         reference = progress(pipeline.reference_texts(), "reading Chinese text", unit=" documents")
-        choice = filter_candidates(base, candidates, WRITING_SYSTEMS[constants.WRITING_SYSTEM], reference)
-        merged, never_used = merge_reachable(base, choice.accepted)
-        rejection_counts = {**choice.rejected, "never used": len(never_used)}
+        filtered = filter_candidates(base, candidates, WRITING_SYSTEMS[constants.WRITING_SYSTEM], reference)
+        merged, unused = merge_reachable(base, filtered.accepted)
+        rejection_counts = {**filtered.rejected, "unreachable": len(unused)}
     else:
         merged, rejection_counts = merge_as_original(base, candidates), {}
     added = [piece.piece for piece in merged.pieces[len(base.pieces) + len(SPECIAL_TOKENS) :]]
     if not added:
         raise UserError(
-            f"none of the pieces of {options.candidates} is new to {base_model}: there is nothing to merge."
+            f"none of the tokens of {options.candidates} is new to {base_model}: there is nothing to merge."
         )
     by_script = count_scripts(added)
-    rows = [[f"left out: {reason}", f"{count:,}"] for reason, count in sorted(rejection_counts.items()) if count]
-    rows += [[f"added: {kind}", f"{count:,}"] for kind, count in by_script.most_common()]
-    print0(format_table(["candidates", "pieces"], rows))
+    rows = [[f"rejected: {reason}", f"{count:,}"] for reason, count in sorted(rejection_counts.items()) if count]
+    rows += [[f"added: {script}", f"{count:,}"] for script, count in by_script.most_common()]
+    print0(format_table(["candidates", "tokens"], rows))
 
-    # Check: on the tokenizer as it is saved and loaded again.
+    # Check: the tokenizer as it is saved and loaded again.
     before, after = to_processor(base), to_processor(merged)
     with atomic_directory(MERGED_TOKENIZER_DIR if exact else ORIGINAL_MERGE_DIR, replace=True) as directory:
         model_file = directory / "tokenizer.model"
@@ -89,17 +90,16 @@ def main() -> None:
             save_tokenizer(model_file, directory)
             tokenizer = load_tokenizer(directory)
             for texts in held_out.values():
-                wrong = encoding_mismatches(tokenizer, after, texts)
-                if wrong:
+                if mismatches := encoding_mismatches(tokenizer, after, texts):
                     raise UserError(
-                        f"tokenizer.json and tokenizer.model split this text differently: {wrong[0][:200]!r}"
+                        f"tokenizer.json and tokenizer.model encode this text differently: {mismatches[0][:200]!r}"
                     )
-    dead = unreachable_tokens(base, merged)
+    unreachable = unreachable_tokens(base, merged)
     special_ids_kept = special_token_ids(merged) == special_token_ids(base)
     results = {language: compare(before, after, texts) for language, texts in held_out.items()}
 
     # Say what came out.
-    print_header("Held-out text before and after")
+    print_header("held-out text before and after")
     rows = [
         [
             LANGUAGES[language],
@@ -113,43 +113,47 @@ def main() -> None:
     ]
     print0(format_table(["language", "texts", "tokens before", "after", "ratio", "changed texts"], rows))
     for language in ("zh", "en"):
-        for change in results[language].changes[:EXAMPLES]:
-            print0(f"\na {LANGUAGES[language]} text that changed, from the first difference on:")
+        for change in results[language].changes[:MAX_EXAMPLES]:
+            print0(f"\n{LANGUAGES[language]} text encoded differently, from the first difference on:")
             print0(f"  before  {' | '.join(change.before)}\n  after   {' | '.join(change.after)}")
     segmentations = {}
     for language, name in LANGUAGES.items():
         print0(f"\n{name}")
         for sentence in short_sentences(held_out[language], count=1):
-            was, now = (display_tokens(split.encode(sentence, out_type=str)) for split in (before, after))
-            print0(f"  before  {' | '.join(was)}\n  after   {' | '.join(now)}")
-            segmentations[language] = {"text": sentence, "before": was, "after": now}
-    print0(f"\n{len(base.pieces):,} native pieces, {len(SPECIAL_TOKENS)} special tokens, {len(added):,} new pieces;")
-    named = f" ({' '.join(dead[:8])})" if dead else ""
-    print0(f"{len(dead)} dead{named}, special ids {'kept' if special_ids_kept else 'MOVED'}")
+            old, new = (display_tokens(processor.encode(sentence, out_type=str)) for processor in (before, after))
+            print0(f"  before  {' | '.join(old)}\n  after   {' | '.join(new)}")
+            segmentations[language] = {"text": sentence, "before": old, "after": new}
+
+    changed = sum(len(results[language].changes) for language in ("zh", "en"))
+    total = sum(results[language].texts for language in ("zh", "en"))
+    examples = f" ({' '.join(unreachable[:8])})" if unreachable else ""
+    details = (
+        f"{changed:,} of {total:,} held-out Chinese and English texts encoded differently, {len(unreachable):,} unreachable "
+        f"tokens{examples}, special token ids {'unchanged' if special_ids_kept else 'CHANGED'}"
+    )
+    print0("\n" + verdict("Merge check", not changed and not unreachable and special_ids_kept, details))
 
     metrics: dict[str, Any] = {
         "method": options.method,
         "base_pieces": len(base.pieces),
         "added_pieces": len(added),
         "pieces_by_script": dict(by_script.most_common()),
-        "unreachable_tokens": len(dead),
+        "unreachable_tokens": len(unreachable),
         "special_ids_kept": special_ids_kept,
         "token_ratio": {language: round(result.token_ratio, 4) for language, result in results.items()},
         "changed_texts": {language: len(results[language].changes) for language in ("zh", "en")},
         "texts": {language: result.texts for language, result in results.items()},
         "segmentations": segmentations,
         "examples_of_changes": {
-            language: [vars(change) for change in results[language].changes[:EXAMPLES]] for language in ("zh", "en")
+            language: [vars(change) for change in results[language].changes[:MAX_EXAMPLES]] for language in ("zh", "en")
         },
     }
     if exact:
-        pipeline.finish_step("step2", metrics)
-        print0(f"\nsaved {MERGED_TOKENIZER_DIR}\nnext: {command('step3_resize_model.py')}")
+        outcome = f"{len(added):,} tokens added to {len(base.pieces):,}; Japanese takes {results['ja'].token_ratio:.0%} of the tokens"
+        pipeline.finish_step("step2", metrics, outcome)
     else:
         atomic_write_json(ORIGINAL_MERGE_DIR / "metrics.json", metrics)
-        print0(
-            f"\nsaved {ORIGINAL_MERGE_DIR}: for comparison only, since pieces of equal score cannot be a tokenizer.json"
-        )
+        print0(f"\nsaved {ORIGINAL_MERGE_DIR}, to compare only: tokens of equal score cannot become a tokenizer.json")
 
 
 if __name__ == "__main__":

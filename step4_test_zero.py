@@ -1,9 +1,9 @@
-"""Step 4: the zero test. Chinese and English are untouched, and Japanese means nothing yet.
+"""Step 4: the zero test proves that Chinese and English are untouched; Japanese means nothing to the model yet.
 
     python step4_test_zero.py
 
-Asks the base and the Zero model the same questions, compares their answers word for word, and measures bits per byte and
-tokens per character. Runs on a GPU if there is one; one model is in memory at a time.
+Asks base and Zero model the same questions, compares their answers character by character, and measures bits per byte
+and tokens per character. Runs on a GPU if there is one; one model is in memory at a time.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import argparse
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
-from llmtuner.console import command, format_table, print0, print_header, run_cli
+from llmtuner.console import format_table, print0, print_header, run_cli, verdict
 from llmtuner.eval.language import LANGUAGES
 
 QUESTIONS_PER_GROUP = 60
@@ -67,8 +67,14 @@ def main() -> None:
     ]
     print0("\n" + format_table(["tokens per character", *LANGUAGES], rows))
 
-    pipeline.finish_step("step4", {**metrics, "bits_per_byte": bits, "tokens_per_character": tokens_per_character})
-    print0(f"\nstep 4 done. Next: {command('step5_train_pt_single_gpu.py')}")
+    passed = all(metrics[group]["identical"] == metrics[group]["total"] for group in ("zh", "en"))
+    counts = (
+        f"{metrics[group]['identical']} of {metrics[group]['total']} {name}"
+        for group, name in (("zh", "Chinese"), ("en", "English"))
+    )
+    outcome = verdict("Zero test", passed, f"{' and '.join(counts)} answers identical")
+    metrics |= {"bits_per_byte": bits, "tokens_per_character": tokens_per_character}
+    pipeline.finish_step("step4", metrics, outcome)
 
 
 if __name__ == "__main__":

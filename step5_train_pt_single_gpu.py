@@ -2,13 +2,13 @@
 
     python step5_train_pt_single_gpu.py                         one GPU, or the CPU
     bash step5_train_pt_multi_gpu.sh                            several GPUs: this file under torchrun with ZeRO-2
-    python step5_train_pt_single_gpu.py --learning_rate 5e-5    any setting can be given another value
-    python step5_train_pt_single_gpu.py --staged                embeddings alone, then LoRA alone, to compare
+    python step5_train_pt_single_gpu.py --learning_rate 5e-5    any setting can be overridden
+    python step5_train_pt_single_gpu.py --staged                embeddings only, then LoRA only, to compare
 
-Started again after an interruption, it goes on from its newest checkpoint.
+Started again after an interruption, it resumes from its latest checkpoint.
 
-LoRA on all linear layers and full training of both embedding matrices at once; then the adapter is merged. To look at
-one step, set a breakpoint in `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
+Trains LoRA on all linear layers together with both embedding matrices in full, then merges the adapter. To inspect one
+training step, set a breakpoint in `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
 from functools import partial
@@ -59,7 +59,7 @@ BY_PROFILE = {
         save_steps=150,
         max_eval_samples=48,
     ),
-    # Ranks and rates for a new language: docs/decisions.md. The batch grows with the number of GPUs.
+    # Ranks and learning rates for a new language: docs/decisions.md. The global batch grows with the number of GPUs.
     "chatglm3-6b": dict(
         lora_rank=64,
         learning_rate=1e-4,
@@ -77,7 +77,7 @@ BY_PROFILE = {
 def main() -> None:
     settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
     options, arguments = parse_step_args(
-        str(__doc__), settings, {"--staged": "train the embeddings alone, then LoRA alone"}
+        str(__doc__), settings, {"--staged": "train the embeddings only, then LoRA only"}
     )
     pipeline.start_step("step5", ZERO_DIR)
     pipeline.require_corpus()
@@ -90,51 +90,51 @@ def main() -> None:
     from llmtuner.weights.merge_lora import merge_adapter
 
     settings = parse_overrides(settings, arguments)
-    base, first_half = ZERO_DIR, {}
+    base, first_stage = ZERO_DIR, {}
     if options.staged:
-        settings, base, first_half = train_embeddings_only(settings)
-    print_header("continued pretraining")
+        settings, base, first_stage = train_embeddings_only(settings)
+        print_header("second stage: LoRA only")
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
-    metrics = {**run_exp(settings, texts, partial(pipeline.mark_unfinished, "step5")), **first_half}
+    metrics = {**run_exp(settings, texts, partial(pipeline.mark_unfinished, "step5")), **first_stage}
     if not is_rank_zero():
         return
     merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR, overwrite=True)
 
-    print_header("held-out text, before and after (lower is better)")
+    print_header("bits per byte of held-out text (lower is better)")
     bits = {
         when: bpb_by_language(*load_for_evaluation(directory), texts, PROFILE.context_length, when)
         for when, directory in (("before", ZERO_DIR), ("after", PT_MERGED_DIR))
     }
     print0(format_bpb_table(bits))
-    pipeline.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": timer.seconds()})
-    print0(
-        f"\nstep 5 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {PT_ADAPTER_DIR}, merged model in {PT_MERGED_DIR}. "
-        f"Next: {command('step6_train_sft_single_gpu.py')}"
+    outcome = (
+        f"eval loss {metrics['eval_loss']['first']:.3f} -> {metrics['eval_loss']['last']:.3f}, Japanese bits per byte "
+        f"{bits['before']['ja']:.3f} -> {bits['after']['ja']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
     )
+    pipeline.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": timer.seconds()}, outcome)
 
 
 def train_embeddings_only(settings: dict) -> tuple[dict, Path, dict]:
-    """The first half of the original's first attempt; returns settings and base of the second, LoRA alone, and metrics.
+    """Trains the embeddings only; returns settings and base model of the second stage, LoRA only, and the metrics.
 
-    Each half makes half of the steps, so that tokens are those of the joint recipe.
+    This is the original project's first recipe. Each stage takes half of the steps, so that the number of tokens equals
+    that of the joint recipe.
     """
     from llmtuner.train.tuner import run_exp
     from llmtuner.weights.merge_lora import merge_adapter
 
     if constants.WORLD_SIZE > 1:
-        raise UserError("--staged is for one process: start step5_train_pt_single_gpu.py.")
-    print_header("continued pretraining, embeddings alone")
+        raise UserError(f"--staged is for one process: run {command('step5_train_pt_single_gpu.py')} --staged.")
+    print_header("first stage: embeddings only")
     settings["num_train_epochs"] /= 2
     if "max_steps" in settings:
         settings["max_steps"] //= 2
     output_dir, merged = (PT_ADAPTER_DIR.with_name(f"step5_embeddings_{kind}") for kind in ("adapter", "merged"))
     lora = {name: settings.pop(name) for name in ("lora_target", "lora_rank")}
-    rate = settings.pop("embedding_learning_rate")
-    alone = dict(finetuning_type="freeze", output_dir=str(output_dir), learning_rate=rate)
-    metrics = run_exp({**settings, **alone}, before_training=partial(pipeline.mark_unfinished, "step5"))
+    learning_rate = settings.pop("embedding_learning_rate")
+    stage = dict(finetuning_type="freeze", output_dir=str(output_dir), learning_rate=learning_rate)
+    metrics = run_exp({**settings, **stage}, before_training=partial(pipeline.mark_unfinished, "step5"))
     merge_adapter(ZERO_DIR, output_dir, merged, overwrite=True)
-    # Other documents come first in the second half than in the first.
+    # The second stage takes documents in another order than the first.
     second = dict(model_name_or_path=str(merged), additional_target=[], seed=settings["seed"] + 1)
     return {**settings, **lora, **second}, merged, {"embeddings_only": metrics}
 

@@ -3,11 +3,11 @@
     python step6_train_sft_single_gpu.py                one GPU, or the CPU
     python step6_train_sft_single_gpu.py --lora-only    leave the embeddings as step 5 left them
     bash step6_train_sft_multi_gpu.sh                   several GPUs: this file under torchrun with ZeRO-2
-    python step6_train_sft_single_gpu.py --learning_rate 5e-5    any setting can be given another value
+    python step6_train_sft_single_gpu.py --learning_rate 5e-5    any setting can be overridden
 
 Started again after an interruption, it resumes from its newest checkpoint. Loss is computed only on assistant and end-of-turn
 tokens. By rows the mix is ja 52 : zh 22 : en 9 : code 17 in the miniature, and 57 : 24 : 0.5 : 19 for chatglm3-6b, where only
-WikiQA's right answers are read. To look at one step, set a breakpoint in
+WikiQA's correct answers are read. To inspect one training step, set a breakpoint in
 `PackedTrainer.compute_loss` (llmtuner/train/trainer.py).
 """
 
@@ -16,7 +16,7 @@ from functools import partial
 import constants
 import pipeline
 from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
-from llmtuner.console import Timer, command, format_table, is_rank_zero, print0, print_header, run_cli
+from llmtuner.console import Timer, format_table, is_rank_zero, print0, print_header, run_cli
 from llmtuner.hparams.help import parse_step_args
 
 DATASETS = [
@@ -101,31 +101,29 @@ def main() -> None:
     from llmtuner.train.tuner import run_exp
     from llmtuner.weights.merge_lora import merge_adapter
 
-    print_header("instruction tuning" + (" (LoRA only)" if options.lora_only else ""))
     metrics = run_exp(parse_overrides(settings, arguments), before_training=partial(pipeline.mark_unfinished, "step6"))
     if not is_rank_zero():
         return
     merge_adapter(PT_MERGED_DIR, SFT_ADAPTER_DIR, CHAT_MODEL_DIR, overwrite=True)
 
-    print_header("loss of each data set before tuning")
+    print_header("loss of each data set before training")
     print0(
         format_table(
             ["data set", "initial loss"], [[name, f"{loss:.2f}"] for name, loss in metrics["initial_loss"].items()]
         )
     )
-    print_header("held-out text, before and after (lower is better)")
+    print_header("bits per byte of held-out text (lower is better)")
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
     bits = {
         when: bpb_by_language(*load_for_evaluation(directory), texts, PROFILE.context_length, when)
         for when, directory in (("before", PT_MERGED_DIR), ("after", CHAT_MODEL_DIR))
     }
     print0(format_bpb_table(bits))
-    pipeline.finish_step("step6", {**metrics, "bits_per_byte": bits, "seconds": timer.seconds()})
-    print0(
-        f"\nstep 6 done: eval loss {metrics['eval_loss']['first']} -> {metrics['eval_loss']['last']} at "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s; figures in {SFT_ADAPTER_DIR}, chat model in {CHAT_MODEL_DIR}. "
-        f"Next: {command('step7_eval_chat.py')}"
+    outcome = (
+        f"eval loss {metrics['eval_loss']['first']:.3f} -> {metrics['eval_loss']['last']:.3f}, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s"
     )
+    pipeline.finish_step("step6", {**metrics, "bits_per_byte": bits, "seconds": timer.seconds()}, outcome)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import constants
 import pipeline
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
-from llmtuner.console import Timer, UserError, command, format_table, print0, print_header, progress_bar, run_cli
+from llmtuner.console import Timer, UserError, display_path, format_table, print0, print_header, progress_bar, run_cli
 from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import atomic_write_json, atomic_write_text, check_writable
 
@@ -45,7 +45,8 @@ MODE_OPTIONS: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = read_options()
     if options.report:
-        pipeline.make_report()
+        pipeline.write_report()
+        print0(f"wrote {display_path(pipeline.REPORT)}")
     elif options.suite:
         evaluate_suite(options)
     elif options.web:
@@ -57,10 +58,14 @@ def main() -> None:
             pipeline.start_step("step7", ZERO_DIR, PT_MERGED_DIR, CHAT_MODEL_DIR)
             pipeline.require_base_model()
             pipeline.require_corpus()
-            evaluate()
+            metrics = evaluate()
+            print_results(metrics)
+            before, after = (metrics["accuracy"][name]["ja"] for name in ("base", "chat"))
+            outcome = f"Japanese questions answered correctly: {before:.0%} -> {after:.0%}"
+            pipeline.finish_step("step7", metrics, outcome)
         else:
             pipeline.check_lineage("step7")
-        print_results(pipeline.load_metrics("step7"))
+            print_results(pipeline.load_metrics("step7"))
         if sys.stdin.isatty():
             chat()
 
@@ -100,7 +105,7 @@ def read_options() -> argparse.Namespace:
     return options
 
 
-def evaluate() -> None:
+def evaluate() -> dict[str, Any]:
     """Evaluates the four models, completes the chat model's directory, and saves metrics and answers."""
     from llmtuner.eval import evaluate
     from llmtuner.eval.questions import read_questions
@@ -141,8 +146,8 @@ def evaluate() -> None:
         metric: {name: values[metric] for name, values in by_model.items()} for metric in by_model["base"]
     }
     metrics |= {"generation": generation, "seconds": timer.seconds()}
-    pipeline.write_card(CHAT_MODEL_DIR, metrics)
-    pipeline.finish_step("step7", metrics)
+    pipeline.write_model_card(CHAT_MODEL_DIR, metrics)
+    return metrics
 
 
 def write_answers(questions: "list[Question]", answers: dict[str, list[str]]) -> None:
@@ -225,10 +230,6 @@ def print_results(metrics: dict[str, Any]) -> None:
     print0(format_table(["settings", "repeated", "longest loop", "finished", "right", "tokens/s"], rows))
     chosen = metrics["generation"]["chosen"]
     print0(f"Selected: {chosen} (least repetition at a cost of at most 2 points of accuracy).")
-    print0(
-        f"\nstep 7 done: everything is in {WORK_DIR} (report.html, metrics/, answers.jsonl, chat_model/). "
-        f"Chat: {command('step7_eval_chat.py')} --chat, or --web"
-    )
 
 
 def chat() -> None:
@@ -280,7 +281,7 @@ def evaluate_suite(options: argparse.Namespace) -> None:
         print0(f"{result['truncated_requests']:,} requests exceeded the model's context and lost their beginning.")
     atomic_write_json(constants.METRICS_DIR / f"suite_{options.suite}_{options.model}.json", result)
     if pipeline.load_metrics("step1"):
-        pipeline.make_report()
+        pipeline.write_report()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every script shares with the person at the terminal: clear errors, outcome lines, metrics, outputs that appear whole."""
+"""Talks to the person at the terminal: errors with their remedy, rank-0 printing, progress bars, tables, commands to type."""
 
 import errno
 import importlib.util
@@ -21,14 +21,14 @@ IO_ERRORS = (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EMF
 
 
 class UserError(Exception):
-    """Something outside the code is wrong: a file, a setting, a disk.
+    """Reports a problem outside the code: in a file, a setting or a disk.
 
     The message says what is wrong, where, and what to do next; `run_cli` prints it alone and exits with code 2.
     """
 
 
 class TrainingInterrupted(Exception):
-    """A person or the system asked a run to end, and it ended in good order; the message says how to go on."""
+    """Reports that a run stopped as a person or the system asked; the message says how to resume it."""
 
     def __init__(self, message: str, signal_number: int | None = None) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def report_to_launcher(message: str) -> bool:
-    """Leaves it to `llmtuner/train/launch.py` to print a message once for all its processes; false if it does not run."""
+    """Passes a message to `llmtuner/train/launch.py`, which prints it once for all ranks; false if that did not start us."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file or "REPORT_ERRORS_TO_LAUNCHER" not in os.environ:
         return False
@@ -52,18 +52,18 @@ def report_to_launcher(message: str) -> bool:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Runs a script's `main`: an `UserError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
-    if importlib.util.find_spec("sentencepiece") is None:  # before anything is done that the wrong Python cannot finish
+    """Runs a script's `main`: a `UserError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
+    if importlib.util.find_spec("sentencepiece") is None:  # before work that the wrong Python cannot finish
         exit_with_error(missing_package("sentencepiece"))
     try:
         main()
         _destroy_process_group()
     except UserError as error:
         exit_with_error(str(error))
-    except TrainingInterrupted as stopped:
-        print0(f"\n{stopped}")
+    except TrainingInterrupted as interruption:
+        print0(f"\n{interruption}")
         _destroy_process_group()
-        raise SystemExit(stopped.exit_code) from None
+        raise SystemExit(interruption.exit_code) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if (ROOT / package).exists() or (ROOT / f"{package}.py").exists():  # a mistake of our own
@@ -81,16 +81,15 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def _explain(error: Exception) -> str | None:
-    """What the user can do about an error of the system that nothing nearer has explained; None for all others."""
+    """Says what to do about a system error that nothing closer to it has explained; None for all other errors."""
     if isinstance(error, OSError) and error.errno in (*DISK_FULL, *NOT_WRITABLE, *IO_ERRORS):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}. Check its owner and permissions, the path, and the room on that disk."
-    if (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's, which is not imported here
+        return f"{where}{error.strerror}. Check its owner and permissions, the path, and the free space on that disk."
+    # torch's OutOfMemoryError is known by name, since torch is not imported here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
             f"out of memory: {str(error).partition(chr(10))[0]}. For training, try a smaller per_device_train_batch_size "
-            "or cutoff_len, or gradient_checkpointing: true; else close what uses the memory."
+            "or cutoff_len, or gradient_checkpointing: true; otherwise close other programs that use memory."
         )
     return None
 
@@ -99,59 +98,64 @@ def missing_package(module: str) -> str:
     """Says that a module is not installed for this Python, and which command to type instead."""
     venv = ROOT / ".venv"
     if (venv / "bin" / "python").exists() and Path(sys.prefix).resolve() != venv.resolve():
-        how = f"Type: {shlex.join([_short(venv / 'bin' / 'python'), *_script(), *sys.argv[1:]])}"
+        how = f"Type: {shlex.join([display_path(venv / 'bin' / 'python'), *_script(), *sys.argv[1:]])}"
     else:
-        requirements = shlex.quote(_short(ROOT / "requirements.txt"))
+        requirements = shlex.quote(display_path(ROOT / "requirements.txt"))
         how = f"Install it: {interpreter()} -m pip install -r {requirements} (`make demo` does so, into .venv)."
     return f"{module} is not installed for this Python ({sys.executable}). {how}"
 
 
 def _script() -> list[str]:
-    """What is running, as it was typed behind the interpreter."""
+    """The running program, as typed after the interpreter."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
 
 
-def _short(path: Path) -> str:
-    """A path as one types it: relative to the current directory if that is shorter."""
+def display_path(path: Path) -> str:
+    """Returns a path as one would type it: relative to the current directory if that is shorter."""
     return min(os.path.relpath(path), str(path), key=len)
 
 
 def interpreter() -> str:
-    """What to type for the Python that is running: `python` if that is the one, else its path."""
-    return "python" if shutil.which("python") == sys.executable else shlex.quote(_short(Path(sys.executable)))
+    """Returns what to type for the running Python: `python` if that is it, else its path."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(display_path(Path(sys.executable)))
 
 
 def command(script: str) -> str:
-    """What to type to run a script of this project with the Python that is running: `.venv/bin/python step4_test_zero.py`."""
-    return f"{interpreter()} {shlex.quote(_short(ROOT / script))}"
+    """Returns what to type to run a script with the running Python: `.venv/bin/python step4_test_zero.py`."""
+    return f"{interpreter()} {shlex.quote(display_path(ROOT / script))}"
 
 
 def _destroy_process_group() -> None:
-    """Closes their connections in order: a process that ends with them open can be taken down by another's end."""
+    """Leaves the process group in order: a rank that exits with open connections can be taken down by another's exit."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def is_rank_zero() -> bool:
-    """True in a single process and on global rank 0 under torchrun."""
+    """Returns true in a single process and on global rank 0 under torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def print0(message: str = "") -> None:
-    """Prints a line, once, however many processes run."""
+    """Prints a line on rank 0 only."""
     if is_rank_zero():
         print(message, flush=True)
 
 
 def print_header(title: str) -> None:
-    """Opens a part of a step's output."""
+    """Opens a section of a step's output."""
     print0(f"\n── {title} " + "─" * max(3, 100 - len(title)))
 
 
+def verdict(check: str, passed: bool, details: str) -> str:
+    """A check's outcome as one line: "Zero test passed: 60 of 60 answers identical"."""
+    return f"{check} {'passed' if passed else 'FAILED'}: {details}"
+
+
 def progress(items: Iterable[Item], description: str, total: int | None = None, unit: str = "it") -> Iterable[Item]:
-    """A progress bar over `items` on the first process's standard error."""
+    """Wraps `items` in a progress bar, shown on rank 0's standard error."""
     from tqdm import tqdm
 
     return tqdm(items, desc=description, total=total, unit=unit, disable=not is_rank_zero(), mininterval=0.5)
@@ -166,7 +170,7 @@ def progress_bar(total: float, description: str) -> Any:
 
 
 class Timer:
-    """Seconds since it was made."""
+    """Measures the seconds since its creation."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -176,7 +180,7 @@ class Timer:
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Lays out rows under a header; wide characters count as two columns, all cells but the first are set right."""
+    """Aligns rows under a header; wide characters take two columns, all cells but the first are right-aligned."""
     import unicodedata
 
     def width(text: str) -> int:

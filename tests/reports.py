@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 
-from llmtuner.report.page import Step
+from llmtuner.report.steps import Step
 
 ATTACK = "<script>alert(1)</script>"
 STEPS = [

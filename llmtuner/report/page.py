@@ -4,7 +4,6 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from llmtuner.eval.scores import score_rows
 from llmtuner.files import atomic_write_text
 from llmtuner.report.checks import get_nested, percent, run_checks
 from llmtuner.report.figures import build_figures, read_log
+from llmtuner.report.steps import Step
 
 RUNS = {
     "step5": "step5_pt_adapter",
@@ -29,20 +29,6 @@ MODELS = {"base": "Base", "zero": "Zero", "pretrained": "Pre\u00adtrained", "cha
 QUESTIONS_PER_GROUP = 3
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 VISIBLE = str.maketrans({" ": "␣", "\u3000": "␣", "\n": "↵", "\t": "⇥"})
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the pipeline as the report shows it."""
-
-    name: str
-    """Also the name of its metrics file: "step1"."""
-    script: str
-    does: str
-    """What it does, in a few words: "learns Japanese pieces"."""
-    takes: tuple[str, ...]
-    """Short names of its inputs; the output of another step has the same name there."""
-    gives: str
 
 
 def write_report(
@@ -130,7 +116,7 @@ def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]
 
     A step is "aside" if no other step uses its output: the line of the drawing passes it by.
     """
-    outputs = {step.gives for step in steps}
+    outputs = {step.output for step in steps}
     next_step = next((step for step in steps if step.name not in metrics), None)
 
     def state(step: Step) -> str:
@@ -142,9 +128,9 @@ def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]
         {
             "step": step,
             "state": state(step),
-            "outside": [name for name in step.takes if name not in outputs],
-            "users": [other for other in steps if step.gives in other.takes],
-            "aside": step is not steps[-1] and not any(step.gives in other.takes for other in steps),
+            "outside": [name for name in step.inputs if name not in outputs],
+            "users": [other for other in steps if step.output in other.inputs],
+            "aside": step is not steps[-1] and not any(step.output in other.inputs for other in steps),
         }
         for step in steps
     ]

@@ -166,8 +166,8 @@ def test_texts_that_have_changed_since_stand_in_the_report(tmp_path):
     corpus.mkdir()
     (corpus / "ja_wiki.train.jsonl").write_text('{"text": "むかし。"}\n', encoding="utf-8")
     code = (
-        "import pipeline; pipeline.finish_step('step5', {'steps': 1, 'data': {'wikipedia_ja': {}}});"
-        "print(pipeline.changed_corpora())"
+        "import pipeline; pipeline.finish_step('step5', {'steps': 1, 'data': {'wikipedia_ja': {}}}, '');"
+        "print(pipeline.find_changed_corpora())"
     )
     environment = {**os.environ, "WORK_DIR": str(work), "CORPUS_DIR": str(corpus), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
@@ -192,7 +192,7 @@ def test_run_cut_short_is_not_the_finished_step(tmp_path):
         result = start("step5", tmp_path, **variables)
         refused(result, "step3_zero")  # it goes on to look for a model
     result = start("step6", tmp_path)
-    assert "step5 was cut short by max_steps" in result.stdout
+    assert "note: step 5 was cut short by max_steps" in result.stdout
 
 
 def test_second_step_in_one_work_dir_is_refused(tmp_path):

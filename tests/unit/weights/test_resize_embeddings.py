@@ -162,15 +162,15 @@ def test_base_without_generation_config(glm, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- the steps
 def test_base_as_published_is_for_step_3_only(published, monkeypatch):
     monkeypatch.setattr(constants, "BASE_MODEL_DIR", published)
-    assert pipeline.require_base_model(published=True) == published
+    assert pipeline.require_base_model(original_chatglm=True) == published
     assert pipeline.require_base_model(weights=False) == published
     with pytest.raises(UserError, match=f"python -m llmtuner convert {published}"):
         pipeline.require_base_model()
     (published / "model.safetensors").rename(published / "pytorch_model.bin")
-    assert pipeline.require_base_model(published=True) == published
+    assert pipeline.require_base_model(original_chatglm=True) == published
     (published / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match=r"no \*\.safetensors"):
-        pipeline.require_base_model(published=True)
+        pipeline.require_base_model(original_chatglm=True)
     (published / "model.safetensors").write_bytes(b"")
     (published / "config.json").write_text("")
     with pytest.raises(UserError, match="not valid JSON"):
