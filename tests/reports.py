@@ -8,13 +8,13 @@ from llmtuner.report.steps import Step
 
 ATTACK = "<script>alert(1)</script>"
 STEPS = [
-    Step("step1", "step1_train_tokenizer.py", "learns pieces", ("corpora",), "pieces"),
-    Step("step2", "step2_merge_tokenizer.py", "merges them", ("base tokenizer", "pieces"), "merged tokenizer"),
-    Step("step3", "step3_resize_model.py", "grows the model", ("base model", "merged tokenizer"), "Zero model"),
-    Step("step4", "step4_test_zero.py", "tests it", ("Zero model",), "zero test"),
-    Step("step5", "step5_train_pt_single_gpu.py", "pretrains", ("Zero model", "mix"), "pretrained model"),
-    Step("step6", "step6_train_sft_single_gpu.py", "tunes", ("pretrained model", "instructions"), "chat model"),
-    Step("step7", "step7_eval_chat.py", "evaluates", ("chat model",), "report"),
+    Step("step1", "step1_train_tokenizer.py", "Train a tokenizer", ("corpora",), "pieces"),
+    Step("step2", "step2_merge_tokenizer.py", "Merge it", ("base tokenizer", "pieces"), "merged tokenizer"),
+    Step("step3", "step3_resize_model.py", "Resize the embeddings", ("base model", "merged tokenizer"), "Zero model"),
+    Step("step4", "step4_test_zero.py", "Zero test", ("Zero model",), "zero test"),
+    Step("step5", "step5_train_pt_single_gpu.py", "Pretraining", ("Zero model", "mix"), "pretrained model"),
+    Step("step6", "step6_train_sft_single_gpu.py", "Tuning", ("pretrained model", "instructions"), "chat model"),
+    Step("step7", "step7_eval_chat.py", "Evaluate", ("chat model",), "report"),
 ]
 MODELS = ("base", "zero", "pretrained", "chat")
 SENTENCE = ["▁", "私", "<0xE3>", "<0x81>", "<0xAF>", " ", ATTACK]

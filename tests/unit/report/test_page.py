@@ -124,7 +124,10 @@ def test_a_run_with_only_step_1(tmp_path):
 def test_pipeline(work_dir, no_figures):
     text = report(work_dir)
     stages = [words("<body>" + one) for one in re.findall(r'<li class="stage .*?</li>', text, re.DOTALL)]
-    assert "3. Grows the model done 2,432 → 3,328 embedding rows step3_resize_model.py takes base model →" in stages[2]
+    assert (
+        "3. Resize the embeddings done 2,432 → 3,328 embedding rows step3_resize_model.py takes base model →"
+        in stages[2]
+    )
     assert "gives Zero model to step 4 and step 5" in stages[2]
     assert "60 of 60 Chinese and 50 of 50 English answers identical" in stages[3]
     assert "to step" not in stages[3]
