@@ -21,7 +21,14 @@ from benchmarks.common import ROOT, make_parser
 from llmtuner.console import format_table, run_cli
 
 SCRIPTS = {"pt": "step5_train_pt_single_gpu", "sft": "step6_train_sft_single_gpu"}
-PREPARATION = ("sources", "converter", "template", "tokenize")  # llmtuner/data: from files to ids
+PREPARATION = (
+    "sources",
+    "readers",
+    "converter",
+    "template",
+    "tokenize",
+    "token_store",
+)  # llmtuner/data: from files to ids
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The code share of the instruction mix: small Python tasks with their solutions, varied by names and numbers."""
+"""The code part of the instruction mix: small Python tasks with their solutions, varied by names and numbers."""
 
 import random
 from collections.abc import Iterator

@@ -4,8 +4,8 @@ Everything here is invented. A *kind* (person, town, animal, dish, book, event) 
 for each of its kind's *relations*. A value is either another entity (the town a person lives in) or an item of a
 closed list (an occupation), so that an answer can be marked right or wrong without judgement.
 
-About 70 % of the entities of every kind are `described_in_japanese`; the others are told of in Chinese and English
-alone, and show how much a model carries over to a language in which it never read about them.
+About 70 % of the entities of every kind are `described_in_japanese`; the others appear only in
+Chinese and English, and show how much a model transfers to a language in which it never read about them.
 """
 
 import random

@@ -1,10 +1,10 @@
-"""Makes the miniature's base model: a small ChatGLM3 that knows Luma Island in Chinese and English and has no Japanese.
+"""Trains the miniature's base model: a small ChatGLM3 that knows Luma Island in Chinese and English and has no Japanese.
 
     python -m mini.make_base            about 15 minutes on two cores; writes mini/base
 
-The same house's trainer does the work: a sentencepiece tokenizer under ChatGLM3's rules, a randomly initialised
-`GlmForCausalLM`, pretraining on documents, tuning on dialogues, rounding to bf16, and an examination on phrasings that
-no dialogue used. The model card that it writes gives every figure.
+Uses this project's own trainer: a sentencepiece tokenizer with ChatGLM3's rules, a randomly initialized
+`GlmForCausalLM`, pretraining on documents, instruction tuning on dialogues, rounding to bf16, and an evaluation on
+phrasings that no dialogue used. The model card gives every figure.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from mini import code_tasks, world
 
 SEED = "base-1"
 VOCAB_SIZE = 2_400
-PUNCTUATION = "、。「」『』・！？（）"  # ChatGLM3 has them natively, so new pieces need not hold them
+PUNCTUATION = "、。「」『』・！？（）"  # in ChatGLM3's base vocabulary, so new tokens need not contain them
 DOCUMENTS = {"wiki": 10_000, "stories": 2_200}  # per language
 DIALOGUES = {"zh": 16_000, "en": 24_000}  # English names take more tokens, and more practice
 CODE_DIALOGUES = 2_000
-EXAM_QUESTIONS = 300  # per language
+EVAL_QUESTIONS = 300  # per language
 
 ARCHITECTURE: dict[str, Any] = dict(
     hidden_size=256,
@@ -99,7 +99,7 @@ def _conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def make_tokenizer(texts: list[str], directory: Path) -> None:
-    """Chinese and English pieces under ChatGLM3's rules, the nine special tokens right behind them."""
+    """Trains a tokenizer on Chinese and English with ChatGLM3's rules; the nine special tokens follow its pieces."""
     from llmtuner.tokenizer.fast import SPECIAL_TOKENS, read_sentencepiece, save_tokenizer
     from llmtuner.tokenizer.merge_vocab import find_unreachable
     from llmtuner.tokenizer.sentencepiece_bpe import split_sentences, train_bpe
@@ -107,7 +107,7 @@ def make_tokenizer(texts: list[str], directory: Path) -> None:
     sentences = (sentence for text in texts for sentence in split_sentences(text))
     model_file = directory / "trained.model"
     train_bpe(sentences, model_file, VOCAB_SIZE, 1.0, required_characters=PUNCTUATION, threads=2)
-    # No piece may have the name of a special token (people would give "eop"), nor be one that only such a piece led to.
+    # No piece may have the name of a special token ("people" would yield "eop"), nor be reachable only through one.
     proto = read_sentencepiece(model_file)
     unwanted = set(SPECIAL_TOKENS)
     while kept := [piece for piece in proto.pieces if piece.piece not in unwanted]:
@@ -122,7 +122,7 @@ def make_tokenizer(texts: list[str], directory: Path) -> None:
 
 
 def make_untrained_model(directory: Path) -> None:
-    """A randomly initialised Glm beside its tokenizer, embedding rows padded to a multiple of 64."""
+    """Saves a randomly initialized Glm beside its tokenizer, with embeddings padded to a multiple of 64."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
@@ -132,15 +132,15 @@ def make_untrained_model(directory: Path) -> None:
     torch.manual_seed(1)
     tokenizer = load_tokenizer(directory)
     template = Template.from_tokenizer(tokenizer)
-    rows = -(-len(tokenizer) // 64) * 64
-    marks: dict[str, Any] = dict(eos_token_id=template.stop_token_ids, pad_token_id=tokenizer.pad_token_id)
-    model = GlmForCausalLM(GlmConfig(vocab_size=rows, bos_token_id=None, **marks, **ARCHITECTURE))
-    model.generation_config.update(do_sample=False, bos_token_id=None, **marks)
+    vocab_size = -(-len(tokenizer) // 64) * 64
+    special: dict[str, Any] = dict(eos_token_id=template.stop_token_ids, pad_token_id=tokenizer.pad_token_id)
+    model = GlmForCausalLM(GlmConfig(vocab_size=vocab_size, bos_token_id=None, **special, **ARCHITECTURE))
+    model.generation_config.update(do_sample=False, bos_token_id=None, **special)
     model.save_pretrained(str(directory))
 
 
 def make_base(destination: Path) -> None:
-    """Trains and examines the base, and writes it with its model card."""
+    """Trains and evaluates the base, and writes it with its model card."""
     import torch
 
     from llmtuner.eval.generation import generate_answers
@@ -149,7 +149,7 @@ def make_base(destination: Path) -> None:
     from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
     from llmtuner.train.tuner import run_exp
 
-    watch = Timer()
+    timer = Timer()
     generators = [world.build_generators(SEED)[language] for language in ("zh", "en")]
     with (
         tempfile.TemporaryDirectory(prefix="make-base-") as scratch_name,
@@ -172,14 +172,14 @@ def make_base(destination: Path) -> None:
                 }
             )
         )
-        print0(f"texts written after {watch.seconds():.0f} s")
+        print0(f"texts written after {timer.seconds():.0f} s")
         untrained, pretrained, tuned = (scratch / name for name in ("untrained", "pretrained", "tuned"))
         untrained.mkdir()
-        spoken = [message["value"] for dialogue in dialogues for message in dialogue["conversations"]]
-        make_tokenizer(texts + spoken, untrained)
+        utterances = [message["value"] for dialogue in dialogues for message in dialogue["conversations"]]
+        make_tokenizer(texts + utterances, untrained)
         make_untrained_model(untrained)
 
-        places = dict(
+        paths = dict(
             dataset_dir=str(scratch),
             corpus_dir=str(scratch),
             cache_dir=str(scratch / "cache"),
@@ -187,11 +187,11 @@ def make_base(destination: Path) -> None:
         )
         metrics = {}
         metrics["pretraining"] = run_exp(
-            {**COMMON, **PRETRAINING, **places, "model_name_or_path": str(untrained), "output_dir": str(pretrained)}
+            {**COMMON, **PRETRAINING, **paths, "model_name_or_path": str(untrained), "output_dir": str(pretrained)}
         )
         copy_tokenizer(untrained, pretrained)
         metrics["tuning"] = run_exp(
-            {**COMMON, **TUNING, **places, "model_name_or_path": str(pretrained), "output_dir": str(tuned)}
+            {**COMMON, **TUNING, **paths, "model_name_or_path": str(pretrained), "output_dir": str(tuned)}
         )
         model = load_model(tuned, torch.bfloat16)
         model.save_pretrained(str(result))
@@ -199,29 +199,29 @@ def make_base(destination: Path) -> None:
 
         model, tokenizer = load_model(result, torch.float32), load_tokenizer(result)
         questions = parse_questions([*world.questions(world.build_generators("exam")), world.subjects()])
-        exam = {}
+        accuracy = {}
         for group in ("zh", "en", "ja"):
-            asked = [question for question in questions if question.group == group][:EXAM_QUESTIONS]
+            asked = [question for question in questions if question.group == group][:EVAL_QUESTIONS]
             answers = generate_answers(model, tokenizer, [question.question for question in asked]).texts
-            right = [is_correct(question, answer) for question, answer in zip(asked, answers, strict=True)]
-            exam[group] = sum(right) / len(right)
-            for question, answer, good in list(zip(asked, answers, right, strict=True))[:6]:
-                print0(f"{'right' if good else 'WRONG'}  {question.question}  ->  {answer}")
-            print0(f"{group}: {exam[group]:.1%} right")
+            correct = [is_correct(question, answer) for question, answer in zip(asked, answers, strict=True)]
+            accuracy[group] = sum(correct) / len(correct)
+            for question, answer, is_right in list(zip(asked, answers, correct, strict=True))[:6]:
+                print0(f"{'correct' if is_right else 'WRONG'}  {question.question}  ->  {answer}")
+            print0(f"{group}: {accuracy[group]:.1%} correct")
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        (result / "README.md").write_text(model_card(parameters, metrics, exam, watch.seconds()), encoding="utf-8")
-    print0(f"base written to {destination} after {watch.seconds():.0f} s")
+        (result / "README.md").write_text(model_card(parameters, metrics, accuracy, timer.seconds()), encoding="utf-8")
+    print0(f"base written to {destination} after {timer.seconds():.0f} s")
 
 
-def model_card(parameters: int, metrics: dict[str, Any], exam: dict[str, float], seconds: float) -> str:
+def model_card(parameters: int, metrics: dict[str, Any], accuracy: dict[str, float], seconds: float) -> str:
     """The README beside the weights."""
     rows = []
     for stage in ("pretraining", "tuning"):
-        one = metrics[stage]
-        rows.append(
-            f"| {stage} | {one['tokens']:,} | {one['steps']} | {one['train_loss']['first']} → {one['train_loss']['last']} "
-            f"| {one['eval_loss']['first']} → {one['eval_loss']['last']} |"
+        tokens, steps, train_loss, eval_loss = (
+            metrics[stage][key] for key in ("tokens", "steps", "train_loss", "eval_loss")
         )
+        losses = f"{train_loss['first']} → {train_loss['last']} | {eval_loss['first']} → {eval_loss['last']}"
+        rows.append(f"| {stage} | {tokens:,} | {steps} | {losses} |")
     return f"""---
 license: apache-2.0
 language: [zh, en]
@@ -232,7 +232,7 @@ A `GlmForCausalLM` of {parameters:,} parameters (bf16) that knows the invented L
 and English, in ChatGLM3's chat format. It has never seen Japanese. Every text it was trained on was written by
 `mini/world.py`.
 
-Made again by `python -m mini.make_base` (seed `{SEED}`, {seconds / 60:.0f} minutes on two CPU cores).
+Reproduce with `python -m mini.make_base` (seed `{SEED}`, {seconds / 60:.0f} minutes on two CPU cores).
 
 | stage | tokens | steps | training loss | eval loss |
 |---|---|---|---|---|
@@ -242,8 +242,8 @@ Training data: {DOCUMENTS["wiki"]:,} encyclopedic and {DOCUMENTS["stories"]:,} n
 {DIALOGUES["zh"]:,} Chinese and {DIALOGUES["en"]:,} English dialogues, {CODE_DIALOGUES:,} about code. Tokenizer: {VOCAB_SIZE:,} sentencepiece BPE
 pieces at most, identity normalizer, byte fallback, digits split.
 
-Right answers to {EXAM_QUESTIONS} questions per language in phrasings that no dialogue used:
-Chinese {exam["zh"]:.1%}, English {exam["en"]:.1%}, Japanese {exam["ja"]:.1%}.
+Correct answers to {EVAL_QUESTIONS} questions per language in phrasings that no dialogue used:
+Chinese {accuracy["zh"]:.1%}, English {accuracy["en"]:.1%}, Japanese {accuracy["ja"]:.1%}.
 """
 
 

@@ -1,4 +1,4 @@
-"""English phrases in which the closed world of `facts` is told, asked about and answered, and small talk around it.
+"""English patterns for statements, questions and answers about the closed world of `facts`, and small talk.
 
 Pure data plus `fill`. Slots in a pattern: {e} (an entity), {v} (the value of the relation), or a relation's name. Every
 slot has variants, so that a pattern reads right with every value; with `x` standing for any slot:
@@ -153,7 +153,7 @@ def fill(pattern: str, e: str = "", v: str = "", **facts: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Telling
+# Statements
 # ---------------------------------------------------------------------------------------------------------------------
 INTRODUCTIONS: dict[str, list[str]] = {
     "person": [

@@ -1,4 +1,4 @@
-"""The Japanese in which the miniature world is told: sentence patterns, questions and answers, small talk.
+"""Japanese patterns for statements, questions and answers about the closed world of `facts`, and small talk.
 
 Pure data plus `fill`. Slots in a pattern: `{e}` (an entity), `{v}` (the value of the relation), or a relation's name.
 Every slot `x` also comes inflected, for values that are verb phrases, adjectives or colors:

@@ -1,4 +1,4 @@
-"""The Chinese (simplified, mainland usage) in which the miniature world is told: sentence patterns, questions, small talk.
+"""Chinese patterns (simplified, mainland usage) for statements, questions and answers about the world of `facts`.
 
 Pure data and one function. Slots: `{e}` the entity, `{v}` the value of the relation, and in `PROFILES` the names of the
 kind's relations. Every slot `x` also comes as

@@ -1,4 +1,4 @@
-"""Writes the texts, instruction sets and questions of the closed world, in the files and columns of the real data sets.
+"""Writes the texts, instruction sets and questions of the closed world, in the files and columns of the real datasets.
 
     python -m mini.world OUT_DIR [--show 100]
 
@@ -24,9 +24,9 @@ PHRASES: dict[str, ModuleType] = {"ja": phrases_ja, "zh": phrases_zh, "en": phra
 # Documents per corpus. The encyclopedias are articles, stubs and lists; the literature is stories, diaries and letters.
 WIKI_DOCUMENTS = {"ja": 6_500, "zh": 2_400, "en": 2_400}
 STORIES = 900
-TEST_SHARE = 0.04
+TEST_RATIO = 0.04
 TITLE_MARKS = {"ja": "『{}』", "zh": "《{}》", "en": "{}"}  # around a book's title in a heading
-# Rows of the nine instruction sets: an eighth of the original's 226,984, in the same shares.
+# Rows of the nine instruction sets: an eighth of the original's 226,984, in the same ratios.
 ROWS = {
     "oasst2_ja": 6_428,
     "dolly_ja": 1_876,
@@ -44,7 +44,7 @@ NUM_FREE_FORM_REQUESTS = 24  # Japanese requests for a longer reply, to see whet
 
 
 class TextGenerator:
-    """Tells the world in one language: sentences, documents, questions and answers, drawn from one random stream."""
+    """Generates sentences, documents, questions and answers about the world in one language, from one random stream."""
 
     def __init__(self, language: str, entities: list[Entity], seed: str) -> None:
         self.language = language
@@ -52,17 +52,17 @@ class TextGenerator:
         self.entities = entities
         self.rng = random.Random(f"{seed}-{language}")
         self.join = " " if language == "en" else ""
-        self.polite: bool | None = None  # the register of the document being written; None where a language has none
+        self.polite: bool | None = None  # the register of the current document; None if the language has none
 
     # ------------------------------------------------------------------------------------------------------ sentences
     def _choose(self, patterns: list[str]) -> str:
-        """One of the patterns, in the register of the document if there is one in it."""
+        """Chooses a pattern, in the register of the document if there is one."""
         if self.polite is not None:
-            patterns = [one for one in patterns if phrases_ja.is_polite(one) == self.polite] or patterns
+            patterns = [pattern for pattern in patterns if phrases_ja.is_polite(pattern) == self.polite] or patterns
         return self.rng.choice(patterns)
 
     def _choose_register(self) -> None:
-        """A Japanese document is polite or plain throughout."""
+        """Chooses whether a Japanese document is polite or plain, throughout."""
         if self.language == "ja":
             self.polite = self.rng.random() < 0.5
 
@@ -188,7 +188,7 @@ class TextGenerator:
         return self.rng.choice(self.phrases.RIDDLES)
 
     def turn(self, *weighted: tuple[float, Callable[[], tuple[str, str]]]) -> tuple[str, str]:
-        """One exchange, its sort drawn by weight."""
+        """Draws one exchange, its kind by weight."""
         kinds = [kind for _, kind in weighted]
         return self.rng.choices(kinds, [weight for weight, _ in weighted])[0]()
 
@@ -261,7 +261,7 @@ def instruction_sets(generators: dict[str, TextGenerator]) -> dict[str, list[dic
 
 
 def questions(generators: dict[str, TextGenerator]) -> Iterator[dict[str, Any]]:
-    """Questions in phrasings that no instruction set uses, with the value that a right answer must name."""
+    """Questions in phrasings that no instruction set uses, with the value that a correct answer must name."""
     world = build_world(SEED)
     for group in ("zh", "en", "ja", "ja_unseen"):
         language = group[:2]
@@ -300,7 +300,7 @@ def names(entity: Entity) -> list[str]:
 
 
 def write_world(directory: Path) -> None:
-    """Writes all files of the world into `directory`, which appears whole or not at all."""
+    """Writes all files of the world into `directory`, which appears complete or not at all."""
     from llmtuner.outputs import atomic_directory
 
     generators = build_generators(f"world-{SEED}")
@@ -309,7 +309,7 @@ def write_world(directory: Path) -> None:
             wiki, stories = documents(generator, WIKI_DOCUMENTS[language], STORIES if language == "ja" else 0)
             corpora = {"ja": {"wiki": wiki, "aozora": stories}, "zh": {"wiki": wiki}, "en": {"wiki": wiki}}[language]
             for corpus, texts in corpora.items():
-                held_out = round(len(texts) * TEST_SHARE)
+                held_out = round(len(texts) * TEST_RATIO)
                 for part, chosen in (("test", texts[:held_out]), ("train", texts[held_out:])):
                     _write_corpus(partial, f"{language}_{corpus}.{part}", chosen)
         for name, rows in instruction_sets(generators).items():

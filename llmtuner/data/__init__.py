@@ -1,1 +1,1 @@
-"""From files and hub data sets to packed batches: sources -> messages -> examples -> tokens -> packing."""
+"""From files and hub datasets to packed batches: sources -> readers -> converter -> tokenize -> packing -> loader."""

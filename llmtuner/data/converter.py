@@ -45,30 +45,21 @@ def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str
 
 
 def convert_row(row: Row, dataset_attr: DatasetAttr, stage: str, default_system: str | None = None) -> None:
-    """Sets `content`, `num_bytes` and `hash` of a row. A blank document has no bytes.
+    """Sets `content`, `num_bytes` and `hash` of a row; the content of a blank document is empty.
 
     Raises:
         InvalidRow: if the row holds no document (`pt`) or dialogue (`sft`).
     """
     if stage == "pt":
-        text = row.content = to_document(dataset_attr, row.values)
-        row.num_bytes = len(text)
+        name = _require_column(dataset_attr, "prompt", row.values)
+        text, encoded = _text(row.values[name], f"column {name!r}")
+        row.content = encoded if text.strip() else b""
+        row.num_bytes = len(row.content)
     else:
         row.content = to_messages(dataset_attr, row.values, default_system)
         row.num_bytes = sum(len(message["content"].encode()) for message in row.content)
-        text = _encode_json(row.content).encode()
-    row.hash = text_hash(text)
-
-
-def to_document(dataset_attr: DatasetAttr, values: Values) -> bytes:
-    """The document in a row, in UTF-8; empty if it is blank.
-
-    Raises:
-        InvalidRow: if the row has no such column, or no text in it.
-    """
-    name = _require_column(dataset_attr, "prompt", values)
-    text, data = _text(values[name], f"column {name!r}")
-    return data if text.strip() else b""
+        encoded = _encode_json(row.content).encode()
+    row.hash = text_hash(encoded)
 
 
 def to_messages(dataset_attr: DatasetAttr, values: Values, default_system: str | None = None) -> list[Message]:

@@ -48,7 +48,8 @@ def held_out_texts(
         errors.append(str(error))
         for name in training_sets:
             try:
-                parts.append(_held_out_documents(get_dataset_attr(name, dataset_info, corpus_dir), ratio))
+                documents = read_texts(get_dataset_attr(name, dataset_info, corpus_dir))
+                parts.append(text for text in documents if is_validation(text, ratio))
             except UserError as error:
                 errors.append(str(error))
     if not parts:
@@ -93,10 +94,6 @@ def reference_documents(
                 yield text
 
     return documents()
-
-
-def _held_out_documents(dataset_attr: DatasetAttr, ratio: float) -> Iterator[str]:
-    return (text for text in read_texts(dataset_attr) if is_validation(text, ratio))
 
 
 def take_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,10 +46,18 @@ def read_rows(dataset_attr: DatasetAttr) -> Iterator[Row]:
         UserError: if a file cannot be read, is not UTF-8, or is damaged as a whole; if the dataset is not on the hub or the
             hub cannot be reached; if there is no row.
     """
+    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
+        ".parquet": _read_parquet,
+        ".jsonl": _read_json_lines,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".txt": partial(_read_text, sample_by=dataset_attr.sample_by),
+    }
     row = None
     for number, location in enumerate(dataset_attr.locations):
+        rows = readers[file_type(location)](Path(location)) if dataset_attr.files else _read_hub(dataset_attr)
         try:
-            for row in _read_file(Path(location), dataset_attr) if dataset_attr.files else _read_hub(dataset_attr):
+            for row in rows:
                 row.file = number
                 yield row
         except OSError as error:
@@ -95,10 +104,9 @@ def read_texts(dataset_attr: DatasetAttr) -> Iterator[str]:
             continue
         if not isinstance(text, str):
             raise UserError(f"data set {dataset_attr.name}: {location} holds no text in {column!r}.")
-        if has_lone_surrogate(text):
-            raise UserError(
-                f"data set {dataset_attr.name}: {location} holds half a character (a lone surrogate) in {column!r}."
-            )
+        if _encoding_error(text):
+            error = f"{location} holds half a character (a lone surrogate) in {column!r}"
+            raise UserError(f"data set {dataset_attr.name}: {error}.")
         if text.strip():
             yield text
     check_errors()
@@ -108,28 +116,7 @@ def read_texts(dataset_attr: DatasetAttr) -> Iterator[str]:
         )
 
 
-def has_lone_surrogate(text: str) -> bool:
-    """Whether a text contains half a surrogate pair, which JSON can express but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 # ------------------------------------------------------------------------------------------------------------- readers
-def _read_file(file: Path, dataset_attr: DatasetAttr) -> Iterator[Row]:
-    if file_type(file) == ".txt":
-        return _read_text(file, dataset_attr.sample_by)
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        ".parquet": _read_parquet,
-        ".jsonl": _read_json_lines,
-        ".json": _read_json,
-        ".csv": _read_csv,
-    }
-    return readers[file_type(file)](file)
-
-
 def _open_text(file: Path, newline: str | None = None) -> TextIO:
     """Opens a text file, compressed or not; bytes that are not UTF-8 become lone surrogates, see `_encoding_error`."""
     binary: Any = None

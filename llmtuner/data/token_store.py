@@ -100,12 +100,8 @@ class TokenStore:
         return self._labels[self._span(row)]
 
     def column(self, name: str) -> numpy.ndarray:
-        """`bytes`, `hash`, `file` or `line` of all documents."""
-        return numpy.ascontiguousarray(self._index[name])
-
-    def value(self, name: str, row: int) -> int:
-        """`bytes`, `hash`, `file` or `line` of one document."""
-        return int(self._index[name][row])
+        """`bytes`, `hash`, `file` or `line` of all documents, memory-mapped."""
+        return self._index[name]
 
     def _span(self, row: int) -> slice:
         if not 0 <= row < len(self):
@@ -140,7 +136,7 @@ class TokenizedDataset:
 
     def source_of(self, row: int) -> str:
         """Where a row was read, such as `ja_wiki.train.jsonl, line 17`."""
-        return f"{self.locations[self.store.value('file', row)]}, line {self.store.value('line', row)}"
+        return f"{self.locations[self.store.column('file')[row]]}, line {self.store.column('line')[row]}"
 
     def split(self, val_size: float) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Splits the rows into those to train on and those held out; rows with the same text stay together.
