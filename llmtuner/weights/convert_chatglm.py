@@ -5,7 +5,7 @@ executed: a config.json that Glm would compute differently is rejected.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from llmtuner.tokenizer.fast import check_sentencepiece_spec, read_sentencepiece
 from llmtuner.weights.lazy_checkpoint import (
     LazyCheckpoint,
     LazyTensor,
-    WriteStats,
     check_tensors,
     concatenate,
     open_checkpoint,
@@ -317,26 +316,14 @@ def open_chatglm(directory: Path) -> LazyCheckpoint:
     )
 
 
-@dataclass(frozen=True)
-class ConversionResult:
-    """What `convert_chatglm` converted and wrote; `str()` is the report for the terminal."""
-
-    model: str
-    stats: WriteStats
-    seconds: float
-    destination: Path
-    notes: list[str]
-
-    def __str__(self) -> str:
-        done = f"converted: {self.stats}, {self.seconds} s, in {self.destination}"
-        return "\n".join([self.model, *self.notes, done])
-
-
-def convert_chatglm(source: Path, destination: Path, overwrite: bool = False) -> ConversionResult:
+def convert_chatglm(source: Path, destination: Path, overwrite: bool = False) -> str:
     """Converts an original ChatGLM2 or ChatGLM3 checkpoint to a directory that transformers loads as Glm.
 
     Weights keep their dtype and every bit. The configuration is written beside them and, if the source has a
     tokenizer.model, the fast tokenizer and chat template. Memory holds a few megabytes of the weights at a time.
+
+    Returns:
+        lines for the terminal: the model, what the user should know of the result, and what was written
 
     Raises:
         UserError: as `open_chatglm` and `atomic_directory`; if one directory contains the other.
@@ -350,14 +337,14 @@ def convert_chatglm(source: Path, destination: Path, overwrite: bool = False) ->
     check_destination(destination, overwrite)
     checkpoint = open_chatglm(source)
     config = read_json(source / "config.json")
-    notes = []
+    lines = [describe_model(config)]
     made_from = {str(source): checksum(source)}
     with atomic_directory(destination, replace=overwrite, made_from=made_from) as partial:
         if (source / "tokenizer.model").is_file():
             save_tokenizer(source / "tokenizer.model", partial)
         else:
-            notes.append(f"{source} has no tokenizer.model: only the weights are converted.")
+            lines.append(f"{source} has no tokenizer.model: only the weights are converted.")
         stats = checkpoint.write(partial)
     if "chatglm2" in str(config.get("_name_or_path")).lower():
-        notes.append("The chat template is ChatGLM3's; ChatGLM2 was trained with another chat format.")
-    return ConversionResult(describe_model(config), stats, timer.seconds(), destination, notes)
+        lines.append("The chat template is ChatGLM3's; ChatGLM2 was trained with another chat format.")
+    return "\n".join([*lines, f"converted: {stats}, {timer.seconds()} s, in {destination}"])

@@ -2,7 +2,6 @@
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,15 @@ FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 SAFE_TOKEN_NAMES = {"sop": "<sop>", "eop": "<eop>"}
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """What `export_gguf` wrote; `str()` is the report for the terminal."""
-
-    num_tensors: int
-    nbytes: int
-    seconds: float
-    destination: Path
-    notes: list[str]
-
-    def __str__(self) -> str:
-        done = f"{self.num_tensors} tensors, {self.nbytes / 1e9:.3f} GB, {self.seconds} s, in {self.destination}"
-        return "\n".join([*self.notes, done])
-
-
-def export_gguf(source: Path, destination: Path) -> ExportResult:
+def export_gguf(source: Path, destination: Path) -> str:
     """Exports a model directory as one file for llama.cpp; matrices stay bit-identical, vectors become fp32.
 
     Args:
         source: a Glm checkpoint, or ChatGLM3 as originally released, with its tokenizer.model.
         destination: the file, which appears complete or not at all. Memory holds one tensor at a time.
+
+    Returns:
+        lines for the terminal: settings that llama.cpp does not have, and what was written
 
     Raises:
         UserError: if the package gguf is missing, the file exists or cannot be written, the model is incomplete, or
@@ -84,8 +71,9 @@ def export_gguf(source: Path, destination: Path) -> ExportResult:
         partial.replace(destination)
     finally:
         partial.unlink(missing_ok=True)
-    num_tensors, nbytes = len(checkpoint.tensors), destination.stat().st_size
-    return ExportResult(num_tensors, nbytes, timer.seconds(), destination, notes)
+    size_gb = destination.stat().st_size / 1e9
+    done = f"{len(checkpoint.tensors)} tensors, {size_gb:.3f} GB, {timer.seconds()} s, in {destination}"
+    return "\n".join([*notes, done])
 
 
 def _write_file(writer: Any, tensors: list[LazyTensor], destination: Path) -> None:

@@ -220,7 +220,7 @@ def rotation_in_the_original(position, base_factor=1.0, position_divisor=1.0):
 )
 def test_rotary_embedding_of_the_long_variants(tmp_path, name, ratio, original, described):
     changes = {"_name_or_path": name, "rope_ratio": ratio, "seq_length": 32_768}
-    output = str(convert_chatglm(publish(tmp_path / "published", **changes), tmp_path / "glm"))
+    output = convert_chatglm(publish(tmp_path / "published", **changes), tmp_path / "glm")
     for position in (1, 30_000):
         for found, expected in zip(
             rotation_of(tmp_path / "glm", position), rotation_in_the_original(position, **original), strict=True
@@ -270,7 +270,7 @@ def test_the_licence_is_copied_with_the_weights(tmp_path):
 
 
 def test_without_tokenizer_only_weights_are_converted(glm, tmp_path):
-    assert "no tokenizer.model" in str(convert_chatglm(publish(tmp_path / "published"), tmp_path / "glm"))
+    assert "no tokenizer.model" in convert_chatglm(publish(tmp_path / "published"), tmp_path / "glm")
     names = {MARKER, "config.json", "generation_config.json", "model.safetensors"}
     assert {file.name for file in glm.iterdir()} == names
     assert json.loads((glm / "generation_config.json").read_text())["eos_token_id"] == [2]
