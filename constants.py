@@ -1,13 +1,13 @@
-"""Every path and every number that more than one step shares, for the profile chosen by the environment.
+"""Every path and number that several steps share, for the profile that the environment selects.
 
-Nothing needs to be edited to try something. These variables are read:
+Nothing has to be edited to try something. These variables are read:
 
     PROFILE         mini (default: the miniature in this repository) or chatglm3-6b
-    WORK_DIR        where everything a run makes goes; default runs/<PROFILE>
-    CORPUS_DIR      where the texts and instruction sets lie; default: mini writes its own, chatglm3-6b reads the hub
+    WORK_DIR        where all results go; default runs/<PROFILE>
+    CORPUS_DIR      directory of texts and instruction sets; default: mini writes its own, chatglm3-6b reads the hub
     BASE_MODEL_DIR  the model to extend; default mini/base or models/chatglm3-6b
     OVERWRITE=1     let a step replace its finished result
-    SKIP_COMPLETED=1 let a step that has finished end at once, without an error (`make demo` goes on in this way)
+    SKIP_COMPLETED=1 let a finished step exit at once, without an error (this is how `make demo` resumes)
 
 An empty variable counts as unset. Switches take 1, true, yes, on or 0, false, no, off.
 """
@@ -19,33 +19,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtuner.console import exit_with_error, print0
-from llmtuner.env import env_flag, misspelled_variables
+from llmtuner.env import deprecated_variables, env_flag, misspelled_variables
 
 ROOT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The numbers in which the profiles differ; paths are the same for all."""
+    """The values in which profiles differ; paths are the same for all."""
 
     base_model_dir: Path
     """The model to extend: config, safetensors and `tokenizer.model`."""
     base_id: str
-    """Its name on the hub, for the model card; one without a slash is not there."""
+    """Its name on the hub, for the model card; a name without a slash is not on the hub."""
     num_new_tokens: int
-    """Pieces that step 1 learns on top of the base tokenizer."""
+    """Tokens that step 1 trains on top of the base tokenizer."""
     ja_vocab_size: int
-    """Pieces of the sentencepiece model that step 1 trains instead with `--method sentencepiece`."""
+    """Vocabulary size of the sentencepiece model that step 1 trains with `--method sentencepiece`."""
     tokenizer_sample_bytes: int
-    """Step 1 reads about this much text; more costs time and memory and hardly changes the pieces."""
+    """Bytes of text that step 1 reads, approximately; more costs time and memory and hardly changes the tokens."""
     reference_bytes: int
-    """Steps 1 and 2 read about this much Chinese text to know which Han strings are Chinese too."""
+    """Bytes of Chinese text that tell steps 1 and 2 which Han strings are Chinese too, approximately."""
     held_out_bytes: int
-    """UTF-8 bytes per language on which bits per byte and segmentations are measured."""
+    """UTF-8 bytes per language on which bits per byte and tokenization are measured."""
     context_length: int
-    """Tokens in one training sequence, and in one window of a measurement."""
+    """Tokens in one training sequence, and in one window of an evaluation."""
     max_new_tokens: int
-    """Room for a reply of several sentences, in tokens."""
+    """Maximum length of a free-form reply, in tokens."""
 
 
 PROFILES = {
@@ -86,6 +86,8 @@ for given, meant in misspelled_variables(
     ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_COMPLETED")
 ):
     print0(f"warning: the environment variable {given} is not read; did you mean {meant}?")
+for given, present in deprecated_variables():
+    print0(f"warning: the environment variable {given} is deprecated: set {present}")
 
 PROFILE_NAME = os.environ.get("PROFILE") or "mini"
 if PROFILE_NAME not in PROFILES:
@@ -112,24 +114,24 @@ SFT_ADAPTER_DIR = WORK_DIR / "step6_sft_adapter"
 CHAT_MODEL_DIR = WORK_DIR / "chat_model"
 METRICS_DIR = WORK_DIR / "metrics"
 
-# Japanese text of step 1: encyclopedia and literature, about 4 : 1 by bytes.
+# Japanese text of step 1: encyclopedia and literature, 4 : 1 by bytes.
 TOKENIZER_MIX = {"wikipedia_ja": 0.8, "aozora_ja": 0.2}
-# What a new piece is written with: one of `WRITING_SYSTEMS` in llmtuner/tokenizer/writing_systems.py.
+# The writing system of new tokens: one of `WRITING_SYSTEMS` in llmtuner/tokenizer/writing_systems.py.
 WRITING_SYSTEM = "japanese"
-# Chinese text that tells which Han strings are Chinese too.
+# Chinese text that tells which Han strings occur in Chinese too.
 CHINESE_REFERENCE = ["wikipedia_zh"]
 # Pretraining mix by tokens: ja 76 : zh 12 : en 12.
 PRETRAINING_MIX = {"wikipedia_ja": 0.64, "aozora_ja": 0.12, "wikipedia_zh": 0.12, "wikitext_en": 0.12}
 # One document in twenty is held out of steps 1 and 5, chosen by a hash of its text.
 VALIDATION_SHARE = 0.05
-# Where held-out text of each language comes from: test files where there are any, else held-out documents.
+# Where each language's held-out text comes from: test files if there are any, else held-out documents.
 EVAL_SETS = {
     "ja": ("test_ja", ["wikipedia_ja", "aozora_ja"]),
     "zh": ("test_zh", ["wikipedia_zh"]),
     "en": ("test_en", ["wikitext_en"]),
 }
-# How a training stage finds its data, beside its own settings.
+# Settings by which a training stage finds its data.
 DATA_SETTINGS = {"dataset_dir": str(DATASET_INFO.parent), "corpus_dir": str(CORPUS_DIR), "cache_dir": str(CACHE_DIR)}
-EMBEDDING_ROWS_MULTIPLE = 64  # ChatGLM3 pads its embeddings so; matrix units like it
-# What steps 4 and 7 ask; the real model's questions are a text file to be edited.
+EMBEDDING_ROWS_MULTIPLE = 64  # as in ChatGLM3; tensor cores need multiples of 8
+# Questions of steps 4 and 7; those of the real model are a text file meant to be edited.
 QUESTIONS = MINI_CORPUS_DIR / "questions.jsonl" if PROFILE_NAME == "mini" else ROOT / "data" / "questions.txt"

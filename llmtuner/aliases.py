@@ -15,6 +15,7 @@ VALUES: dict[str, dict[Any, Any]] = {
     "flash_attn": {"documents": "varlen"},
     "embedding_rows": {"new": True, "all": False},
 }
+VARIABLES = {"SKIP_FINISHED": "SKIP_COMPLETED"}  # of the environment
 DATASET_KEYS = {"keep_rows": "row_filter"}
 # Files of a run, of a checkpoint and of a tokenized data set: present name -> earlier one.
 FILES = {

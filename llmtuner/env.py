@@ -1,9 +1,10 @@
-"""Environment variables: switches that are on or off, and names that are almost right."""
+"""Environment variables: switches that are on or off, old names and misspelled ones."""
 
 import difflib
 import os
 from collections.abc import Iterable
 
+from llmtuner.aliases import VARIABLES
 from llmtuner.console import exit_with_error
 
 ON = ("1", "true", "yes", "on")
@@ -14,14 +15,20 @@ SIMILARITY = 0.85
 
 def env_flag(name: str) -> bool:
     """Reads a switch such as OVERWRITE; unset and empty are off. A value that is neither on nor off ends the program."""
+    name = next((old for old, present in deprecated_variables() if present == name), name)
     value = os.environ.get(name, "").strip().lower()
     if value not in ON + OFF:
         exit_with_error(f"{name}={os.environ[name]} is neither on nor off. Set {name}=1, or leave it out.")
     return value in ON
 
 
+def deprecated_variables() -> list[tuple[str, str]]:
+    """Finds variables that are set under an earlier name only: (that name, the present one)."""
+    return [(old, present) for old, present in VARIABLES.items() if os.environ.get(old) and present not in os.environ]
+
+
 def misspelled_variables(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Finds variables of the environment that nobody reads but that are named almost like one of `names`.
+    """Finds environment variables that nobody reads but whose names are close to one of `names`.
 
     Returns:
         (name in the environment, name that was probably meant), unless the latter is set as well.

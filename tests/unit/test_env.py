@@ -32,7 +32,7 @@ def test_misspelled_variables(monkeypatch):
         "work_dir": "WORK_DIR",
         "BASE_MODEL": "BASE_MODEL_DIR",
         "OVERWRTE": "OVERWRITE",
-        "SKIP_FINISH": "SKIP_COMPLETED",
+        "SKIP_COMPLETE": "SKIP_COMPLETED",
         "PROFIL": "PROFILE",
     }
     others = ("AWS_PROFILE", "WORKSPACE", "WORK", "HOME", "MODEL", "CORPUS_NAME", "DIR", "GIT_WORK_TREE", "WORKERS")
@@ -40,3 +40,14 @@ def test_misspelled_variables(monkeypatch):
     assert dict(misspelled_variables(names)) == wrong
     monkeypatch.setattr(os, "environ", {"CORPUSDIR": "x", "CORPUS_DIR": "y"})
     assert misspelled_variables(names) == []
+
+
+def test_variable_of_an_earlier_name_is_read(monkeypatch):
+    from llmtuner.env import deprecated_variables, env_flag
+
+    monkeypatch.setattr(os, "environ", {"SKIP_FINISHED": "1"})
+    assert env_flag("SKIP_COMPLETED")
+    assert deprecated_variables() == [("SKIP_FINISHED", "SKIP_COMPLETED")]
+    monkeypatch.setattr(os, "environ", {"SKIP_FINISHED": "1", "SKIP_COMPLETED": "0"})  # the present name decides
+    assert not env_flag("SKIP_COMPLETED")
+    assert deprecated_variables() == []
