@@ -340,12 +340,8 @@ def training_step(settings: Values) -> Callable[[Values], tuple[float, float]]:
 
 def loss_function(model: Any, finetuning: FinetuningArguments) -> Callable[[Values], tuple[torch.Tensor, int]]:
     """The trainer's own loss of a batch, summed over target tokens, and their number, without a Trainer around it."""
-    trainer: Any = SimpleNamespace(model=model, finetuning_args=finetuning, hidden=None)
-
-    def keep_hidden(_: Any, __: Any, outputs: Any) -> None:
-        trainer.hidden = outputs.last_hidden_state
-
-    model.get_base_model().base_model.register_forward_hook(keep_hidden)
+    attention = model.config._attn_implementation
+    trainer: Any = SimpleNamespace(model=model, finetuning_args=finetuning, attention=attention)
     return lambda batch: PackedTrainer._compute_loss_sum(trainer, model, batch)
 
 

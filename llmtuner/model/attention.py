@@ -1,4 +1,4 @@
-"""Attention within the documents of a packed batch, one document after another; transformers knows it as `varlen`."""
+"""Variable-length attention: SDPA document by document in a packed batch; transformers knows it as `varlen`."""
 
 from typing import Any
 
@@ -9,7 +9,12 @@ from transformers import AttentionInterface
 from llmtuner.console import UserError
 
 VARLEN = "varlen"
-UNSUPPORTED_KWARGS = ("sliding_window", "softcap", "s_aux")  # what other models' attention does beside softmax(q k) v
+UNSUPPORTED_KWARGS = ("sliding_window", "softcap", "s_aux")  # of attention that is more than softmax(q k) v
+
+
+def register_varlen() -> None:
+    """Makes `varlen` known to transformers; no mask function goes with the name, so that transformers makes no mask."""
+    AttentionInterface.register(VARLEN, varlen_sdpa)
 
 
 def varlen_sdpa(
@@ -21,33 +26,29 @@ def varlen_sdpa(
     scaling: float | None = None,
     dropout: float = 0.0,
     seq_lens: list[list[int]] | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention without a mask: what lies between two documents is not computed, instead of being hidden.
+    """Computes causal attention within each document, instead of masking what lies between two documents.
 
     Args:
-        query: [rows, heads, tokens, head_dim]; key and value may have fewer heads, each for several of the query's.
-        seq_lens: of each row, the lengths of its documents, which sum to `tokens`. None: each row is one document, and
-            padding may stand on its right only.
+        query: [batch, heads, tokens, head_dim]; key and value may have fewer heads (grouped-query attention).
+        seq_lens: for each sequence, the lengths of its documents, which sum to `tokens`. None: each sequence is one
+            document, padded on the right at most.
 
     Returns:
-        [rows, tokens, heads, head_dim], and no weights.
+        [batch, tokens, heads, head_dim], and no attention weights.
 
     Raises:
-        UserError: for a model whose attention is of another kind, or a mask.
+        UserError: for a mask, or a model with another kind of attention.
     """
-    if attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED_KWARGS):
+    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED_KWARGS):
         raise UserError("flash_attn: varlen does not support this model or mask. Set flash_attn: auto.")
     lengths = [[query.shape[2]]] * len(query) if seq_lens is None else seq_lens
-    parts = [
+    outputs = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
-        # Split row by row, not indexed: the gradient of an index is as large as the whole.
-        for rows, own in zip(zip(query.split(1), key.split(1), value.split(1), strict=True), lengths, strict=True)
-        for q, k, v in zip(*(tensor.split(own, dim=2) for tensor in rows), strict=True)
+        # split, not indexed: the gradient of an index has the size of the full tensor
+        for qkv, sizes in zip(zip(query.split(1), key.split(1), value.split(1), strict=True), lengths, strict=True)
+        for q, k, v in zip(*(tensor.split(sizes, dim=2) for tensor in qkv), strict=True)
     ]
-    joined = torch.cat(parts, dim=2).transpose(1, 2)  # [1, tokens of all rows, heads, head_dim]
+    joined = torch.cat(outputs, dim=2).transpose(1, 2)  # [1, batch * tokens, heads, head_dim]
     return joined.reshape(len(query), -1, *joined.shape[2:]), None
-
-
-# No mask goes with this name, so transformers forms none.
-AttentionInterface.register(VARLEN, varlen_sdpa)

@@ -1,6 +1,6 @@
-"""Layers that pass over memory less often than peft's and transformers' own, with the same results to rounding.
+"""Fused LoRA and RMSNorm in fp32 on a CPU: fewer passes over memory, same results up to rounding.
 
-For fp32 on a CPU, where a product of activations costs little more than writing them: elsewhere the plain layers are used.
+On a CPU a matrix product costs little more than writing its result; elsewhere, and in 16 bits, the plain layers are used.
 """
 
 from typing import Any
@@ -13,20 +13,27 @@ from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 
 def apply_fused_ops(model: torch.nn.Module) -> None:
-    """Lets the LoRA layers and norms of a model that is to be trained compute as this file does; weights stay theirs."""
-    for module in model.modules():
+    """Replaces the LoRA layers and frozen norms of a model by fused ones that share their parameters."""
+    for name, module in list(model.named_modules()):
         if type(module) is LoraLinear:
-            module.__class__ = FusedLoraLinear
-        # Of a norm that is trained in full, peft keeps the original beside it, emptied by `init_adapter`.
+            model.set_submodule(name, _share_state(module, FusedLoraLinear))
+        # The original of a norm that is trained in full has no weight (`_free_original_modules`).
         elif type(module) is GlmRMSNorm and module.weight is not None and not module.weight.requires_grad:
-            module.__class__ = FusedRMSNorm
+            model.set_submodule(name, _share_state(module, FusedRMSNorm))
+
+
+def _share_state(module: torch.nn.Module, cls: type[torch.nn.Module]) -> torch.nn.Module:
+    """Returns a module of class `cls`, a subclass of the module's, with the same parameters, buffers and attributes."""
+    twin = cls.__new__(cls)
+    twin.__dict__.update(module.__dict__)
+    return twin
 
 
 class FusedLoraLinear(LoraLinear):
-    """peft's LoRA layer; while it is trained, one product with `W + scale B A`.
+    """Computes peft's LoRA layer as one product with `W + scale B A` while it is trained.
 
-    Which of both ways is gone may not depend on the batch: gradients become ready in another order, and ZeRO-2 adds up those
-    of all processes in the order in which they do.
+    The choice between the two ways must not depend on the batch: it changes the order in which gradients become ready,
+    and ZeRO-2 reduces those of all processes in this order.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -43,7 +50,7 @@ class FusedLoraLinear(LoraLinear):
             or not isinstance(self.lora_dropout[name], torch.nn.Identity)
             or not _is_cpu_fp32(x)
             or base.weight.dtype != torch.float32  # merged into 16 bits, small updates would be rounded away
-            or not torch.is_grad_enabled()  # a single token at a time would form the matrix for nothing
+            or not torch.is_grad_enabled()  # in generation the merged matrix would be formed for a single token
         ):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -51,9 +58,9 @@ class FusedLoraLinear(LoraLinear):
 
 
 class FusedLoraFunction(Function):
-    """`x (W + scale B A)^T + bias` with a frozen W: LoRA (arXiv 2106.09685) in one product of activations instead of three.
+    """Computes `x (W + scale B A)^T + bias` with a frozen W: LoRA (arXiv 2106.09685) in one product instead of three.
 
-    The merged matrix is formed again for the backward pass, not kept.
+    The backward pass recomputes the merged matrix.
     """
 
     @staticmethod
@@ -74,15 +81,15 @@ class FusedLoraFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         x, weight, a, b = ctx.saved_tensors
-        grad, rows = grad_outputs[0].reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        grad, x_2d = grad_outputs[0].reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
         grad_x = (grad @ torch.addmm(weight, b, a, alpha=ctx.scale)).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_a = ((grad @ b).T @ rows).mul_(ctx.scale)
-        grad_b = (grad.T @ (rows @ a.T)).mul_(ctx.scale)
+        grad_a = ((grad @ b).T @ x_2d).mul_(ctx.scale)
+        grad_b = (grad.T @ (x_2d @ a.T)).mul_(ctx.scale)
         return grad_x, None, None, grad_a, grad_b, None
 
 
 class FusedRMSNorm(GlmRMSNorm):
-    """Glm's norm with a frozen weight."""
+    """Computes Glm's RMSNorm with a frozen weight."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not _is_cpu_fp32(hidden_states):
@@ -91,22 +98,22 @@ class FusedRMSNorm(GlmRMSNorm):
 
 
 class RMSNormFunction(Function):
-    """`x / rms(x) * weight` over the last dimension (arXiv 1910.07467); no gradient for the weight."""
+    """Computes `x / rms(x) * weight` over the last dimension (arXiv 1910.07467), without a gradient for the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [..., width], weight [width] -> [..., width]."""
+        """x [..., hidden], weight [hidden] -> [..., hidden]."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return torch.mul(x, inverse).mul_(weight)
+        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return torch.mul(x, inverse_rms).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        x, weight, inverse = ctx.saved_tensors
+        x, weight, inverse_rms = ctx.saved_tensors
         grad = grad_outputs[0] * weight
-        along = (grad * x).sum(dim=-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return grad.mul_(inverse).addcmul_(x, along), None, None
+        projection = (grad * x).sum(dim=-1, keepdim=True).mul_(inverse_rms.pow(3)).div_(-x.shape[-1])
+        return grad.mul_(inverse_rms).addcmul_(x, projection), None, None
 
 
 def _is_cpu_fp32(x: torch.Tensor) -> bool:

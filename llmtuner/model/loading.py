@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import UserError
-from llmtuner.model.attention import VARLEN
+from llmtuner.model.attention import VARLEN, register_varlen
 from llmtuner.model.model_dir import check_not_quantized, check_weight_files, is_original_chatglm, read_json
 from llmtuner.tokenizer.fast import load_tokenizer
 
@@ -42,6 +42,8 @@ def load_model(
     path = Path(directory)
     _read_config(path)
     check_weight_files(path)
+    if attention == VARLEN:
+        register_varlen()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path),

@@ -1,36 +1,46 @@
-"""What can be seen of a run and said to it: a progress bar, a log of JSON lines, figures per interval, a stop by signal."""
+"""Callbacks of the trainer: progress bar, JSON log, throughput, early stopping, and a graceful stop on a signal."""
 
 import json
+import math
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+
+from llmtuner.files import atomic_write_json
+
+DEPRECATED_COUNTERS = {  # names in checkpoints of earlier versions -> today's
+    "trained": "target_tokens",
+    "all_tokens": "total_tokens",
+    "all_padding": "total_padding",
+    "all_seconds": "total_seconds",
+}
 
 
 @dataclass
 class ThroughputMeter:
-    """Counts since the last line of the log, and since the run began; both survive a restart."""
+    """Counters since the last log line and since the start of the run; both survive a restart."""
 
     loss: float = 0.0
-    """Sum of the losses of the steps since the last line, mean over the processes."""
+    """Sum of the step losses since the last log line, averaged over processes."""
     steps: int = 0
     tokens: int = 0
     """Tokens of this process, padding included."""
     padding: int = 0
     target_tokens: int = 0
-    """Trained tokens of all processes."""
+    """Target tokens of all processes."""
     seconds: float = 0.0
-    """Of training alone, without evaluation and saving."""
+    """Training time, without evaluation and saving."""
     total_tokens: int = 0
     total_padding: int = 0
     total_seconds: float = 0.0
@@ -38,7 +48,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time of something else than training out."""
+        """Excludes the enclosed block from training time."""
         start = time.perf_counter()
         try:
             yield
@@ -46,18 +56,29 @@ class ThroughputMeter:
             self.start_time += time.perf_counter() - start
 
     def update_elapsed(self) -> None:
+        """Adds the time since the last call to both totals."""
         now = time.perf_counter()
         self.seconds += now - self.start_time
         self.total_seconds += now - self.start_time
         self.start_time = now
 
     def reset_interval(self) -> None:
-        """Begins a new interval."""
+        """Starts a new logging interval."""
         self.loss, self.steps, self.tokens, self.padding, self.target_tokens, self.seconds = 0.0, 0, 0, 0, 0, 0.0
+
+    def save(self, file: Path) -> None:
+        """Writes the counters as JSON."""
+        atomic_write_json(file, {name: value for name, value in asdict(self).items() if name != "start_time"})
+
+    @classmethod
+    def load(cls, file: Path) -> "ThroughputMeter":
+        """Reads the counters of a checkpoint."""
+        counters = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**{DEPRECATED_COUNTERS.get(name, name): value for name, value in counters.items()})
 
 
 def peak_memory_gb() -> float:
-    """Most memory that was in use at a time: of the GPU, or of this process."""
+    """Returns the peak memory in GB: allocated on the GPU, or resident in this process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -65,7 +86,7 @@ def peak_memory_gb() -> float:
 
 
 class ProgressBarCallback(TrainerCallback):
-    """One bar for the whole run with what matters and time left; an eval loss gets a line of its own."""
+    """Shows one progress bar for the run; each evaluation gets a line of its own."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = tqdm(
@@ -82,67 +103,141 @@ class ProgressBarCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         logs = logs or {}
         if "tokens_per_second" in logs:
-            rates = "/".join(
+            learning_rates = "/".join(
                 f"{logs[name]:.1e}" for name in ("learning_rate", "embedding_learning_rate") if name in logs
             )
             self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, grad {logs.get('grad_norm', 0):.2f}, lr {rates}, "
+                f"loss {logs['loss']:.3f}, grad {logs.get('grad_norm', 0):.2f}, lr {learning_rates}, "
                 f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding_ratio']:.1%} padding, {logs['peak_memory_gb']} GB"
             )
         if "eval_loss" in logs and state.is_world_process_zero:
-            start = "eval_bits_per_byte_"
-            bits = [f"{name.removeprefix(start)} {logs[name]:.3f}" for name in logs if name.startswith(start)]
-            named = f", bits per byte {' '.join(bits)}" if bits else ""
-            tqdm.write(f"step {state.global_step:>6,}: eval loss {logs['eval_loss']:.4f}{named}")
+            prefix = "eval_bits_per_byte_"
+            bits = [f"{name.removeprefix(prefix)} {logs[name]:.3f}" for name in logs if name.startswith(prefix)]
+            bpb = f", bits per byte {' '.join(bits)}" if bits else ""
+            tqdm.write(f"step {state.global_step:>6,}: eval loss {logs['eval_loss']:.4f}{bpb}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
 
 
 class JsonlLogCallback(TrainerCallback):
-    """`trainer_log.jsonl`: one JSON object per line of the log, nine digits a number (all that fp32 has); `tail -f` shows it.
+    """Writes the log as JSON lines, floats with nine digits (the precision of fp32); `tail -f` follows it.
 
-    A run that goes on from a checkpoint begins with that checkpoint's lines: none is there twice, and none of a future
-    that was lost.
+    A resumed run starts from the log of its checkpoint, so no line appears twice and no line of a lost step remains.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.begun = False  # an earlier run's lines stay until this one has its first
+        self.is_open = False  # an earlier run's log stays until this run has its first line
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            entries = state.log_history[-1:] if self.begun else state.log_history
-            with self.file.open("a" if self.begun else "w", encoding="utf-8") as lines:
-                lines.writelines(map(self._line, entries))
-            self.begun = True
+            entries = state.log_history[-1:] if self.is_open else state.log_history
+            with self.file.open("a" if self.is_open else "w", encoding="utf-8") as lines:
+                lines.writelines(map(self._to_line, entries))
+            self.is_open = True
 
     @staticmethod
-    def _line(entry: dict[str, Any]) -> str:
+    def _to_line(entry: dict[str, Any]) -> str:
         step = {"step": entry["step"]}
         rest = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in entry.items()}
         return json.dumps({**step, **rest}) + "\n"
 
 
+class TrainBeginCallback(TrainerCallback):
+    """Runs actions on rank 0 once settings, data and model have been checked: an earlier run is deleted only then."""
+
+    def __init__(self, *actions: Callable[[], None]) -> None:
+        self.actions = actions
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for action in self.actions if state.is_world_process_zero else ():
+            action()
+
+
+class InitialLossCallback(TrainerCallback):
+    """Logs the loss on each dataset before the first step, once the model has been prepared for its devices.
+
+    Args:
+        trainer: a `PackedTrainer`.
+        samples: dataset name -> the sequences to evaluate.
+    """
+
+    def __init__(self, trainer: Any, samples: dict[str, Any]) -> None:
+        self.trainer, self.samples = trainer, samples
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0 and self.samples:
+            losses = {name: self.trainer.evaluate_loss(sample) for name, sample in self.samples.items()}
+            self.trainer.log({f"initial_loss/{name}": round(loss, 4) for name, loss in losses.items()})
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops training, with a checkpoint, once `eval_loss` has not improved for `patience` evaluations.
+
+    transformers' EarlyStoppingCallback counts since its own start; this one counts in the log, which checkpoints hold, so
+    that patience is the same after a restart.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.is_due(state.log_history):
+            control.should_save = control.should_training_stop = True
+
+    def is_due(self, history: list[dict[str, Any]]) -> bool:
+        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        best = min(range(len(losses)), key=lambda index: losses[index], default=0)
+        return self.patience is not None and len(losses) - 1 - best >= self.patience
+
+
+def is_training_finished(state: TrainerState, patience: int | None) -> bool:
+    """Tells whether no step is left: all have been made, or the run has stopped early."""
+    return state.global_step >= state.max_steps or EarlyStopping(patience).is_due(state.log_history)
+
+
 class GracefulStopSignal:
-    """While entered, Ctrl-C and SIGTERM ask for a stop after the step at hand; a second Ctrl-C or SIGTERM stops at once."""
+    """While entered, Ctrl-C or SIGTERM requests a stop after the current step; a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.before: dict[int, Any] = {}
+        self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStopSignal":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not deliver signals
-            self.before = {one: signal.signal(one, self._receive) for one in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to the main thread only
+            self.previous_handlers = {
+                number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: Any) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping after this step, then saving a checkpoint; press Ctrl-C again to stop now",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class GracefulStopCallback(TrainerCallback):
+    """Starts the clock, and ends training with a checkpoint after the step in which any rank received a stop signal."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.meter.start_time = time.perf_counter()
+        state.compute_steps(args, state.max_steps)  # Trainer resumes with the intervals of the checkpoint
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.should_stop:
+            control.should_save = control.should_training_stop = True

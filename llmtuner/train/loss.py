@@ -1,54 +1,55 @@
-"""Cross-entropy straight from hidden states: the logits of a long batch are never held whole."""
+"""Chunked linear cross-entropy: the loss from hidden states, without holding all logits of a batch in memory."""
 
 from typing import Any
 
 import torch
 
-CHUNK_NUMEL = 2**25  # fp32 numbers: 128 MB
-CHUNK_NUMEL_CPU = 2**22  # what its caches hold in part
+CHUNK_NUMEL = 2**25  # logits in fp32: 128 MB
+CHUNK_NUMEL_CPU = 2**22  # logits that fit into a CPU's caches in part
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T` against targets, some rows of logits at a time.
+    """Sums the cross-entropy of `hidden @ weight.T` against targets, computing logits chunk by chunk.
 
-    Gradients are formed in the forward pass, while a chunk of logits is there; so none is computed twice.
+    Gradients are computed in the forward pass, while the logits of a chunk are there, so that none is computed twice.
     The idea is that of Liger Kernel's fused linear cross-entropy (arXiv 2410.10989), in plain PyTorch.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> Any:
-        """hidden [tokens, width], weight [vocabulary, width], targets [tokens] -> a number, in nats and fp32.
+        """hidden [tokens, hidden_size], weight [vocabulary, hidden_size], targets [tokens] -> scalar, in nats and fp32.
 
-        Matrix products are formed in `dtype`, everything else in fp32.
+        Matrix products are computed in `dtype`, everything else in fp32.
         """
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        matrix = weight.to(dtype)
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        hidden_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
+        weight_cast = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        at_once = CHUNK_NUMEL_CPU if hidden.device.type == "cpu" else CHUNK_NUMEL
-        step = max(1, at_once // len(weight))
-        for start in range(0, len(hidden), step):
-            part, target = hidden[start : start + step].to(dtype), targets[start : start + step, None]
-            logits = (part @ matrix.T).float()
-            largest = logits.amax(dim=1, keepdim=True)
-            total -= (logits.gather(1, target) - largest).sum()
-            exponentials = logits.sub_(largest).exp_()
+        numel = CHUNK_NUMEL_CPU if hidden.device.type == "cpu" else CHUNK_NUMEL
+        chunk_size = max(1, numel // len(weight))
+        for start in range(0, len(hidden), chunk_size):
+            stop = start + chunk_size
+            chunk, target = hidden[start:stop].to(dtype), targets[start:stop, None]
+            logits = (chunk @ weight_cast.T).float()
+            max_logits = logits.amax(dim=1, keepdim=True)
+            total -= (logits.gather(1, target) - max_logits).sum()
+            exponentials = logits.sub_(max_logits).exp_()
             sums = exponentials.sum(dim=1, keepdim=True)
             total += sums.log().sum()
-            if not (want_hidden or want_weight):
+            if not (hidden_needs_grad or weight_needs_grad):
                 continue
-            gradient = exponentials.mul_(sums.reciprocal_())  # the probabilities
-            gradient.scatter_add_(1, target, torch.full_like(sums, -1))
-            gradient = gradient.to(dtype)
+            grad_logits = exponentials.mul_(sums.reciprocal_())  # the probabilities
+            grad_logits.scatter_add_(1, target, torch.full_like(sums, -1))
+            grad_logits = grad_logits.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + step] = gradient @ matrix
+                grad_hidden[start:stop] = grad_logits @ weight_cast
             if grad_weight is None:
                 continue
             if dtype == torch.float32:
-                grad_weight.addmm_(gradient.T, part)
+                grad_weight.addmm_(grad_logits.T, chunk)
             else:
-                grad_weight += gradient.T @ part
+                grad_weight += grad_logits.T @ chunk
         ctx.grad_hidden, ctx.grad_weight, ctx.weight_dtype = grad_hidden, grad_weight, weight.dtype
         return total
 
@@ -62,17 +63,17 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of the cross-entropy in nats of logits `hidden @ weight.T`.
+    """Returns the sum over tokens of the cross-entropy, in nats, of logits `hidden @ weight.T`.
 
     Args:
-        hidden: what the output layer reads, [tokens, width].
-        weight: the output layer's, [vocabulary, width].
+        hidden: the input of the output layer, [tokens, hidden_size].
+        weight: the output layer's, [vocabulary, hidden_size].
         targets: the ids to be predicted, [tokens].
     """
     return ChunkedLinearCrossEntropy.apply(hidden, weight, targets, matmul_dtype(weight))
 
 
 def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The precision of a matrix product with `weight`: autocast's where it is on."""
+    """Returns the dtype of a matrix product with `weight`: autocast's where it is on."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

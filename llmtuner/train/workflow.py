@@ -25,7 +25,7 @@ from llmtuner.model.loading import check_vocab_and_context, default_attention, l
 from llmtuner.model.model_dir import adapter_checksum
 from llmtuner.report.figures import plot_losses
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train.callbacks import GracefulStopSignal
+from llmtuner.train.callbacks import GracefulStopSignal, InitialLossCallback, TrainBeginCallback, is_training_finished
 from llmtuner.train.checkpointing import (
     check_resumable,
     check_resume_settings,
@@ -35,7 +35,7 @@ from llmtuner.train.checkpointing import (
 )
 from llmtuner.train.memory import MEMORY_FRACTION, estimate_step_memory, free_memory
 from llmtuner.train.self_check import SelfCheckCallback
-from llmtuner.train.trainer import InitialLossCallback, PackedTrainer, TrainBeginCallback, is_training_finished
+from llmtuner.train.trainer import PackedTrainer
 
 INITIAL_LOSS_SAMPLES = 8  # per dataset; more would cost time and change little
 BeforeTraining = Callable[[], None] | None

@@ -7,7 +7,7 @@ from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 from llmtuner.model import fused
-from llmtuner.model.attention import VARLEN
+from llmtuner.model.attention import VARLEN, register_varlen
 from llmtuner.model.fused import FusedLoraLinear, FusedRMSNorm, apply_fused_ops
 from tests.training import gradients
 
@@ -25,12 +25,20 @@ def adapted(bias=True, **how):
     return layer
 
 
+def fuse(layer):
+    model = torch.nn.Sequential(layer)
+    apply_fused_ops(model)
+    return model[0]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rslora", [True, False])
 def test_lora_in_one_product_is_lora(bias, rslora):
     plain, own = (adapted(bias, use_rslora=rslora) for _ in range(2))
-    apply_fused_ops(own)
+    weights = dict(own.named_parameters())
+    own = fuse(own)
     assert type(own) is FusedLoraLinear
+    assert all(weights[name] is parameter for name, parameter in own.named_parameters())
     x, along = torch.randn(3, 10, 12), torch.randn(3, 10, 20)
     values = []
     for layer in (plain, own):
@@ -49,7 +57,7 @@ def test_lora_is_pefts_own_where_one_product_is_another_thing_or_slower(monkeypa
     x = torch.randn(30, 12)
 
     def by_product(layer, x=x):
-        apply_fused_ops(layer)
+        layer = fuse(layer)
         asked.clear()
         layer(x)
         return bool(asked)
@@ -80,7 +88,7 @@ def test_fused_norm_is_the_norm():
     torch.nn.init.normal_(plain.weight)
     own = GlmRMSNorm(24, eps=1e-5).requires_grad_(False)
     own.load_state_dict(plain.state_dict())
-    apply_fused_ops(own)
+    own = fuse(own)
     assert type(own) is FusedRMSNorm
     x, along = torch.randn(5, 7, 24) * 3, torch.randn(5, 7, 24)
     (value, (gradient,)), (wanted, (wanted_gradient,)) = (gradients(one, [x], along) for one in (own, plain))
@@ -91,9 +99,7 @@ def test_fused_norm_is_the_norm():
 
 
 def test_a_norm_that_is_trained_stays_the_plain_one():
-    norm = GlmRMSNorm(24)
-    apply_fused_ops(norm)
-    assert type(norm) is GlmRMSNorm
+    assert type(fuse(GlmRMSNorm(24))) is GlmRMSNorm
 
 
 def test_a_whole_model_computes_the_same():
@@ -108,6 +114,7 @@ def test_a_whole_model_computes_the_same():
         pad_token_id=0,
         attention_bias=True,
     )
+    register_varlen()
     results = []
     for attention in ("eager", VARLEN):
         torch.manual_seed(0)

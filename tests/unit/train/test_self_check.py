@@ -15,7 +15,7 @@ from llmtuner.model import fused
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
 from llmtuner.train import self_check
-from llmtuner.train.trainer import run_model
+from llmtuner.train.trainer import forward_packed
 from llmtuner.train.tuner import run_exp
 
 WHOLE_LINE = re.compile(
@@ -37,7 +37,12 @@ FAMILIES = {  # name -> configuration class, its arguments, and the settings wit
     "Falcon": ("FalconConfig", SIZES, PACKED),
     "Bloom": ("BloomConfig", dict(hidden_size=64, n_layer=2, n_head=4), PACKED),
     "Mamba": ("MambaConfig", dict(hidden_size=64, num_hidden_layers=2, state_size=8), PACKED),
-    "OPT": ("OPTConfig", dict(**SIZES, ffn_dim=128, word_embed_proj_dim=32), CHUNKED | PACKED),
+    "OPT": ("OPTConfig", dict(**SIZES, ffn_dim=128, word_embed_proj_dim=32), PACKED),
+    "RecurrentGemma": (
+        "RecurrentGemmaConfig",
+        dict(**SIZES, num_key_value_heads=1, intermediate_size=192, lru_width=64, logits_soft_cap=5.0),
+        CHUNKED | PACKED,
+    ),
     "GPT-NeoX": ("GPTNeoXConfig", GATED, {}),
 }
 HARD = {"std": 0.3}  # weights as large as trained ones: nothing hides behind logits that are nearly 0
@@ -107,7 +112,7 @@ def test_a_padded_sequence_is_computed_as_if_alone(family_run, name):
         ]
         batch = PackedDataCollator(pad_id=0)([{**sequence, "labels": sequence["input_ids"]} for sequence in sequences])
         with torch.no_grad():
-            return run_model(model, "eager", batch).logits[-1, : lengths[-1]]
+            return forward_packed(model, "eager", batch).logits[-1, : lengths[-1]]
 
     torch.testing.assert_close(logits(9, 5), logits(5), atol=1e-5, rtol=1e-5)
 

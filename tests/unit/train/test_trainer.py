@@ -15,7 +15,8 @@ from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train.trainer import EarlyStopping, PackedTrainer
+from llmtuner.train.callbacks import EarlyStopping
+from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
 from tests.training import NO_FIGURES, STAGES, log_of, losses_of
 
@@ -238,13 +239,13 @@ def test_patience_is_the_same_after_a_restart(tiny_run, monkeypatch):
 
 
 def stop_after_two(monkeypatch):
-    watch = PackedTrainer._watch
+    finish = PackedTrainer._finish_step
 
-    def watched(self, *args):
-        watch(self, *args)
+    def finish_and_stop(self):
+        finish(self)
         self.should_stop = self.state.global_step == 1  # the second step is being made
 
-    monkeypatch.setattr(PackedTrainer, "_watch", watched)
+    monkeypatch.setattr(PackedTrainer, "_finish_step", finish_and_stop)
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA+

@@ -219,13 +219,13 @@ def test_tokenized_path_with_another_default_system_is_refused(tiny_run, tmp_pat
 @pytest.mark.parametrize(("stage", "dataset"), [("pt", "documents"), ("sft", "dialogues")])
 def test_without_shuffling_rows_are_trained_in_the_order_of_the_file(tiny_run, monkeypatch, stage, dataset):
     seen = []
-    watch = PackedTrainer._watch
+    compute_loss = PackedTrainer.compute_loss
 
-    def watched(self, loss, inputs, trained):
-        seen.extend(row for documents in inputs["doc_ids"] for row in documents.tolist())
-        watch(self, loss, inputs, trained)
+    def record(self, model, inputs, *args, **kwargs):
+        seen.extend(doc_id for sequence in inputs["doc_ids"] for doc_id in sequence.tolist())
+        return compute_loss(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(PackedTrainer, "_watch", watched)
+    monkeypatch.setattr(PackedTrainer, "compute_loss", record)
     settings = {**tiny_run, **NO_FIGURES, "stage": stage, "dataset": dataset, "eval_strategy": "no", "val_size": 0}
     settings |= {"max_steps": -1, "num_train_epochs": 1}
     run_exp({**settings, "disable_shuffling": True})
