@@ -12,9 +12,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
-from llmtuner import hparams, hparams_compat
+from llmtuner import hparams
+from llmtuner.hparams import llamafactory
+from llmtuner.hparams.setting import find_problem, settings_of
 from llmtuner.report.checks import percent
 from tests.helpers import ROOT
 
@@ -51,7 +54,6 @@ PENDING = (
     "benchmarks.training",
     "--measure",
     "test-fast",
-    "train_new_tokens_only",
     "test_fast_paths",
 )
 PENDING_PAGES = ("benchmarks/README.md", "benchmarks/scaling.md", "docs/memory.md")
@@ -124,12 +126,12 @@ def linked_pages(page: str) -> set[str]:
 # ----------------------------------------------------------------------------------------------------- what there is
 @cache
 def sources() -> str:
-    """All text of the project that is neither a page nor a test."""
+    """All text of the project but pages, tests and the names of earlier versions."""
     kinds = (".py", ".sh", ".json", ".html", ".toml", ".txt", ".yaml", ".jinja", "Makefile", ".gitignore")
     kept = [
         name
         for name in project_files()
-        if name.endswith(kinds) and not name.startswith("tests/") and "/results/" not in name
+        if name.endswith(kinds) and not name.startswith(("tests/", "llmtuner/aliases.py")) and "/results/" not in name
     ]
     return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in kept if (ROOT / name).is_file())
 
@@ -152,19 +154,28 @@ def words() -> frozenset[str]:
 
 @cache
 def settings() -> frozenset[str]:
-    groups = (hparams.ModelArguments, hparams.DataArguments, hparams.FinetuningArguments, TrainingArguments)
-    names = frozenset(field.name for group in groups for field in dataclasses.fields(group))
+    names = our_settings().keys() | {field.name for field in dataclasses.fields(TrainingArguments)}
     return names | {"batch", "warmup_ratio"}  # of `show` and, read as warmup_steps, of transformers before version 5
+
+
+@cache
+def our_settings() -> dict[str, Any]:
+    groups = (hparams.ModelArguments, hparams.DataArguments, hparams.FinetuningArguments)
+    return {name: field for group in groups for name, field in settings_of(group).items()}
+
+
+@cache
+def strings(script: Path) -> frozenset[str]:
+    nodes = ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+    return frozenset(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 @cache
 def flags(script: Path) -> frozenset[str]:
     """The options of a script, and what it takes from the benchmarks' common ones."""
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    common = script.parent / "common.py"
+    found, common = strings(script), script.parent / "common.py"
     if common.is_file() and script != common and "common" in script.read_text(encoding="utf-8"):
-        found |= flags(common)
+        found |= strings(common)
     return frozenset(flag for flag in found if re.fullmatch(r"--[a-z][\w-]*", flag)) | {"--help"}
 
 
@@ -228,9 +239,7 @@ def problem_of_module(module: str, arguments: list[str]) -> str | None:
     if module in ("pip", "venv", "pytest"):
         return None
     if module == "llmtuner":
-        from llmtuner.__main__ import USAGE
-
-        if arguments and not re.search(rf"^  {re.escape(arguments[0])}\b", USAGE, re.M):
+        if arguments and arguments[0] not in strings(ROOT / "llmtuner" / "__main__.py"):
             return f"llmtuner has no command {arguments[0]}"
         return problem_of_options(arguments[1:], frozenset({"--help"}), settings())
     script = ROOT / f"{module.replace('.', '/')}.py"
@@ -289,13 +298,17 @@ def test_settings_exist(page):
     from llmtuner.data.sources import DatasetAttr
 
     known = settings() | {field.name for field in dataclasses.fields(DatasetAttr)} | set(vars(GenerationConfig()))
-    named = {found[1] for span in code_spans(page) if (found := re.fullmatch(r"([a-z][a-z0-9_]*): \S.*", span))}
-    known |= {*hparams_compat.known_names(), *OTHER_NAMES}
-    assert named <= known | set(PENDING)
+    spans = (re.fullmatch(r"([a-z][a-z0-9_]*): (\S.*)", span) for span in code_spans(page))
+    named = {found[1]: found[2] for found in spans if found}
+    known |= {*llamafactory.known_names(), *OTHER_NAMES}
+    assert named.keys() <= known
+    if page != "docs/from-llamafactory.md":  # which also says what is refused
+        given = {name: yaml.safe_load(value) for name, value in named.items() if name in our_settings()}
+        assert not [problem for name, value in given.items() if (problem := find_problem(our_settings()[name], value))]
     if page == "docs/settings.md":
         first = [cell for cell in table_below(page, "setting") for cell in re.findall(r"`(\w+)", cell)]
         assert len(first) > 20
-        assert set(first) <= settings() | set(PENDING)
+        assert set(first) <= settings()
 
 
 @pytest.mark.parametrize("page", PAGES)
