@@ -1,1 +1,1 @@
-"""Models on disk and in memory: loading, growing embeddings, attaching and merging adapters."""
+"""Models in memory: loading, adapters, attention and fused operations; and what a model directory holds."""

@@ -1,1 +1,1 @@
-"""Japanese pieces for a Chinese-English tokenizer: training, merging, and the result as a fast tokenizer."""
+"""New tokens for a sentencepiece tokenizer: training, merging, comparison, and the result as a fast tokenizer."""

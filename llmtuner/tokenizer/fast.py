@@ -1,4 +1,7 @@
-"""ChatGLM3's sentencepiece model as a transformers fast tokenizer: same ids, no remote code, no special tokens from text."""
+"""ChatGLM3's sentencepiece model as a transformers fast tokenizer: same ids, no remote code, no special tokens from text.
+
+transformers and tokenizers are imported inside functions: they take seconds, and a step's first message comes before.
+"""
 
 import os
 import re
@@ -144,7 +147,7 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: if the file is unreadable, has another spec or misplaced special tokens.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
     proto = read_sentencepiece(model_file)
@@ -155,22 +158,7 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
     backend.normalizer = normalizers.Sequence(
         [normalizers.Replace(ESCAPE, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
-    # Decodes as sentencepiece does: the spaces before a text and after a special token are the tokenizer's own and are
-    # removed; </s> is dropped. After ▁ has been replaced by a space, it serves to mark the end of a special token.
-    names = "|".join(map(re.escape, SPECIAL_TOKENS))
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.Replace(Regex(rf"(?<=\A(?:{names}))\Z"), SPACE),
-            decoders.Replace(Regex(rf"\A(?:{BOS}|{EOS})\Z"), ""),
-            decoders.Replace(Regex(rf"\A{UNK}\Z"), f"{SPACE}  ⁇ "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-            decoders.Replace(f"{SPACE} ", ""),
-            decoders.Replace(SPACE, ""),
-        ]
-    )
+    backend.decoder = _sentencepiece_decoder()
     # "sop" occurs in words: single_word keeps "philosophy" intact where text is parsed for special tokens.
     backend.add_special_tokens(
         [
@@ -191,6 +179,29 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _sentencepiece_decoder() -> Any:
+    """Decodes as sentencepiece does: without the spaces that it added before the text and after a special token, and </s>.
+
+    After ▁ has been replaced by a space, it serves to mark the end of a special token.
+    """
+    from tokenizers import Regex, decoders
+
+    names = "|".join(map(re.escape, SPECIAL_TOKENS))
+    return decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.Replace(Regex(rf"(?<=\A(?:{names}))\Z"), SPACE),
+            decoders.Replace(Regex(rf"\A(?:{BOS}|{EOS})\Z"), ""),
+            decoders.Replace(Regex(rf"\A{UNK}\Z"), f"{SPACE}  ⁇ "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+            decoders.Replace(f"{SPACE} ", ""),
+            decoders.Replace(SPACE, ""),
+        ]
     )
 
 

@@ -105,8 +105,7 @@ def resize_token_embeddings(
         _resize_matrix(tensor, new, vocab_size, init_fn) if tensor.name in EMBEDDING_WEIGHTS else tensor
         for tensor in base.tensors
     ]
-    base.config.vocab_size = vocab_size
-    setattr(base.config, APPENDED_ROWS, [new.first_id, new.end])
+    base.config.update({"vocab_size": vocab_size, APPENDED_ROWS: [new.first_id, new.end]})
     return ResizeResult(old_vocab_size, vocab_size, replace(base, tensors=tensors).write(destination))
 
 
