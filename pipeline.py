@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import constants
+from llmtuner.aliases import rename_keys
 from llmtuner.console import UserError, command, display_path, interpreter, is_rank_zero, print0, print_header
 from llmtuner.files import atomic_write_json, check_writable, checksum, checksum_of
 from llmtuner.locks import acquire_lock
@@ -371,4 +372,4 @@ def write_model_card(model_dir: Path, metrics: dict) -> None:
 def load_metrics(name: str) -> dict:
     """Reads what an earlier step measured; empty if it has not finished."""
     path = constants.METRICS_DIR / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return rename_keys(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -126,14 +126,14 @@ def evaluate() -> dict[str, Any]:
     by_model: dict[str, dict[str, Any]] = {}
     with progress_bar(evaluate.num_progress_items(questions, texts, len(MODELS)), "evaluating") as bar:
         for name, directory in MODELS.items():
-            bar.set_description(f"evaluating {name}")
+            bar.set_description_str(f"evaluating {name}")
             model, tokenizer = load_for_evaluation(directory)
             by_model[name], answers[name] = evaluate.evaluate_model(
                 model, tokenizer, questions, texts, PROFILE.context_length, PROFILE.max_new_tokens, bar.update
             )
             by_model[name]["agreement"] = evaluate.agreement_by_language(questions, answers[name], answers["base"])
             if name == "chat":
-                bar.set_description("selecting generation settings")
+                bar.set_description_str("selecting generation settings")
                 generation = evaluate.select_generation_config(
                     model, tokenizer, questions, PROFILE.max_new_tokens, bar.update
                 )

@@ -21,6 +21,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
+from llmtuner.aliases import rename_keys
 from llmtuner.console import UserError, print0
 from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import translate_disk_errors
@@ -107,7 +108,7 @@ def read_log(path: Path) -> Log:
     log = []
     for number, line in enumerate(lines, 1):
         try:
-            log.append(json.loads(line))
+            log.append(rename_keys(json.loads(line)))
         except ValueError as error:
             if line.strip() and number < len(lines):
                 raise UserError(

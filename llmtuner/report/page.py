@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llmtuner.aliases import locate, rename_keys
 from llmtuner.console import UserError
 from llmtuner.eval.language import HAN, KANA, LANGUAGES
 from llmtuner.eval.questions import Question, is_correct
@@ -44,16 +45,16 @@ def write_report(
     Raises:
         UserError: if no step has finished, an input file is damaged, or the page cannot be written.
     """
-    metrics = {path.stem: _read_json(path) for path in sorted((work_dir / "metrics").glob("*.json"))}
+    metrics = {path.stem: rename_keys(_read_json(path)) for path in sorted((work_dir / "metrics").glob("*.json"))}
     if not any(step.name in metrics for step in steps):
         raise UserError(f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first.")
     runs = {step: work_dir / name for step, name in RUNS.items()}
     # A run in progress is shown up to its last log line; its training arguments are written at the end.
-    logs = {step: read_log(log) for step, run in runs.items() if (log := run / "trainer_log.jsonl").is_file()}
+    logs = {step: read_log(log) for step, run in runs.items() if (log := locate(run, "trainer_log.jsonl")).is_file()}
     settings = {
         step: _read_json(file)
         for step, run in runs.items()
-        if step in metrics and (file := run / "training_args.json").is_file()
+        if step in metrics and (file := locate(run, "training_args.json")).is_file()
     }
     page = _page().render(
         checks=run_checks(metrics),

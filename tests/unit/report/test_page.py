@@ -16,6 +16,16 @@ from llmtuner.report.page import write_report
 from tests.helpers import ROOT
 from tests.reports import ANSWERS, ATTACK, LOG, LOOP, METRICS, MODELS, STEPS, changed, put
 
+EARLIER_KEYS = {
+    "total": "asked",
+    "ratio": "share",
+    "target_ratio": "planned_share",
+    "padding_ratio": "padding_share",
+    "unreachable_tokens": "dead_pieces",
+    "repeated_4gram_ratio": "repeated",
+    "finished_ratio": "ended",
+}
+
 
 @pytest.fixture
 def work_dir(tmp_path):
@@ -309,3 +319,23 @@ def test_a_name_that_the_template_does_not_get_is_an_error():
 def test_the_report_needs_no_torch():
     program = "import sys, llmtuner.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_a_run_of_an_earlier_version_gives_the_same_page(work_dir, no_figures):
+    """Its metrics, log and settings have other names."""
+
+    def without_time(text):
+        return re.sub(r"<time.*?</time>", "", text)
+
+    expected = without_time(report(work_dir))
+    for path in (work_dir / "metrics").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r'"accuracy": (?={)', '"exact": ', text).replace('"accuracy"', '"right"')
+        for new, old in EARLIER_KEYS.items():
+            text = text.replace(f'"{new}"', f'"{old}"')
+        path.write_text(text, encoding="utf-8")
+    assert {"exact", "free_answers"} <= json.loads((work_dir / "metrics" / "step7.json").read_text()).keys()
+    for name in page.RUNS.values():
+        (work_dir / name / "trainer_log.jsonl").rename(work_dir / name / "log.jsonl")
+        (work_dir / name / "training_args.json").rename(work_dir / name / "settings.json")
+    assert without_time(report(work_dir)) == expected
