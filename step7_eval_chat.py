@@ -60,8 +60,8 @@ def main() -> None:
             pipeline.require_corpus()
             metrics = evaluate()
             print_results(metrics)
-            before, after = (metrics["accuracy"][name]["ja"] for name in ("base", "chat"))
-            outcome = f"Japanese questions answered correctly: {before:.0%} -> {after:.0%}"
+            before, after = (format_ratio(metrics["accuracy"][name]["ja"]) for name in ("base", "chat"))
+            outcome = f"Japanese questions answered correctly: {before} -> {after}"
             pipeline.finish_step("step7", metrics, outcome)
         else:
             pipeline.check_lineage("step7")
@@ -182,21 +182,23 @@ def print_examples(questions: "list[Question]", answers: dict[str, list[str]]) -
                 print0(f"    {name:<11}{answers[name][index]}")
 
 
-def print_results(metrics: dict[str, Any]) -> None:
-    """Prints the before/after table, language confusion and the generation settings that were tried."""
+def format_ratio(ratio: float | None) -> str:
+    """0.9649 -> 96.5%, None (not measured) -> "-"."""
     from llmtuner.report.checks import percent
 
-    def ratio(value: float | None) -> str:
-        return "-" if value is None else percent(value)
+    return "-" if ratio is None else percent(ratio)
 
+
+def print_results(metrics: dict[str, Any]) -> None:
+    """Prints the before/after table, language confusion and the generation settings that were tried."""
     print_header("before and after")
     groups = list(metrics["accuracy"]["base"])
     rows = [
         [
             name,
-            *(ratio(metrics["accuracy"][name][group]) for group in groups),
+            *(format_ratio(metrics["accuracy"][name][group]) for group in groups),
             *(f"{metrics['bits_per_byte'][name][language]:.3f}" for language in LANGUAGES),
-            ratio(metrics["repetition"][name]["ja"]),
+            format_ratio(metrics["repetition"][name]["ja"]),
         ]
         for name in MODELS
     ]
@@ -209,7 +211,8 @@ def print_results(metrics: dict[str, Any]) -> None:
         print_header("answers in the language of the question")
         groups = list(confusion["base"])
         rows = [
-            [name, *(ratio(confusion[name][group][rate]) for rate in PASS_RATES for group in groups)] for name in MODELS
+            [name, *(format_ratio(confusion[name][group][rate]) for rate in PASS_RATES for group in groups)]
+            for name in MODELS
         ]
         columns = [group.replace("_", " ") for group in groups]
         print0(format_table(["share of answers in", *columns, "of lines in " + columns[0], *columns[1:]], rows))
@@ -219,10 +222,10 @@ def print_results(metrics: dict[str, Any]) -> None:
     rows = [
         [
             name,
-            ratio(candidate["repeated_4gram_ratio"]),
+            format_ratio(candidate["repeated_4gram_ratio"]),
             f"{candidate['longest_loop']} characters",
-            ratio(candidate["finished_ratio"]),
-            ratio(candidate["accuracy"]),
+            format_ratio(candidate["finished_ratio"]),
+            format_ratio(candidate["accuracy"]),
             f"{candidate['tokens_per_second']:,.0f}",
         ]
         for name, candidate in metrics["generation"]["candidates"].items()
