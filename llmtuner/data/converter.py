@@ -51,9 +51,9 @@ def convert_row(row: Row, dataset_attr: DatasetAttr, stage: str, default_system:
         InvalidRow: if the row holds no document (`pt`) or dialogue (`sft`).
     """
     if stage == "pt":
-        name = _require_column(dataset_attr, "prompt", row.values)
-        text, encoded = _text(row.values[name], f"column {name!r}")
-        row.content = encoded if text.strip() else b""
+        value, what = _require_column(dataset_attr, "prompt", row.values)
+        encoded = _encode_utf8(value, what)
+        row.content = encoded if value.strip() else b""
         row.num_bytes = len(row.content)
     else:
         row.content = to_messages(dataset_attr, row.values, default_system)
@@ -90,9 +90,12 @@ def _alpaca(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
     if query.strip() and not _optional_text(dataset_attr, "prompt", values).strip():
         question = query
     else:
-        question = _required_text(dataset_attr, "prompt", values)
+        question = _nonempty_text(*_require_column(dataset_attr, "prompt", values))
         question = f"{question}\n{query}" if query else question
-    turns = [*_history(dataset_attr, values), (question, _required_text(dataset_attr, "response", values))]
+    turns = [
+        *_history(dataset_attr, values),
+        (question, _nonempty_text(*_require_column(dataset_attr, "response", values))),
+    ]
     return [
         {"role": role, "content": content}
         for turn in turns
@@ -101,26 +104,21 @@ def _alpaca(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
 
 
 def _history(dataset_attr: DatasetAttr, values: Values) -> list[tuple[str, str]]:
-    name = _find_column(dataset_attr, "history", values)
-    pairs = values[name] if name else None
+    pairs, what = _find_column(dataset_attr, "history", values)
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise InvalidRow(f"column {name!r} is not a list of pairs [question, answer]")
+        raise InvalidRow(f"{what} is not a list of pairs [question, answer]")
     return [
-        (
-            _nonempty_text(question, f"question {number} of column {name!r}"),
-            _nonempty_text(answer, f"answer {number} of column {name!r}"),
-        )
-        for number, (question, answer) in enumerate(pairs, start=1)
+        (_nonempty_text(question, f"question {n} of {what}"), _nonempty_text(answer, f"answer {n} of {what}"))
+        for n, (question, answer) in enumerate(pairs, start=1)
     ]
 
 
 def _sharegpt(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
-    name = _require_column(dataset_attr, "messages", values)
-    listed = values[name]
+    listed, what = _require_column(dataset_attr, "messages", values)
     if not isinstance(listed, list):
-        raise InvalidRow(f"column {name!r} holds {_type_name(listed)}, not a list of messages")
+        raise InvalidRow(f"{what} holds {_type_name(listed)}, not a list of messages")
     if not listed:
         raise InvalidRow("holds no message")
     tags = {**DEFAULT_TAGS, **dataset_attr.tags}
@@ -154,11 +152,10 @@ def _sharegpt(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
 
 def _tools(dataset_attr: DatasetAttr, values: Values) -> str:
     """The tools of a row, as ChatGLM3 lists them; empty if there are none."""
-    name = _find_column(dataset_attr, "tools", values)
-    if not name or _is_blank(values[name]):
+    value, what = _find_column(dataset_attr, "tools", values)
+    if _is_blank(value):
         return ""
-    what = f"column {name!r}"
-    tools = _parse_json(values[name], what)
+    tools = _parse_json(value, what)
     if not isinstance(tools, list):
         raise InvalidRow(f"{what} is not a list of tools")
     # OpenAI wraps each description: {"type": "function", "function": {...}}
@@ -166,7 +163,7 @@ def _tools(dataset_attr: DatasetAttr, values: Values) -> str:
     for number, tool in enumerate(tools, start=1):
         if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
             raise InvalidRow(f"tool {number} of {what} is not an object with a name")
-    return _text(json.dumps(tools, ensure_ascii=False, indent=4), what)[0] if tools else ""
+    return _text(json.dumps(tools, ensure_ascii=False, indent=4), what) if tools else ""
 
 
 def _tool_call(value: Any, what: str) -> tuple[str, str]:
@@ -198,44 +195,42 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _find_column(dataset_attr: DatasetAttr, role: str, values: Values) -> str | None:
+def _find_column(dataset_attr: DatasetAttr, role: str, values: Values) -> tuple[Any, str]:
+    """The value of a column and what to call it in messages; None if there is no such column."""
     for name in dataset_attr.column_names[role]:
         if name in values:
-            return name
-    return None
+            return values[name], f"column {name!r}"
+    return None, ""
 
 
-def _require_column(dataset_attr: DatasetAttr, role: str, values: Values) -> str:
-    name = _find_column(dataset_attr, role, values)
-    if name is None:
+def _require_column(dataset_attr: DatasetAttr, role: str, values: Values) -> tuple[Any, str]:
+    value, what = _find_column(dataset_attr, role, values)
+    if not what:
         raise InvalidRow(f"has no column {' or '.join(map(repr, dataset_attr.column_names[role]))}")
-    return name
-
-
-def _required_text(dataset_attr: DatasetAttr, role: str, values: Values) -> str:
-    name = _require_column(dataset_attr, role, values)
-    return _nonempty_text(values[name], f"column {name!r}")
+    return value, what
 
 
 def _optional_text(dataset_attr: DatasetAttr, role: str, values: Values) -> str:
-    name = _find_column(dataset_attr, role, values)
-    return _text(values[name], f"column {name!r}")[0] if name and values[name] is not None else ""
+    value, what = _find_column(dataset_attr, role, values)
+    return "" if value is None else _text(value, what)
 
 
 def _nonempty_text(value: Any, what: str) -> str:
-    """Text that is not blank."""
-    text, _ = _text(value, what)
-    if not text.strip():
+    if not _text(value, what).strip():
         raise InvalidRow(f"{what} is empty")
-    return text
+    return value
 
 
-def _text(value: Any, what: str) -> tuple[str, bytes]:
-    """A text and its UTF-8 encoding, which lone surrogates in JSON do not have."""
+def _text(value: Any, what: str) -> str:
+    _encode_utf8(value, what)
+    return value
+
+
+def _encode_utf8(value: Any, what: str) -> bytes:
     if not isinstance(value, str):
         raise InvalidRow(f"{what} holds {_type_name(value)}, not text")
     try:
-        return value, value.encode()
+        return value.encode()
     except UnicodeEncodeError:
         raise InvalidRow(f"{what} holds half a character (a lone surrogate)") from None
 

@@ -63,7 +63,7 @@ def get_dataset(stage: str, data_args: "DataArguments", seed: int, tokenizer: An
     per_dataset = {}
     if stage == "sft":
         for name, doc_ids in zip(data_args.dataset, train_ids, strict=True):
-            per_dataset[name] = pack(doc_ids, f"data set {name}")
+            per_dataset[name] = pack(doc_ids, f"dataset {name}")
     train = pack(sample_order(dataset, train_ids, data_args, seed), "training data")
     return DatasetModule(train, pack(numpy.concatenate(eval_ids), "held-out data"), per_dataset)
 
@@ -92,7 +92,7 @@ def load_tokenized_datasets(
         train, held_out = tokenized.split(data_args.val_size)
         if not len(train):
             raise UserError(
-                f"data set {tokenized.name}: val_size {data_args.val_size} leaves none of its {len(tokenized):,} rows to "
+                f"dataset {tokenized.name}: val_size {data_args.val_size} leaves none of its {len(tokenized):,} rows to "
                 "train on. Make it smaller."
             )
         train_ids.append(train + offset)
@@ -116,8 +116,8 @@ def _remove_eval_overlap(
         kept = doc_ids[~numpy.isin(hashes[doc_ids], held_out)]
         if not len(kept):
             raise UserError(
-                f"data set {dataset.datasets[number].name}: all {len(doc_ids):,} rows that are left to train on are also "
-                "held out of another data set (by val_size, or as eval_dataset). Leave it out, or hold out less."
+                f"dataset {dataset.datasets[number].name}: all {len(doc_ids):,} rows that are left to train on are also "
+                "held out of another dataset (by val_size, or as eval_dataset). Leave it out, or hold out less."
             )
         dataset.held_out_elsewhere[number] = len(doc_ids) - len(kept)
         train_ids[number] = kept
@@ -165,7 +165,7 @@ def format_mixture(stats: dict[str, dict[str, Any]], data_args: "DataArguments")
     columns = {"kept": "rows", "invalid": "invalid", "duplicates": "duplicates", "tokens": "tokens"}
     columns["sampled_tokens"] = "in this run"
     excluded = sum(counts["held_out_elsewhere"] for counts in stats.values())
-    header = ["data set", *columns.values(), "ratio"]
+    header = ["dataset", *columns.values(), "ratio"]
     header += [f"target, by {data_args.interleave_unit}"] if data_args.interleave_probs else []
     header += ["held out elsewhere"] if excluded else []
     lines = []
@@ -175,5 +175,5 @@ def format_mixture(stats: dict[str, dict[str, Any]], data_args: "DataArguments")
         lines.append(line + ([f"{counts['held_out_elsewhere']:,}"] if excluded else []))
     table = format_table(header, lines)
     if excluded:
-        table += f"\n{excluded:,} rows are not trained on: the same text is held out of another data set"
+        table += f"\n{excluded:,} rows are not trained on: the same text is held out of another dataset"
     return table

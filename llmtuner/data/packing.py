@@ -20,18 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from llmtuner.data.template import IGNORE_INDEX, Template
 from llmtuner.data.token_store import TokenizedDataset
 
-
-class PackedSequence(TypedDict):
-    """One sequence, before it is collated."""
-
-    input_ids: numpy.ndarray
-    """int64 [tokens]."""
-    labels: numpy.ndarray
-    """int64 [tokens], aligned with `input_ids`."""
-    position_ids: numpy.ndarray
-    """int64 [tokens]."""
-    doc_ids: numpy.ndarray
-    """int64 [documents in the sequence]: their indices in the ConcatTokenDataset."""
+PackedSequence = dict[str, numpy.ndarray]  # int64: input_ids, labels, position_ids [tokens]; doc_ids [documents]
 
 
 class PackedBatch(TypedDict):
@@ -53,7 +42,7 @@ class PackedBatch(TypedDict):
     seq_lens: list[list[int]]
     """Of each sequence, the lengths of its attention blocks, padding included."""
     doc_ids: list[numpy.ndarray]
-    """Of each sequence, its documents."""
+    """Of each sequence, its documents, by their index in the ConcatTokenDataset."""
     num_padding: int
     """Tokens of padding in the batch."""
 
@@ -350,8 +339,7 @@ class PadToMultiple(TorchDataset):
         sequence_id = range(self.size)[sequence_id]  # an IndexError ends a loop over a dataset without an iterator
         if sequence_id < len(self.dataset):
             return self.dataset[sequence_id]
-        empty = numpy.zeros(0, dtype=numpy.int64)
-        return {"input_ids": empty, "labels": empty, "position_ids": empty, "doc_ids": empty}
+        return dict.fromkeys(("input_ids", "labels", "position_ids", "doc_ids"), numpy.zeros(0, dtype=numpy.int64))
 
 
 class PackedDataCollator:

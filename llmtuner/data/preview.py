@@ -40,6 +40,7 @@ def preview_batch(args: dict[str, Any] | str | Path | list[str] | None = None) -
     """
     settings = read_args(args)
     number = settings.pop("batch", 0)
+    settings.pop("deepspeed", None)  # a batch depends on none of it, and its file need not exist here
     train_args = get_train_args(settings)
     tokenizer = load_tokenizer(train_args.model.model_name_or_path)
     train = get_dataset(train_args.finetuning.stage, train_args.data, train_args.training.seed, tokenizer).train

@@ -64,7 +64,7 @@ def read_rows(dataset_attr: DatasetAttr) -> Iterator[Row]:
             raise UserError(f"cannot read {location}: {error.strerror or error}.") from error
     if row is None:
         raise UserError(
-            f"data set {dataset_attr.name}: {dataset_attr.describe_locations()} is empty. Put text into it, or leave it out "
+            f"dataset {dataset_attr.name}: {dataset_attr.describe_locations()} is empty. Put text into it, or leave it out "
             "of the mix."
         )
 
@@ -80,12 +80,12 @@ def read_texts(dataset_attr: DatasetAttr) -> Iterator[str]:
     errors: list[str] = []
     number = 0
     if note := dataset_attr.describe_sample_by():
-        print_once(f"data set {dataset_attr.name}: {note}")
+        print_once(f"dataset {dataset_attr.name}: {note}")
 
     def check_errors() -> None:
         if len(errors) > MAX_UNREADABLE_RATIO * number:
             raise UserError(
-                f"data set {dataset_attr.name}: {len(errors):,} of {number:,} rows cannot be read, more than "
+                f"dataset {dataset_attr.name}: {len(errors):,} of {number:,} rows cannot be read, more than "
                 f"{MAX_UNREADABLE_RATIO:.0%}:\n  " + "\n  ".join(errors[:3])
             )
 
@@ -103,16 +103,16 @@ def read_texts(dataset_attr: DatasetAttr) -> Iterator[str]:
         if text is None:
             continue
         if not isinstance(text, str):
-            raise UserError(f"data set {dataset_attr.name}: {location} holds no text in {column!r}.")
+            raise UserError(f"dataset {dataset_attr.name}: {location} holds no text in {column!r}.")
         if _encoding_error(text):
             error = f"{location} holds half a character (a lone surrogate) in {column!r}"
-            raise UserError(f"data set {dataset_attr.name}: {error}.")
+            raise UserError(f"dataset {dataset_attr.name}: {error}.")
         if text.strip():
             yield text
     check_errors()
     if errors:
         print_once(
-            f"data set {dataset_attr.name}: {len(errors):,} of {number:,} rows cannot be read, first: {errors[0]}"
+            f"dataset {dataset_attr.name}: {len(errors):,} of {number:,} rows cannot be read, first: {errors[0]}"
         )
 
 
@@ -338,6 +338,6 @@ def _read_hub(dataset_attr: DatasetAttr) -> Iterator[Row]:
         missing = f"there is no file {searched}, and " if searched else ""
         local = ", or put a file of that name into corpus_dir (in the steps: CORPUS_DIR)" if searched else ""
         raise UserError(
-            f"data set {dataset_attr.name}: {missing}the hub data set {url} cannot be loaded "
+            f"dataset {dataset_attr.name}: {missing}the hub dataset {url} cannot be loaded "
             f"({type(error).__name__}: {error}). Check its name, the network and HF_HUB_OFFLINE{local}."
         ) from error

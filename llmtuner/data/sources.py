@@ -87,18 +87,18 @@ class DatasetAttr:
                 return name
         if not names:
             raise UserError(
-                f"data set {self.name}: `columns` in dataset_info.json names no column for {role!r}; "
+                f"dataset {self.name}: `columns` in dataset_info.json names no column for {role!r}; "
                 f"{self.describe_locations()} has {', '.join(map(repr, available))}."
             )
         raise UserError(
-            f"data set {self.name}: {self.describe_locations()} has no column {' or '.join(map(repr, names))}; "
+            f"dataset {self.name}: {self.describe_locations()} has no column {' or '.join(map(repr, names))}; "
             f"it has {', '.join(map(repr, available))}. Rename it, or name it under `columns` in dataset_info.json."
         )
 
     @property
     def locations(self) -> tuple[str, ...]:
         """What `Row.file` refers to."""
-        return self.files or (f"hub data set {self.hf_hub_url}",)
+        return self.files or (f"hub dataset {self.hf_hub_url}",)
 
     def describe_locations(self) -> str:
         return ", ".join(self.locations)
@@ -141,26 +141,26 @@ def get_dataset_attr(name: str, dataset_info: Path, corpus_dir: Path) -> Dataset
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=1)
         hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(entries)}."
-        raise UserError(f"data set {name!r} is not described in {dataset_info}.{hint}")
+        raise UserError(f"dataset {name!r} is not described in {dataset_info}.{hint}")
     entry = _validate_entry(entries[name], f"{dataset_info}: entry {name!r}")
     pattern = entry.pop("file_name", None)
     files, skipped = _local_files(corpus_dir, pattern) if pattern else ((), "")
     search_path, setting = f"{corpus_dir}/{pattern}", "corpus_dir (in the steps: CORPUS_DIR)"
     if not files and not entry.get("hf_hub_url"):
         raise UserError(
-            f"data set {name}: no file {search_path} (of type {SUPPORTED_FILES}).{skipped} "
+            f"dataset {name}: no file {search_path} (of type {SUPPORTED_FILES}).{skipped} "
             f"Put it there, or change {setting} or {dataset_info}."
         )
     if not files and pattern and not _contains_any_dataset(corpus_dir, entries, dataset_info):
         raise UserError(
-            f"data set {name}: no file {search_path}, nor one of any other data set in {dataset_info}.{skipped} Put files "
-            f"there, or set {setting} to another directory. The hub is read if no directory is set, and for data sets that "
+            f"dataset {name}: no file {search_path}, nor one of any other dataset in {dataset_info}.{skipped} Put files "
+            f"there, or set {setting} to another directory. The hub is read if no directory is set, and for datasets that "
             "are missing beside others."
         )
     if skipped:
-        print_once(f"data set {name}: {search_path}:{skipped} Supported types: {SUPPORTED_FILES}.")
+        print_once(f"dataset {name}: {search_path}:{skipped} Supported types: {SUPPORTED_FILES}.")
     if pattern and not files:
-        print_once(f"data set {name}: no file {search_path}; reading {entry['hf_hub_url']} from the hub")
+        print_once(f"dataset {name}: no file {search_path}; reading {entry['hf_hub_url']} from the hub")
     return DatasetAttr(name=name, files=files, search_path=search_path if pattern else "", **entry)
 
 
@@ -185,10 +185,10 @@ def _read_dataset_info(path: Path) -> dict[str, Any]:
         if str(path).startswith("REMOTE:"):
             raise UserError(
                 f"dataset_dir {path.parent}: a dataset_info.json on the hub is not read. Download it and set dataset_dir "
-                "to its directory, or set dataset to REMOTE:ORG/NAME for a single data set of the hub."
+                "to its directory, or set dataset to REMOTE:ORG/NAME for a single dataset of the hub."
             ) from error
         raise UserError(
-            f"{path} does not exist. It describes the data sets; set dataset_dir to its directory."
+            f"{path} does not exist. It describes the datasets; set dataset_dir to its directory."
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error

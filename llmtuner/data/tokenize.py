@@ -134,7 +134,7 @@ def _is_cached(name: str, directory: Path, overwrite: bool) -> bool:
     except OSError:  # it may disappear at any time, while another process tokenizes again
         if not overwrite and (directory / "examples.arrow").exists():
             raise UserError(
-                f"data set {name}: {directory} was made by an earlier version, whose format is no longer read. Set "
+                f"dataset {name}: {directory} was made by an earlier version, whose format is no longer read. Set "
                 "overwrite_cache: true to tokenize it again, or name another tokenized_path."
             ) from None
         return False
@@ -147,7 +147,7 @@ def _open_cached(name: str, directory: Path, settings: dict[str, Any]) -> tuple[
         metadata = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
         store = TokenStore(directory)
     except (OSError, ValueError) as error:
-        raise UserError(f"data set {name}: {directory} is damaged ({error}). Delete it and start again.") from error
+        raise UserError(f"dataset {name}: {directory} is damaged ({error}). Delete it and start again.") from error
     changed = [
         f"{key} was {metadata['settings'].get(key)}, now {settings.get(key)}"
         for key in settings | metadata["settings"]
@@ -155,7 +155,7 @@ def _open_cached(name: str, directory: Path, settings: dict[str, Any]) -> tuple[
     ]
     if changed:
         raise UserError(
-            f"data set {name}: {directory} was made with other settings ({'; '.join(changed)}). Set overwrite_cache: true "
+            f"dataset {name}: {directory} was made with other settings ({'; '.join(changed)}). Set overwrite_cache: true "
             "to tokenize it again, or name another tokenized_path."
         )
     dataset = TokenizedDataset(name, store, tuple(metadata["locations"]), metadata["counts"], directory)
@@ -176,7 +176,7 @@ def _check_invalid_ratio(dataset: TokenizedDataset, max_invalid_ratio: float) ->
     reasons = [f"{entry['file']}, line {entry['line']}: {entry['reason']}" for entry in entries]
     if ratio > max_invalid_ratio:
         raise UserError(
-            f"data set {dataset.name}: {num_invalid:,} of {num_rows:,} rows ({ratio:.2%}) are invalid, more than "
+            f"dataset {dataset.name}: {num_invalid:,} of {num_rows:,} rows ({ratio:.2%}) are invalid, more than "
             f"max_invalid_ratio ({max_invalid_ratio:.2%}) allows:\n  "
             + "\n  ".join(reasons)
             + "\nCorrect them, or raise "
@@ -184,7 +184,7 @@ def _check_invalid_ratio(dataset: TokenizedDataset, max_invalid_ratio: float) ->
         )
     if not counts["kept"]:
         raise UserError(
-            f"data set {dataset.name}: no row is left of {counts['read']:,}: {counts['filtered']:,} excluded by row_filter, "
+            f"dataset {dataset.name}: no row is left of {counts['read']:,}: {counts['filtered']:,} excluded by row_filter, "
             f"{num_invalid:,} invalid, {counts['empty']:,} empty. Put text into it, or leave it out of the mix."
         )
     return [f"{num_rows:,} rows, {num_invalid:,} of them invalid ({ratio:.2%}), first: {reasons[0]}"] if entries else []

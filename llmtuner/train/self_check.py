@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from llmtuner.console import UserError, print0
+from llmtuner.data.packing import PackedSequence
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.train.trainer import PackedTrainer, forward_packed
 
@@ -115,7 +116,7 @@ def _matmul_dtype(trainer: PackedTrainer) -> torch.dtype:
 
 def _batch(trainer: PackedTrainer, a: numpy.ndarray, b: numpy.ndarray, packed: bool) -> dict[str, Any]:
     """Makes a batch of two documents: one sequence of both, or one of each."""
-    sequences: list[Any] = [
+    sequences: list[PackedSequence] = [
         {
             "input_ids": ids,
             "labels": numpy.where(numpy.arange(len(ids)) > 0, ids, IGNORE_INDEX),

@@ -1,4 +1,4 @@
-"""A tokenizer and a directory of small data sets."""
+"""A tokenizer and a directory of small datasets."""
 
 import pytest
 

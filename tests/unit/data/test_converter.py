@@ -1,4 +1,4 @@
-"""Rows of alpaca and sharegpt data sets become messages; invalid rows say why."""
+"""Rows of alpaca and sharegpt datasets become messages; invalid rows say why."""
 
 import json
 

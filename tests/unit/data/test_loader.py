@@ -30,7 +30,7 @@ def overlapping(corpus):
 
 
 def loaded(corpus, tokenizer, stage, **changed):
-    """The token_dataset of a run, its rows, and as sets of hashes what is trained through each data set and what is held out."""
+    """The token_dataset of a run, its rows, and as sets of hashes what is trained through each dataset and what is held out."""
     data_args = DataArguments(dataset_dir=str(corpus), cache_dir=str(corpus / "cache"), **changed)
     token_dataset, trained, held_out = load_tokenized_datasets(data_args, stage, tokenizer)
     hashes = numpy.concatenate([one.store.column("hash") for one in token_dataset.datasets])
@@ -57,7 +57,7 @@ def test_a_held_out_text_is_trained_through_no_data_set(overlapping, tokenizer, 
             only = own.split(changed.get("val_size", 0))[0]
             assert token_dataset.held_out_elsewhere[place] == len(only) - len(rows)
         assert any(token_dataset.held_out_elsewhere)
-    with pytest.raises(UserError, match=f"data set {kind}: all .* rows that are left to train on are also held out"):
+    with pytest.raises(UserError, match=f"dataset {kind}: all .* rows that are left to train on are also held out"):
         loaded(overlapping, tokenizer, stage, dataset=[kind], eval_dataset=[f"more_{kind}", f"same_{kind}"])
 
 
@@ -105,7 +105,7 @@ def test_mask_history_drops_whole_turns_from_the_front(corpus, tokenizer, long_t
 
 
 def test_dialogues_that_are_all_dropped_are_refused(corpus, tokenizer, long_talk):
-    message = "data set talks: all 1 dialogues are dropped.*first 9 tokens.*Raise cutoff_len, or set mask_history: true"
+    message = "dataset talks: all 1 dialogues are dropped.*first 9 tokens.*Raise cutoff_len, or set mask_history: true"
     with pytest.raises(UserError, match=message):
         packed(corpus, tokenizer, cutoff_len=9)
     assert len(packed(corpus, tokenizer, cutoff_len=9, mask_history=True)) == 1

@@ -261,9 +261,9 @@ def test_batch_that_is_not_there(settings, call, number):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ((), "usage"),
-        (("shew", "run.yaml"), "usage"),
-        (("convert", "one"), "usage"),
+        ((), "the following arguments are required: COMMAND"),
+        (("shew", "run.yaml"), "invalid choice: 'shew' (choose from "),
+        (("convert", "one"), "the following arguments are required: OUT_DIR"),
         (("show",), "no settings are given"),
         (("train",), "no settings are given"),
         (("export",), "no settings are given"),
@@ -275,8 +275,6 @@ def test_bad_words_are_one_message(call, words, part):
     code, out, err = call(*words)
     assert (code, out, err.count("error:")) == (2, "", 1)
     assert part in err
-    if part == "usage":
-        assert all(f"\n  {name} " in err for name in ("train", "show", "export", "convert"))
 
 
 @pytest.mark.parametrize(("command", "door"), [("train", "run_exp"), ("export", "export_model")])

@@ -1,4 +1,4 @@
-"""Tokenized data sets: the cache, validation splits, row filters, invalid rows and data sets of the hub."""
+"""Tokenized datasets: the cache, validation splits, row filters, invalid rows and datasets of the hub."""
 
 import gc
 import hashlib
@@ -454,7 +454,7 @@ def test_hub_data_sets_are_streamed(tmp_path, tokenizer):
     given = settings(tmp_path)
     documents = load_tokenized_dataset("texts", "pt", tokenizer, given)
     assert len(documents) == 5
-    assert documents.source_of(4) == f"hub data set {texts}, line 5"
+    assert documents.source_of(4) == f"hub dataset {texts}, line 5"
     assert list(read_texts(get_dataset_attr("texts", tmp_path / "dataset_info.json", tmp_path)))[4] == "第4条河"
     sizes = {name: len(load_tokenized_dataset(name, "sft", tokenizer, given)) for name in ("asked", "talks", "test")}
     assert sizes == {"asked": 5, "talks": 2, "test": 1}

@@ -78,8 +78,8 @@ def test_rows_whose_text_another_data_set_holds_out_are_counted(tiny_run, tmp_pa
     assert [metrics["data"][name]["held_out_elsewhere"] for name in ("documents", "copy")] == [25, 25]
     said = capsys.readouterr().out
     assert "held out elsewhere" in said
-    assert "50 rows are not trained on: the same text is held out of another data set" in said
-    with pytest.raises(UserError, match=r"data set documents: all 60 rows.* are also held out"):
+    assert "50 rows are not trained on: the same text is held out of another dataset" in said
+    with pytest.raises(UserError, match=r"dataset documents: all 60 rows.* are also held out"):
         run_exp({**run, "eval_dataset": "copy", "output_dir": str(tmp_path / "none")})
     run_exp({**tiny_run, "output_dir": str(tmp_path / "share"), "max_steps": 1, "plot_loss": False})
     assert "held out" not in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_run_of_which_every_dialogue_is_dropped_is_refused(tiny_run, tmp_path, m
         ),
         encoding="utf-8",
     )
-    with pytest.raises(UserError, match=r"data set dialogues: all .* dialogues are dropped"):
+    with pytest.raises(UserError, match=r"dataset dialogues: all .* dialogues are dropped"):
         run_exp({**tiny_run, "stage": "sft", "dataset": "dialogues", "cutoff_len": 40})
 
 
