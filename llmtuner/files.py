@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, disk errors that say what to do, and checksums of what was read."""
+"""Files: atomic writing, disk errors that say what to do, and checksums."""
 
 import fnmatch
 import json
@@ -22,7 +22,7 @@ NOT_MODEL_FILES = ("generation_config.json", "trainer_state.json", MARKER)
 
 
 def check_writable(directory: Path, setting: str = "WORK_DIR") -> None:
-    """Makes sure that results can be written into `directory`, before any work is done for them.
+    """Checks that results can be written into `directory`, before any work is done for them.
 
     Raises:
         UserError: if it cannot be made or written to.
@@ -40,10 +40,10 @@ def check_writable(directory: Path, setting: str = "WORK_DIR") -> None:
 
 @contextmanager
 def translate_disk_errors(destination: Path) -> Iterator[None]:
-    """Names `destination` and what to do when the disk fills up, or may not be written to, while it is written.
+    """Turns a full disk or missing permissions while writing `destination` into an error that says what to do.
 
     Raises:
-        UserError: for these; everything else passes through.
+        UserError: for these; all other errors pass through.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def translate_disk_errors(destination: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error)
         if _is_full_disk(error, destination):
             raise UserError(
-                f"the disk filled up while writing {destination} ({reason}). Nothing of it is kept: make room "
+                f"the disk filled up while writing {destination} ({reason}). Nothing of it is kept: free some space "
                 "or write to another disk, and start again."
             ) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
@@ -62,21 +62,23 @@ def translate_disk_errors(destination: Path) -> Iterator[None]:
 
 
 def _is_full_disk(error: Exception, destination: Path) -> bool:
-    """Whether a write failed for want of room, also where a library hides the number of the error."""
+    """Whether a write failed for lack of space, also where a library hides the error number."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in DISK_FULL
     if any(os.strerror(number) in str(error) for number in DISK_FULL):  # safetensors quotes the system
         return True
-    room = next(place for place in (destination, *destination.absolute().parents) if place.exists())
+    directory = next(path for path in (destination, *destination.absolute().parents) if path.exists())
     # torch.save says only that it failed.
-    return isinstance(error, RuntimeError) and "writ" in str(error) and shutil.disk_usage(room).free < MIN_FREE_BYTES
+    return (
+        isinstance(error, RuntimeError) and "writ" in str(error) and shutil.disk_usage(directory).free < MIN_FREE_BYTES
+    )
 
 
 def atomic_write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Writes a text file, in UTF-8, that appears whole or not at all.
+    """Writes a UTF-8 text file that appears complete or not at all.
 
     Args:
-        errors: what becomes of half a surrogate pair, which has no UTF-8; Python's names.
+        errors: how to encode a lone surrogate, which has no UTF-8; Python's error handlers.
 
     Raises:
         UserError: if the disk fills up, or may not be written to.
@@ -94,12 +96,12 @@ def atomic_write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 
 def atomic_write_json(path: Path, content: Any) -> None:
-    """Writes JSON that appears whole or not at all; errors as of `write_text`."""
+    """Writes a JSON file that appears complete or not at all; raises as `atomic_write_text`."""
     atomic_write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def fsync_directory(directory: Path) -> None:
-    """Has the system write every file of a directory to the disk, so that not even a power cut leaves half of one."""
+    """Flushes every file of a directory to the disk, so that not even a power cut leaves half of one."""
     for folder, _, files in os.walk(directory):
         for name in files:
             fsync(Path(folder, name))
@@ -115,10 +117,10 @@ def fsync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """Sixteen hexadecimal digits that change when a file, or what matters of a model directory, changes; "" if missing.
+    """Sixteen hexadecimal digits that change when a file, or the model in a directory, changes; "" if missing.
 
-    Names and sizes count, and the contents: of a file over 16 MiB sixteen pieces spread over it, which no retrained model
-    leaves as they were. Where a file lies, and its date, do not count.
+    Covers names, sizes and contents; of a file over 16 MiB, sixteen blocks spread over it, all of which change with
+    training. Location and date do not count.
 
     Raises:
         UserError: if it cannot be read.
@@ -141,7 +143,7 @@ def checksum(path: Path) -> str:
 
 
 def checksum_of(parts: Iterable[Any]) -> str:
-    """A checksum over several values that JSON can hold."""
+    """Returns a checksum of several JSON-serializable values."""
     text = json.dumps(list(parts), ensure_ascii=False, sort_keys=True).encode()
     return f"{zlib.crc32(text):08x}{zlib.crc32(text, 1) ^ len(text):08x}"
 

@@ -1,4 +1,4 @@
-"""Locks between processes: one run at a time writes a directory; a process that dies releases what it held."""
+"""Locks between processes: one run at a time writes a directory; a process that dies releases its locks."""
 
 import atexit
 import errno
@@ -12,13 +12,13 @@ from pathlib import Path
 from llmtuner.console import UserError
 from llmtuner.files import translate_disk_errors
 
-LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has none: a run goes without
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # by a file system; a run then goes without
 _held: dict[Path, list[int]] = {}  # lock file -> descriptor, and how many times this process holds it
 
 
 @contextmanager
 def file_lock(lock_file: Path, what: str) -> Iterator[None]:
-    """Holds a lock that only one process can hold at a time; one that died holds none.
+    """Holds a lock that only one process can hold at a time; a dead process holds none.
 
     Args:
         what: what the lock protects, for the message.
@@ -75,7 +75,7 @@ def _release_all_locks() -> None:
 
 
 def release_lock(lock_file: Path) -> None:
-    """Gives a lock back."""
+    """Releases a lock that `acquire_lock` took."""
     lock_file = lock_file.resolve()
     held = _held[lock_file]
     held[1] -= 1

@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all, never replace what this project did not make, and say what they came from."""
+"""Output directories: they appear complete or not at all, replace only what this project made, and record their inputs."""
 
 import fnmatch
 import json
@@ -16,15 +16,15 @@ from llmtuner.console import UserError, print0
 from llmtuner.files import MARKER, atomic_write_json, fsync, fsync_directory, translate_disk_errors
 from llmtuner.locks import file_lock
 
-IGNORED_FILES = (MARKER, ".lock", ".DS_Store", ".*.partial")  # patterns of files that are nobody's work
+IGNORED_FILES = (MARKER, ".lock", ".DS_Store", ".*.partial")  # patterns of files that hold nobody's work
 REPO_ROOT = Path(__file__).resolve().parent.parent
-TMP_SUFFIX = re.compile(r"\.[0-9a-f]{8}\.(partial|old|trash)")  # endings of a directory's name before and after its use
-READY, MANIFEST = ".ready", "manifest.json"  # files on their way into a directory that others are in
+TMP_SUFFIX = re.compile(r"\.[0-9a-f]{8}\.(partial|old|trash)")  # of directories being written or replaced
+READY, MANIFEST = ".ready", "manifest.json"  # a directory of complete files on their way into its parent
 MAX_NAMES_SHOWN = 3
 
 
 def check_destination(destination: Path, replace: bool = False) -> Path:
-    """Makes sure that `destination` can be written, and that nothing is lost by it; symbolic links are followed.
+    """Checks that `destination` can be written without losing anything; follows symbolic links.
 
     Args:
         replace: whether a directory that this project made may be replaced.
@@ -33,7 +33,7 @@ def check_destination(destination: Path, replace: bool = False) -> Path:
         the real path.
 
     Raises:
-        UserError: if it is a place that is never replaced, or holds anything that this project did not make.
+        UserError: if it is a directory that is never replaced, or holds anything that this project did not make.
     """
     try:
         path = destination.expanduser().resolve()
@@ -75,7 +75,7 @@ def check_destination(destination: Path, replace: bool = False) -> Path:
 
 
 def read_marker(directory: Path) -> dict[str, Any] | None:
-    """What a directory says of how this project made it; None if it does not."""
+    """Reads the record of how this project made a directory; None without one."""
     try:
         marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -84,7 +84,7 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
 
 
 def foreign_files(directory: Path, marker: Mapping[str, Any] | None) -> list[str]:
-    """The files in a directory that its marker does not name."""
+    """Lists the files of a directory that its marker does not name."""
     known = set(marker.get("files", ())) if marker else set()
     return sorted(
         name
@@ -102,13 +102,13 @@ def _list_files(directory: Path) -> list[str]:
 
 
 def write_marker(directory: Path, made_by: str, made_from: Mapping[str, str] | None = None) -> None:
-    """Writes into a directory what made it, the checksums of what it was made from, and the names of its files."""
+    """Records in a directory what made it, the checksums of its inputs, and the names of its files."""
     files = sorted(name for name in _list_files(directory) if name != MARKER)
     atomic_write_json(directory / MARKER, {"made_by": made_by, "made_from": dict(made_from or {}), "files": files})
 
 
 def add_to_marker(directory: Path, *names: str) -> None:
-    """Names files that a later step wrote into a directory, if it has a marker."""
+    """Records files that a later step wrote into a directory, if it has a marker."""
     if marker := read_marker(directory):
         atomic_write_json(directory / MARKER, {**marker, "files": sorted({*marker.get("files", ()), *names})})
 
@@ -117,16 +117,15 @@ def add_to_marker(directory: Path, *names: str) -> None:
 def atomic_directory(
     destination: Path, made_by: str | None = None, replace: bool = False, made_from: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
-    """Yields a directory to write into that becomes `destination` only when everything has been written.
+    """Yields a directory to write into that becomes `destination` once everything has been written.
 
-    After an error nothing is left behind and an older `destination` is untouched. A process that is killed leaves either
-    the old or the new one under that name, or the old one beside it, which the next call puts back
-    (`recover_directory`).
+    After an error nothing is left behind, and an older `destination` is untouched. A killed process leaves the old or the
+    new directory under that name, or the old one beside it, which the next call restores (`recover_directory`).
 
     Args:
-        made_by: what writes it, for the marker; by default the running script.
+        made_by: the writer, for the marker; by default the running script.
         replace: whether an older result may be replaced.
-        made_from: name -> `checksum` of what it is made from.
+        made_from: name -> `checksum` of each input.
 
     Raises:
         UserError: as `check_destination`, if another process writes it, or if the disk fills up or may not be written to.
@@ -134,14 +133,14 @@ def atomic_directory(
     target = check_destination(destination, replace)
     with translate_disk_errors(target), file_lock(target.with_name(f".{target.name}.lock"), str(target)):
         recover_directory(target)
-        check_destination(destination, replace)  # nobody else can change it now
+        check_destination(destination, replace)  # again, now that nobody else can change it
         partial = _sibling(target, "partial")
         partial.mkdir()
         try:
             made_by = made_by or Path(sys.argv[0].removesuffix("/__main__.py")).name
             atomic_write_json(
                 partial / MARKER, {"made_by": made_by}
-            )  # by this a rest of a killed process is recognised
+            )  # so that the remains of a killed process are recognised
             yield partial
             write_marker(partial, made_by, made_from)
             fsync_directory(partial)
@@ -156,10 +155,10 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def replace_directory(new: Path, target: Path, marker: str = MARKER) -> None:
-    """Gives a complete directory its name: the old one is renamed, then the new one, then the old one is deleted.
+    """Replaces a directory by a complete new one: renames the old one, then the new one, then deletes the old one.
 
     Args:
-        marker: the file by which a directory of this project is recognised; an old one without it is left beside.
+        marker: the file that identifies a directory of this project; an old one without it is kept beside the new.
 
     Raises:
         UserError: if a directory cannot be renamed; says where the old and the new one are.
@@ -176,7 +175,7 @@ def replace_directory(new: Path, target: Path, marker: str = MARKER) -> None:
         places = [f"the new version is complete in {new}"]
         if old:
             places.append(f"the old one in {target if target.exists() else old}")
-        raise UserError(f"cannot give {target} its name ({error.strerror}): {', '.join(places)}.") from error
+        raise UserError(f"cannot rename a directory to {target} ({error.strerror}): {', '.join(places)}.") from error
     fsync(target.parent)
     if old:
         _discard(old, marker)
@@ -193,7 +192,7 @@ def _discard(old: Path, marker: str) -> None:
 
 
 def recover_directory(destination: Path, marker: str = MARKER) -> None:
-    """Puts right what a killed process left beside `destination`: an old version goes back, rests are deleted."""
+    """Repairs what a killed process left beside `destination`: restores an old version, deletes partial ones."""
     target = destination.expanduser().resolve()
     if not target.parent.is_dir():
         return
@@ -203,7 +202,7 @@ def recover_directory(destination: Path, marker: str = MARKER) -> None:
             continue
         if kind[1] == "old" and not target.exists():
             path.rename(target)
-            print0(f"{target}: put back after its replacement was interrupted")
+            print0(f"{target}: restored after an interrupted replacement")
         elif kind[1] == "old":
             _discard(path, marker)
         else:
@@ -211,7 +210,7 @@ def recover_directory(destination: Path, marker: str = MARKER) -> None:
 
 
 def _is_empty(directory: Path) -> bool:
-    """Whether a process was killed before it had written anything into its directory."""
+    """Whether a process was killed before it wrote anything into its directory."""
     return all(fnmatch.fnmatch(name, ".*.partial") for name in _list_files(directory))
 
 
@@ -230,31 +229,31 @@ def delete_owned(directory: Path, marker: str = MARKER) -> bool:
 
 
 def publish_files(staged: Path, obsolete: Iterable[str] = ()) -> None:
-    """Moves the files of a complete directory among those of its parent, all of them or none.
+    """Moves the files of a complete directory into its parent, all of them or none.
 
-    What a killed process has begun, `finish_publishing` ends.
+    `finish_publishing` completes what a killed process began.
 
     Args:
         staged: holds files only; it is gone afterwards.
-        obsolete: files of the parent that do not belong to the new ones; those that there are, are deleted.
+        obsolete: files of the parent that do not belong with the new ones; they are deleted if they exist.
     """
     directory = staged.parent
     finish_publishing(directory)
     names = sorted(_list_files(staged))
     atomic_write_json(staged / MANIFEST, {"files": names, "obsolete": sorted(set(obsolete) - set(names))})
     fsync_directory(staged)
-    staged.rename(directory / READY)  # from here on the new files count
+    staged.rename(directory / READY)  # from here on the new files are the valid ones
     fsync(directory)
     finish_publishing(directory)
 
 
 def finish_publishing(directory: Path) -> None:
-    """Moves files into their place that are complete and waiting for it; does nothing if there are none."""
+    """Moves complete files that are waiting into place; does nothing if there are none."""
     ready = directory / READY
     if not (ready / MANIFEST).is_file():
         return
     manifest = json.loads((ready / MANIFEST).read_text(encoding="utf-8"))
-    # An adapter may have been downloaded: no name may lead out of its directory.
+    # An adapter may have been downloaded: no name may point outside its directory.
     if any(Path(name).name != name for name in (*manifest["files"], *manifest["obsolete"])):
         raise UserError(f"{ready / MANIFEST} names files outside {directory}. Nothing was changed: delete {ready}.")
     for name in manifest["obsolete"]:
