@@ -32,34 +32,28 @@ TRAIN_ONLY = dict(eval_strategy="no", eval_on_start=False, save_strategy="no", p
 Values = dict[str, Any]  # settings, or measured values, by name
 
 
-# ---------------------------------------------------------------------------------------------------- options and results
-def add_options(parser: argparse.ArgumentParser, results: str, **defaults: Any) -> None:
-    """Adds `--output`, and those of `--work-dir`, `--corpora`, `--steps` and `--repeats` that `defaults` names.
-
-    Args:
-        results: name of the JSON file under `RESULTS` that is the default of `--output`.
-    """
-    texts = {
-        "work_dir": "directory of a finished `make demo` (default: as for the steps)",
-        "corpora": "directory of texts and dialogues.jsonl (default: the miniature's own)",
-        "steps": f"optimizer steps of each run; the first {WARMUP_STEPS} are not timed (default: %(default)s)",
-        "repeats": "rounds; everything runs once per round (default: %(default)s)",
-    }
-    for name, default in defaults.items():
-        kind = positive if name in ("steps", "repeats") else Path
-        required = default is ...
-        default = None if required else default
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, required=required, help=texts[name]
-        )
-    parser.add_argument("--output", type=Path, default=RESULTS / results, help="JSON file (default: %(default)s)")
-
-
 def positive(text: str) -> int:
     """A whole number from 1 up, for argparse."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+OPTIONS = {
+    "work_dir": (Path, "directory of a finished `make demo` (default: as for the steps)"),
+    "corpora": (Path, "directory of texts and dialogues.jsonl (default: the miniature's own)"),
+    "steps": (positive, f"optimizer steps of each run, the first {WARMUP_STEPS} of them not timed"),
+    "repeats": (positive, "rounds; everything runs once per round"),
+}
+
+
+def add_options(parser: argparse.ArgumentParser, results: str, **defaults: Any) -> None:
+    """Adds `--output`, by default `results` under `RESULTS`, and those `OPTIONS` that have a default; `...` is required."""
+    for name, default in defaults.items():
+        kind, text = OPTIONS[name]
+        more = {"required": True} if default is ... else {"default": default}
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text, **more)  # type: ignore[arg-type]
+    parser.add_argument("--output", type=Path, default=RESULTS / results, help="JSON file (default: %(default)s)")
 
 
 def make_parser(description: str | None, results: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -111,7 +105,6 @@ def save_results(file: Path, results: Values, section: str | None = None) -> Non
     print0(f"\nresults: {file}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- timing
 @dataclass
 class FinishedProcess:
     """What a process printed and used; `peak_mb` is its largest resident set."""
@@ -120,6 +113,9 @@ class FinishedProcess:
     seconds: float
     cpu_seconds: float
     peak_mb: float
+
+    def usage(self) -> Values:
+        return {"seconds": round(self.seconds, 1), "peak_mb": round(self.peak_mb)}
 
 
 def run_process(command: Iterable[object], sync: bool = False, **variables: object) -> FinishedProcess:
@@ -168,7 +164,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# --------------------------------------------------------------------------------------------------- rounds and their tables
 def run_in_turn(
     variants: Iterable[str],
     repeats: int,

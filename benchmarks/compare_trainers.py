@@ -20,19 +20,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from benchmarks.common import (
-    ROOT,
-    WARMUP_STEPS,
-    Values,
-    make_parser,
-    print_results,
-    read_results,
-    run_in_turn,
-    run_process,
-    save_results,
-    step_settings,
-    use_work_dir,
-)
+from benchmarks import common
+from benchmarks.common import ROOT, WARMUP_STEPS, Values, run_process, save_results
 from benchmarks.training import ALL_OFF, varied_dialogues
 from llmtuner.console import UserError, print_header, run_cli
 from llmtuner.data.loader import get_dataset, load_tokenized_datasets
@@ -55,6 +44,7 @@ LEARNING_RATE = 5e-4
 LORA: Values = dict(lora_rank=32, lora_target="all", additional_target=["embed_tokens", "lm_head"])
 WITHOUT_CHECKPOINTING = {"gradient_checkpointing": False}
 FACTORY_WITHOUT_CHECKPOINTING = {"disable_gradient_checkpointing": True}
+NEAT_PACKING = FACTORY_WITHOUT_CHECKPOINTING | {"neat_packing": True}
 # Trainer, kind of rows, its settings. "packed": rows filled with documents or dialogues; "padded": one dialogue per row;
 # `isolated`: the documents of a packed row do not attend to one another.
 ENTRIES: dict[str, dict[str, tuple[str, str, Values]]] = {
@@ -73,11 +63,7 @@ ENTRIES: dict[str, dict[str, tuple[str, str, Values]]] = {
         "Trainer + peft, packed apart": ("trainer", "packed", {"isolated": True}),
         "LLaMA-Factory": ("llamafactory", "padded", {}),
         "LLaMA-Factory, no checkpointing": ("llamafactory", "padded", FACTORY_WITHOUT_CHECKPOINTING),
-        "LLaMA-Factory, neat packing, no checkpointing": (
-            "llamafactory",
-            "packed",
-            FACTORY_WITHOUT_CHECKPOINTING | {"neat_packing": True},
-        ),
+        "LLaMA-Factory, neat packing, no checkpointing": ("llamafactory", "packed", NEAT_PACKING),
         "TRL, no checkpointing, padded": ("trl", "padded", WITHOUT_CHECKPOINTING),
         "TRL, no checkpointing, packed": ("trl", "packed", WITHOUT_CHECKPOINTING),
     },
@@ -88,7 +74,7 @@ DROPPED += ("save_steps", "eval_on_start")
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "compare_trainers.json", work_dir=None, corpora=None, steps=23, repeats=5)
+    parser = common.make_parser(__doc__, "compare_trainers.json", work_dir=None, corpora=None, steps=23, repeats=5)
     parser.add_argument("--install", type=Path, metavar="DIR", help="create the virtual environments there, and exit")
     parser.add_argument("--environments", type=Path, metavar="DIR", help="where --install has created them")
     parser.add_argument("--jobs", nargs="+", choices=("pt", "pt-1024", "sft"), default=["pt", "pt-1024", "sft"])
@@ -98,7 +84,7 @@ def main() -> None:
         return install(options.install)
     if not options.environments or not (options.environments / "trl").is_dir():
         raise UserError("give --environments a directory that --install has filled.")
-    use_work_dir(options.work_dir, "ZERO_DIR")
+    common.use_work_dir(options.work_dir, "ZERO_DIR")
     for name in options.jobs:
         with tempfile.TemporaryDirectory() as scratch:
             results = compare(name, options, Path(scratch))
@@ -140,10 +126,10 @@ def compare(job_name: str, options: argparse.Namespace, scratch: Path) -> Values
         for values in together:
             values["speedup"] = together[0][rate] / values[rate]
 
-    results = run_in_turn(entries, options.repeats, run, relate)
+    results = common.run_in_turn(entries, options.repeats, run, relate)
     columns = dict(tokens_per_second=",.0f", target_tokens_per_second=",.0f", speedup=".2f", peak_memory_gb=".2f")
     columns |= dict(held_out_loss=".3f", first_loss=".3f", last_loss=".3f", first_norm=".2f", last_norm=".2f")
-    print_results(f"{job_name}: {rows['what']}; speedup = ours / theirs", results, columns)
+    common.print_results(f"{job_name}: {rows['what']}; speedup = ours / theirs", results, columns)
     return {"what": rows["what"], "results": results, "peers": versions}
 
 
@@ -154,7 +140,7 @@ def run_trainer(trainer: str, job: Values, environments: Path, scratch: Path) ->
     shutil.rmtree(job["output"], ignore_errors=True)
     command = [python, ROOT / "benchmarks" / "trainer_job.py", trainer, scratch / "job.json"]
     run_process(command, HF_HUB_OFFLINE=1, TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore")
-    result = read_results(Path(job["result"]))
+    result = common.read_results(Path(job["result"]))
     losses, norms = result.pop("losses"), result.pop("gradient_norms")
     ends = dict(
         first_loss=losses[0], last_loss=float(numpy.mean(losses[-5:])), first_norm=norms[0], last_norm=norms[-1]
@@ -162,7 +148,6 @@ def run_trainer(trainer: str, job: Values, environments: Path, scratch: Path) ->
     return {**result, **ends}
 
 
-# ------------------------------------------------------------------------------------------------------------ rows of ids
 def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Values, Values]:
     """The settings of a job, and its rows for the others: packed and, for sft, padded."""
     import constants
@@ -173,10 +158,10 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     window = 256 if name == "pt" else 1024
     stage = name.split("-")[0]
     if stage == "pt":
-        what, settings = "the miniature's texts", step_settings("pt") | {"val_size": 0.05}
+        what, settings = "the miniature's texts", common.step_settings("pt") | {"val_size": 0.05}
     else:
         what, settings = varied_dialogues(options.corpora, scratch)
-        settings = {**step_settings("sft"), **settings, "val_size": 0.1}
+        settings = {**common.step_settings("sft"), **settings, "val_size": 0.1}
     settings = {key: value for key, value in settings.items() if key not in DROPPED}
     settings |= dict(
         model_name_or_path=str(model), cutoff_len=window, plot_loss=False, cache_dir=str(scratch / "cache")

@@ -18,29 +18,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.common import ROOT, Values, free_port, make_parser, save_results
-from llmtuner.console import Timer, UserError, format_table, print0, run_cli
+from benchmarks.common import ROOT, Values, free_port, make_parser, print_results, save_results
+from llmtuner.console import Timer, UserError, print0, run_cli
 from llmtuner.train.checkpointing import TMP_DIR, checkpoint_step, latest_valid_checkpoint
 from mini.world import write_world
 
 SETTINGS: Values = dict(
-    stage="pt",
-    dataset=["wikipedia_zh", "wikitext_en", "wikipedia_ja"],
-    dataset_dir=str(ROOT / "data"),
     max_samples=200,  # so that an epoch ends within the run
-    val_size=0.1,
-    cutoff_len=128,
     lora_dropout=0.1,  # draws random numbers in every step
-    additional_target=["embed_tokens", "lm_head"],
 )
+SETTINGS |= dict(stage="pt", dataset=["wikipedia_zh", "wikitext_en", "wikipedia_ja"], dataset_dir=str(ROOT / "data"))
+SETTINGS |= dict(val_size=0.1, cutoff_len=128, additional_target=["embed_tokens", "lm_head"])
 SETTINGS |= dict(learning_rate=2e-3, embedding_learning_rate=1e-3, lr_scheduler_type="cosine", warmup_ratio=0.05)
 SETTINGS |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1, use_cpu=True)
 SETTINGS |= dict(eval_strategy="steps", eval_on_start=True, eval_steps=10, max_eval_samples=16)
@@ -82,15 +77,9 @@ class Run:
         # What a killed process leaves in TMPDIR is deleted with the rest.
         variables |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.directory)}
         with (self.directory / "output.txt").open("w") as output:
-            return psutil.Popen(
-                command,
-                env={**os.environ, **variables},
-                cwd=self.directory,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+            environ = {**os.environ, **variables}
+            return psutil.Popen(command, env=environ, cwd=self.directory, start_new_session=True, **streams)
 
     def check(self, process: "psutil.Popen") -> None:
         """Makes sure that a process that ended by itself had finished.
@@ -101,30 +90,6 @@ class Run:
         if process.wait():
             printed = (self.directory / "output.txt").read_text(encoding="utf-8", errors="replace")
             raise UserError(f"the training failed by itself. It ended with:\n{printed[-OUTPUT_TAIL:]}")
-
-    def finish(self) -> None:
-        """Trains to the end."""
-        process = self.start()
-        try:
-            self.check(process)
-        finally:
-            kill(process)
-
-
-@dataclass
-class Kill:
-    """One start of the run, and how it was ended."""
-
-    resumed_from: int | None
-    """Step of the checkpoint that it found."""
-    seconds: float
-    """From its start to the kill."""
-    training: bool
-    """Whether the training had begun; if not, the run was still starting."""
-    step: int
-    """The last step in the log, this start's or an earlier one's."""
-    saving: bool
-    """Whether a checkpoint was being saved."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -158,12 +123,14 @@ def main(arguments: list[str] | None = None) -> None:
         in_log, problems = compare_logs(read_log(whole.log), read_log(killed.log), settings["max_steps"], tolerance)
         in_weights, moved = compare_weights(whole.output, killed.output, tolerance)
     problems += moved
-    print0(format_kills(kills))
+    columns = dict(resumed_from="", seconds=".2f", training="", step="d", saving="")
+    shown = [{**kill, "resumed_from": kill["resumed_from"] or "the beginning"} for kill in kills]
+    print_results("kills", {str(number): kill for number, kill in enumerate(shown, start=1)}, columns)
     result = {
         "arguments": {"kills": options.kills, "steps": settings["max_steps"], "seed": options.seed},
         "startup_seconds": round(startup, 2),
         "training_seconds": round(training, 2),
-        "kills": [asdict(kill) for kill in kills],
+        "kills": kills,
         "largest_difference": {"log": in_log, "weights": in_weights},
         "problems": problems,
         "seconds": timer.seconds(),
@@ -172,15 +139,14 @@ def main(arguments: list[str] | None = None) -> None:
     for problem in problems[:PROBLEMS_SHOWN]:
         print0(f"- {problem}")
     print0(
-        f"\n{'FAILED' if problems else 'passed'}: {len(kills)} kills, {sum(not kill.training for kill in kills)} of them "
-        f"at startup, {sum(kill.saving for kill in kills)} while saving; largest difference {in_log:.1e} in the log of "
+        f"\n{'FAILED' if problems else 'passed'}: {len(kills)} kills, {sum(not kill['training'] for kill in kills)} of them "
+        f"at startup, {sum(kill['saving'] for kill in kills)} while saving; largest difference {in_log:.1e} in the log of "
         f"{settings['max_steps']} steps, {in_weights:.1e} in the weights (allowed: {tolerance:g}); {len(problems)} problems"
     )
     if problems:
         raise SystemExit(1)
 
 
-# ------------------------------------------------------------------------------------------------------------ the two runs
 def time_uninterrupted(run: Run) -> tuple[float, float]:
     """Trains without a kill; returns seconds until the training began, and from then to the last line of its log."""
     start = time.perf_counter()
@@ -197,14 +163,18 @@ def time_uninterrupted(run: Run) -> tuple[float, float]:
     return startup, (ended - began) / 1e9
 
 
-def kill_repeatedly(run: Run, count: int, startup: float, training: float, moments: random.Random) -> list[Kill]:
+def kill_repeatedly(run: Run, count: int, startup: float, training: float, moments: random.Random) -> list[Values]:
     """Kills `count` starts of a run at random moments, and lets the next one finish; fewer if one finished before.
 
     Args:
         startup: seconds that the run takes to start.
         training: seconds that its training takes; a start trains for 2 / (count + 2) of it at most.
+
+    Returns:
+        of each kill the step of the checkpoint that was found, seconds since the start, whether training had begun,
+        the last step in the log, and whether a checkpoint was being saved.
     """
-    kills: list[Kill] = []
+    kills: list[Values] = []
     for _ in range(count):
         checkpoint = latest_valid_checkpoint(run.output)
         log, staging = mtime(run.log), mtime(run.output / TMP_DIR)
@@ -220,16 +190,15 @@ def kill_repeatedly(run: Run, count: int, startup: float, training: float, momen
         if process.returncode != -signal.SIGKILL:
             run.check(process)
             return kills
-        kills.append(
-            Kill(
-                resumed_from=checkpoint_step(checkpoint) if checkpoint else None,
-                seconds=round(time.perf_counter() - start, 2),
-                training=mtime(run.log) != log,
-                step=max((int(line["step"]) for line in read_log(run.log)), default=0),
-                saving=mtime(run.output / TMP_DIR) not in (None, staging),
-            )
-        )
-    run.finish()
+        kill_values: Values = {"resumed_from": checkpoint_step(checkpoint) if checkpoint else None}
+        kill_values |= {"seconds": round(time.perf_counter() - start, 2), "training": mtime(run.log) != log}
+        kill_values |= {"step": max((int(line["step"]) for line in read_log(run.log)), default=0)}
+        kills.append(kill_values | {"saving": mtime(run.output / TMP_DIR) not in (None, staging)})
+    process = run.start()
+    try:
+        run.check(process)
+    finally:
+        kill(process)
     return kills
 
 
@@ -271,7 +240,6 @@ def kill(process: "psutil.Popen") -> None:
     psutil.wait_procs(everything)  # none may still write when the next start reads
 
 
-# -------------------------------------------------------------------------------------------------------------- comparison
 def read_log(file: Path) -> list[dict[str, float]]:
     """The lines of a log that hold a loss or an eval loss, `COMPARED` keys only; empty if there is no file.
 
@@ -328,20 +296,6 @@ def compare_weights(whole: Path, killed: Path, tolerance: float) -> tuple[float,
         if not difference <= tolerance:
             problems.append(f"{name} differs by {difference:.3g}")
     return largest, problems
-
-
-def format_kills(kills: list[Kill]) -> str:
-    rows: list[list[Any]] = [
-        [
-            str(number),
-            "the beginning" if kill.resumed_from is None else f"checkpoint-{kill.resumed_from}",
-            f"{kill.seconds:.2f}",
-            str(kill.step) if kill.training else "still starting",
-            "yes" if kill.saving else "",
-        ]
-        for number, kill in enumerate(kills, start=1)
-    ]
-    return format_table(["kill", "resumed from", "after s", "last step logged", "while saving"], rows)
 
 
 if __name__ == "__main__":

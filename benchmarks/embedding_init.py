@@ -115,15 +115,12 @@ def main() -> None:
     japanese = [text for source in sources for text in training_documents(source, constants.VALIDATION_SHARE)]
     init_fn = rows_maker(new, focus_weights(static_vectors(encode_batch(tokenizer, japanese), new.end), new))
     stored = load_model(base_dir).dtype
-
-    def load() -> ResizableModel:
-        return ResizableModel(load_for_evaluation(base_dir)[0], new.first_id, stored, init_fn)
-
+    models = [ResizableModel(load_for_evaluation(base_dir)[0], new.first_id, stored, init_fn) for _ in range(2)]
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", *BASE_LANGUAGES)}
     results: Values = {
-        "base_languages": measure_base_languages(load(), load_tokenizer(base_dir), tokenizer, texts),
+        "base_languages": measure_base_languages(models[0], load_tokenizer(base_dir), tokenizer, texts),
         "random_weights": measure_random_weights(),
-        "japanese": measure_japanese(load(), tokenizer, texts["ja"]),
+        "japanese": measure_japanese(models[1], tokenizer, texts["ja"]),
     }
     if options.steps:
         results["trained"] = measure_training(new, init_fn, texts, options.steps, options.seeds)
@@ -140,7 +137,6 @@ def rows_maker(new: NewTokens, focus: torch.Tensor | None = None) -> MakeRows:
     return init_fn
 
 
-# --------------------------------------------------------------------------------------------------------- base languages
 def measure_base_languages(
     resizable: ResizableModel, base_tokenizer: Any, tokenizer: Any, texts: dict[str, list[str]]
 ) -> dict[str, Values]:
@@ -192,7 +188,6 @@ def count_wins(hidden: torch.Tensor, head: torch.Tensor, first_id: int) -> int:
     return sum(int(((part @ head.T).argmax(dim=1) >= first_id).sum()) for part in hidden.split(1024))
 
 
-# ---------------------------------------------------------------------------------------------------------- random weights
 def measure_random_weights() -> dict[str, Values]:
     """Greedy continuations and winning tokens of the random model in ChatGLM3's layout, stored in half precision."""
     if not TINY.is_dir():
@@ -232,7 +227,6 @@ def continuations(model: Any, prompts: torch.Tensor) -> torch.Tensor:
     return model.generate(input_ids=prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Japanese
 def measure_japanese(resizable: ResizableModel, tokenizer: Any, texts: list[str]) -> list[Values]:
     """Japanese bits per byte of pairs of choices before any training."""
     results: list[Values] = []
@@ -283,7 +277,6 @@ def pretrain(model: Path, merged: Path, **settings: Any) -> None:
     merge_adapter(model, adapter, merged)
 
 
-# --------------------------------------------------------------------------------------------------------------- kana base
 def make_kana_base(options: argparse.Namespace) -> None:
     """Writes a base model that knows some of the new tokens, and a work directory in which the others are new."""
     target = options.make_kana_base

@@ -38,7 +38,6 @@ CONFIG |= dict(padded_vocab_size=65_024, seq_length=8_192)
 FIRST_NEW_ID, MULTIPLE = 64_798, 64  # as in the original project: 78,592 rows
 
 
-# -------------------------------------------------------------------------------------------------------------------- jobs
 def create(directory: Path, layers: str) -> None:
     """Writes a random checkpoint with the names and the file sizes of the published one."""
     import torch
@@ -127,7 +126,6 @@ def merge(resized: Path, destination: str) -> None:
 JOBS = {job.__name__: job for job in (create, convert, resize, compare, make_adapter, merge)}
 
 
-# ------------------------------------------------------------------------------------------------------------- measurement
 def measure(command: list[Any], source: Path, output: Path) -> Values:
     """Runs a command with `source` out of the page cache; the size is that of the weights in `output` afterwards."""
     os.sync()

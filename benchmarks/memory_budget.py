@@ -34,11 +34,7 @@ CARDS = {"24 GB": 23e9, "40 GB": 38e9, "80 GB": 76e9}  # usable bytes of each
 EMBEDDINGS = dict(additional_target=["embed_tokens", "lm_head"])
 NEW_TOKENS = dict(**EMBEDDINGS, train_new_tokens_only=True)
 # What is trained beside LoRA, and the optimizers by their bytes per trained parameter.
-RECIPES = {
-    "LoRA + embeddings": (EMBEDDINGS, (8, 2)),
-    "LoRA + new tokens": (NEW_TOKENS, (8, 2)),
-    "LoRA": ({}, (8,)),
-}
+RECIPES = {"LoRA + embeddings": (EMBEDDINGS, (8, 2)), "LoRA + new tokens": (NEW_TOKENS, (8, 2)), "LoRA": ({}, (8,))}
 PHASES = ("forward", "loss", "backward")
 
 

@@ -8,23 +8,8 @@
 `--corpora` holds ja_*, zh_* and en_*.train.* to learn from or to tokenize, ja_*, zh_* and en_*.test.* to measure on, and
 dialogues.jsonl.
 
-`merge`: merges Japanese tokens into ChatGLM3's tokenizer in several ways and counts what each does to ja (tokens of a
-document relative to the base tokenizer), zh, en and code (Python's own standard library). `--candidates` is the vocabulary
-of another Japanese tokenizer. A line has changed if its ids differ; "beyond_quotes" are those among them without any
-character that Chinese and English do not write: these must be 0.
-
-`equality`: encodes every line and document with the fast tokenizer and with its sentencepiece model; 0 may differ.
-
-`training`: samples of encyclopedia and literature in the proportions that these have in the whole, so that the largest is all
-there is and the others differ in size alone. Each learns 13,756 tokens by continued BPE, merges them and encodes the ja_*.test
-files, which it has not read. Then step 1 itself runs, with its settings of profile chatglm3-6b, on two large corpora: their
-documents are drawn from the same texts again and again, with their lines shuffled, so the text is not new, but step 1 reads,
-samples and learns as it would. Every measurement is a process of its own, alone.
-
-`throughput`: from a file to token ids on disk, against the bare sentencepiece encoder, which gets the same texts ready in
-memory and the same number of threads. With one thread the process is confined to one core. The slow path is transformers'
-tokenizer in Python over the same sentencepiece model, text by text, on a sample. What is compared runs in turn; a ratio is
-the median over the pairs. The dialogues are few and are read many times over. Files lie in the page cache.
+What is compared runs in turn; a ratio is the median over the pairs. Files lie in the page cache. benchmarks/README.md says
+what is computed how.
 """
 
 import argparse
@@ -37,6 +22,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +31,7 @@ import pyarrow
 import pyarrow.parquet
 
 from benchmarks.common import NUM_NEW_TOKENS, Values, add_options, print_results, run_process, save_results, seconds_of
-from llmtuner.console import UserError, format_table, print0, progress, run_cli
+from llmtuner.console import UserError, print0, progress, run_cli
 from llmtuner.data.converter import to_messages
 from llmtuner.data.readers import read_rows, read_texts
 from llmtuner.data.sources import FILE_TYPES, DatasetAttr, get_dataset_attr
@@ -58,9 +44,13 @@ from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes, split_sent
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
 JAPANESE = WRITING_SYSTEMS["japanese"]
+SETS, PROPORTIONS = ("ja_wiki", "ja_aozora"), (0.8, 0.2)  # as in step 1's mix
+ROW_GROUP_BYTES = 4_000_000  # of the large corpora of `training`
+SLOW_SAMPLE_BYTES = 1_000_000
+REPEATED_DIALOGUES = 20  # 0.4 MB would be read before the clock has ticked
+DATASETS = {"ja": "ja_*.train.parquet", "zh": "zh_*.train.parquet", "en": "en_wiki.train.parquet"}  # of `throughput`
 
 
-# ------------------------------------------------------------------------------------------------------------------- texts
 def texts(directory: Path, pattern: str) -> Iterator[str]:
     """The documents of all files that match."""
     files = tuple(str(file) for file in sorted(directory.glob(pattern)) if file.suffix in FILE_TYPES)
@@ -71,12 +61,9 @@ def lines_of(documents: Iterable[str]) -> Iterator[str]:
     return (line for text in documents for line in text.splitlines() if line.strip())
 
 
-def megabytes(documents: Iterable[str]) -> float:
-    return sum(len(text.encode()) for text in documents) / 1e6
-
-
-# ------------------------------------------------------------------------------------------------------------------- merge
-CODE_FILES = 400
+def num_bytes(documents: Iterable[str]) -> int:
+    """UTF-8 bytes."""
+    return sum(len(text.encode()) for text in documents)
 
 
 def measure_merge(options: argparse.Namespace) -> None:
@@ -86,42 +73,31 @@ def measure_merge(options: argparse.Namespace) -> None:
     num_base = len(base.pieces) + len(fast.SPECIAL_TOKENS)
     ja = {file.name.split(".")[0]: list(texts(corpora, file.name)) for file in sorted(corpora.glob("ja_*.test.*"))}
     others = {language: list(lines_of(texts(corpora, f"{language}_*.test.*"))) for language in ("zh", "en")}
-    stdlib = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:CODE_FILES]
+    stdlib = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:400]
     others["code"] = list(lines_of(file.read_text(encoding="utf-8", errors="ignore") for file in stdlib))
     before, results = fast.to_processor(base), {}
     for name, merged in merges.items():
         after = fast.to_processor(merged)
-        result: Values = {
-            "added": len(merged.pieces) - num_base,
-            "unreachable": len(merge_vocab.unreachable_tokens(base, merged)),
-        }
+        unreachable = len(merge_vocab.unreachable_tokens(base, merged))
+        result: Values = {"added": len(merged.pieces) - num_base, "unreachable": unreachable}
         result["ja"] = {file: round(compare(before, after, documents).token_ratio, 4) for file, documents in ja.items()}
+        columns = {"added": ",d", "unreachable": "d", **dict.fromkeys(ja, ".4f")}
         for language, lines in others.items():
-            encoded = zip(
-                lines, fast.encode_sentencepiece(before, lines), fast.encode_sentencepiece(after, lines), strict=True
-            )
-            changed = [line for line, old, new in encoded if old != new]
+            ids = (fast.encode_sentencepiece(processor, lines) for processor in (before, after))
+            changed = [line for line, old, new in zip(lines, *ids, strict=True) if old != new]
             beyond_quotes = sum(not quotes_japanese(line) for line in changed)
             result[language] = {"lines": len(lines), "changed": len(changed), "beyond_quotes": beyond_quotes}
+            columns |= {f"{language}_{key}": ",d" for key in result[language]}
         results[name] = result
-    rows = [
-        [name, f"{result['added']:,}", *(f"{ratio:.4f}" for ratio in result["ja"].values())]
-        + [f"{result[language]['changed']:,} / {result[language]['beyond_quotes']:,}" for language in others]
-        + [str(result["unreachable"])]
-        for name, result in results.items()
-    ]
-    counts = [f"{language} of {len(lines):,}" for language, lines in others.items()]
-    print0(format_table(["merge", "added", *ja, *counts, "unreachable"], rows))
-    print0(f"\nzh, en, code: changed lines / changed lines beyond quotes\nseconds to learn: {seconds}\n")
-    relative = {
-        f"{ours} / {theirs}": {
-            file: round(results[ours]["ja"][file] / results[theirs]["ja"][file], 4) for file in results[ours]["ja"]
-        }
-        for ours, theirs in pairs
-        if results[ours]["added"] == results[theirs]["added"]
-    }
-    rows = [[name, *map(str, ratios.values())] for name, ratios in relative.items()]
-    print0(format_table(["Japanese tokens, ours / theirs", *ja], rows))
+    flat = {name: {**result, **result["ja"]} for name, result in results.items()}
+    for values in flat.values():
+        values |= {f"{language}_{key}": count for language in others for key, count in values[language].items()}
+    print_results(f"ways of merging; seconds to learn: {seconds}", flat, columns)
+    relative = {}
+    for ours, theirs in (pair for pair in pairs if results[pair[0]]["added"] == results[pair[1]]["added"]):
+        ratios = {file: round(ratio / results[theirs]["ja"][file], 4) for file, ratio in results[ours]["ja"].items()}
+        relative[f"{ours} / {theirs}"] = ratios
+    print_results("Japanese tokens, ours / theirs", relative, dict.fromkeys(ja, ".4f"))
     arguments = {"sample_mb": options.sample_mb, "vocab_size": options.vocab_size}
     save_results(options.output, {"arguments": arguments, "seconds": seconds, "merges": results, "relative": relative})
 
@@ -133,26 +109,23 @@ def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], d
     seconds: dict[str, float] = {}
 
     def japanese() -> Iterator[str]:
-        streams = {name: texts(options.corpora, f"ja_{name}.train.*") for name in ("wiki", "aozora")}
-        return (
-            text for _, text in interleave_by_bytes(streams, {"wiki": 0.8, "aozora": 0.2}, int(options.sample_mb * 1e6))
-        )
+        streams = {name: texts(options.corpora, f"{name}.train.*") for name in SETS}
+        proportions = dict(zip(SETS, PROPORTIONS, strict=True))
+        return (text for _, text in interleave_by_bytes(streams, proportions, int(options.sample_mb * 1e6)))
 
     def chinese() -> Iterator[str]:
         return texts(options.corpora, "zh_*.train.*")
 
     def learn(start: Any, count: int) -> list[str]:
-        return list(
-            train_continued_bpe(segment_corpus(start, lines_of(japanese()), JAPANESE), count, JAPANESE, chinese())
-        )
+        corpus = segment_corpus(start, lines_of(japanese()), JAPANESE)
+        return list(train_continued_bpe(corpus, count, JAPANESE, chinese()))
 
     def added(name: str) -> int:
         return len(merges[name].pieces) - num_base
 
     def filtered(candidates: Any) -> Any:
-        return merge_vocab.merge_reachable(
-            base, merge_vocab.filter_candidates(base, candidates, JAPANESE, chinese()).accepted
-        )[0]
+        accepted = merge_vocab.filter_candidates(base, candidates, JAPANESE, chinese()).accepted
+        return merge_vocab.merge_reachable(base, accepted)[0]
 
     original = {"original": False, "original, base's rules": True}
     for name, chatglm3_spec in original.items():
@@ -176,9 +149,8 @@ def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], d
         merges[f"{seed}, original"] = merge_vocab.merge_as_original(base, candidates)
         merges[f"{seed}, filtered, below"] = kept = filtered(candidates)
         pieces = [piece.piece for piece in kept.pieces[num_base:]]
-        pieces += learn(
-            merge_vocab.merge_vocab(base, pieces, placeholders=False), added(f"{seed}, original") - len(pieces)
-        )
+        start = merge_vocab.merge_vocab(base, pieces, placeholders=False)
+        pieces += learn(start, added(f"{seed}, original") - len(pieces))
         merges[f"{seed}, filtered, filled up by continued BPE"] = merge_vocab.merge_reachable(base, pieces)[0]
         pairs.append((f"{seed}, filtered, filled up by continued BPE", f"{seed}, original"))
     return merges, seconds, pairs
@@ -186,21 +158,14 @@ def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], d
 
 def quotes_japanese(line: str) -> bool:
     """Whether a line has a kana, or a Han character outside GB 2312 (Japanese or traditional script)."""
-    return bool(JAPANESE.exclusive_pattern.search(line)) or any(
-        map(JAPANESE.has_uncommon, JAPANESE.shared_run_pattern.findall(line))
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------- equality
-BATCH = 4_096  # documents
+    shared = JAPANESE.shared_run_pattern.findall(line)
+    return bool(JAPANESE.exclusive_pattern.search(line)) or any(map(JAPANESE.has_uncommon, shared))
 
 
 def measure_equality(options: argparse.Namespace) -> None:
     """Ids of the fast tokenizer against those of its sentencepiece model, both with as many threads as there are cores."""
-    fast_tokenizer, processor = (
-        fast.build_fast_tokenizer(options.tokenizer),
-        fast.to_processor(fast.read_sentencepiece(options.tokenizer)),
-    )
+    fast_tokenizer = fast.build_fast_tokenizer(options.tokenizer)
+    processor = fast.to_processor(fast.read_sentencepiece(options.tokenizer))
     encoders = {
         "fast": lambda some: fast.encode_fast(fast_tokenizer, some),
         "sentencepiece": lambda some: fast.encode_sentencepiece(processor, some),
@@ -211,9 +176,9 @@ def measure_equality(options: argparse.Namespace) -> None:
         size, seconds = 0.0, dict.fromkeys(encoders, 0.0)
         counts = {"lines": 0, "documents": 0, "differing": 0}
         documents = texts(file.parent, file.name)
-        while batch := list(itertools.islice(documents, BATCH)):
+        while batch := list(itertools.islice(documents, 4_096)):
             for kind, some in (("documents", batch), ("lines", [line for text in batch for line in text.splitlines()])):
-                size += megabytes(some)
+                size += num_bytes(some) / 1e6
                 ids = {}
                 for name, encode in encoders.items():
                     start = time.perf_counter()
@@ -229,57 +194,41 @@ def measure_equality(options: argparse.Namespace) -> None:
     save_results(options.output, {"tokenizer": options.tokenizer.name, **totals})
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
-SETS = ("ja_wiki", "ja_aozora")
-LARGE_PROPORTIONS = (0.8, 0.2)  # of the sets in the large corpora, as in step 1's mix, which then finds enough of both
-ROW_GROUP_BYTES = 4_000_000  # of the large corpora
-
-
 def measure_training(options: argparse.Namespace) -> None:
     """Time, memory and tokens per character of step 1 by the size of its sample."""
     if options.learn:  # this is the process of one sample
         print(json.dumps(learn_sample(options.base, options.corpora, options.learn)))
         return
-    available = sum(train_bytes(options.corpora, name) for name in SETS)
+    available = sum(num_bytes(texts(options.corpora, f"{name}.train.*")) for name in SETS)
     sizes = [size for size in (int(mb * 1e6) for mb in options.samples) if size < available]
     samples: dict[str, Values] = {}
     for size in [*sizes, available]:
         command = [sys.executable, "-m", "benchmarks.tokenizer", "training", "--base", options.base.resolve()]
         done = run_process([*command, "--corpora", options.corpora.resolve(), "--learn", size])
         name = f"{size / 1e6:.1f} MB, {size / available:.0%}"
-        samples[name] = {**json.loads(done.stdout.splitlines()[-1]), **usage(done)}
+        samples[name] = {**json.loads(done.stdout.splitlines()[-1]), **done.usage()}
     best = list(samples.values())[-1]["tokens_per_character"]
     for sample in samples.values():
         per_character = sample["tokens_per_character"]
         sample["against_all"] = {file: round(value / best[file], 4) for file, value in per_character.items()}
-    lines = [
-        [name, f"{sample['seconds']:.1f}", f"{sample['peak_mb']:,}", f"{sample['pieces']:,}"]
-        + [
-            f"{value:.4f} ({sample['against_all'][file] - 1:+.1%})"
-            for file, value in sample["tokens_per_character"].items()
-        ]
-        for name, sample in samples.items()
-    ]
-    print0(format_table(["sample", "seconds", "peak MB", "tokens learned", *best], lines))
+    columns = {"seconds": ".1f", "peak_mb": ",", "pieces": ",", **dict.fromkeys(best, ".4f")}
+    flat = {name: {**sample, **sample["tokens_per_character"]} for name, sample in samples.items()}
+    print_results("samples: tokens per character of the test files", flat, columns)
+    print_results("relative to all", {name: sample["against_all"] for name, sample in samples.items()}, columns)
     enough = next(name for name, sample in samples.items() if sample["against_all"]["all"] <= 1.01)
     print0(f"\nthe smallest sample that costs at most 1 % on all files together: {enough}\n")
     large = {f"{mb:g} MB": run_step1(options, int(mb * 1e6)) for mb in options.large}
-    print_results("step 1 on a corpus of", large, dict(read_mb=",", seconds=",", peak_mb=","))
+    print_results("step 1 by the size of its corpus", large, dict(read_mb=",", seconds=",", peak_mb=","))
     results = {"samples": samples, "smallest_within_1_percent": enough, "step1": large}
     save_results(options.output, {"results": results})
-
-
-def usage(done: Any) -> Values:
-    return {"seconds": round(done.seconds, 1), "peak_mb": round(done.peak_mb)}
 
 
 def learn_sample(base_file: Path, corpora: Path, size: int) -> Values:
     """Learns from a sample of `size` bytes and encodes the test files."""
     base = fast.read_sentencepiece(base_file)
     streams = {name: texts(corpora, f"{name}.train.*") for name in SETS}
-    sample = (
-        text for _, text in interleave_by_bytes(streams, {name: train_bytes(corpora, name) for name in SETS}, size)
-    )
+    proportions = {name: num_bytes(texts(corpora, f"{name}.train.*")) for name in SETS}
+    sample = (text for _, text in interleave_by_bytes(streams, proportions, size))
     corpus = segment_corpus(base, lines_of(sample), JAPANESE)
     pieces = list(train_continued_bpe(corpus, NUM_NEW_TOKENS, JAPANESE, texts(corpora, "zh_*.train.*")))
     processor = fast.to_processor(merge_vocab.merge_reachable(base, pieces)[0])
@@ -292,11 +241,6 @@ def learn_sample(base_file: Path, corpora: Path, size: int) -> Values:
     return {"pieces": len(pieces), "tokens_per_character": per_character}
 
 
-def train_bytes(corpora: Path, name: str) -> int:
-    """UTF-8 bytes of a set's training text."""
-    return sum(len(text.encode()) for text in texts(corpora, f"{name}.train.*"))
-
-
 def run_step1(options: argparse.Namespace, size: int) -> Values:
     """Runs step 1 on a corpus of `size` bytes of Japanese."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -304,17 +248,16 @@ def run_step1(options: argparse.Namespace, size: int) -> Values:
         corpus.mkdir()
         base.mkdir()
         (base / "tokenizer.model").symlink_to(options.base.resolve())
+        enlarged = tuple(f"{name}.train" for name in SETS)
         for file in options.corpora.iterdir():
-            if file.name.startswith(("zh_", "ja_")) and not file.name.startswith(
-                tuple(f"{name}.train" for name in SETS)
-            ):
+            if file.name.startswith(("zh_", "ja_")) and not file.name.startswith(enlarged):
                 (corpus / file.name).symlink_to(file.resolve())
-        for name, proportion in zip(SETS, LARGE_PROPORTIONS, strict=True):
+        for name, proportion in zip(SETS, PROPORTIONS, strict=True):
             enlarge(options.corpora, name, corpus / f"{name}.train.parquet", int(size * proportion))
         variables = dict(PROFILE="chatglm3-6b", WORK_DIR=work, CORPUS_DIR=corpus, BASE_MODEL_DIR=base)
         done = run_process([sys.executable, "step1_train_tokenizer.py"], **variables)
         metrics = json.loads((work / "metrics" / "step1.json").read_text(encoding="utf-8"))
-        return {**usage(done), "read_mb": round(metrics["input_bytes"] / 1e6, 1), "pieces": metrics["new_pieces"]}
+        return {**done.usage(), "read_mb": round(metrics["input_bytes"] / 1e6, 1), "pieces": metrics["new_pieces"]}
 
 
 def enlarge(corpora: Path, name: str, file: Path, size: int) -> None:
@@ -333,57 +276,57 @@ def enlarge(corpora: Path, name: str, file: Path, size: int) -> None:
             writer.write_batch(pyarrow.record_batch([pyarrow.array(batch)], schema=schema))
 
 
-# -------------------------------------------------------------------------------------------------------------- throughput
-SLOW_SAMPLE_BYTES = 1_000_000
-REPEATED_DIALOGUES = 20  # 0.4 MB would be read before the clock has ticked
-DATASETS = {
-    "ja": ("pt", "ja_*.train.parquet"),
-    "zh": ("pt", "zh_*.train.parquet"),
-    "en": ("pt", "en_wiki.train.parquet"),
-    "dialogues": ("sft", "dialogues.jsonl"),
-}
-
-
 def measure_throughput(options: argparse.Namespace) -> None:
-    """Speed from a file to token ids on disk, by one thread and by two."""
+    """Speed from a file to token ids on disk, by one thread and by two, each thread on a core of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.tokenizer
         if directory.is_file():
             fast.save_tokenizer(options.tokenizer, directory := Path(scratch))
         tokenizer: Any = fast.load_tokenizer(directory)
-        if not fast.PROCESSORS.get(tokenizer):
+        if not (processor := fast.PROCESSORS.get(tokenizer)):
             raise UserError(f"{directory} has no tokenizer.model, which encodes corpora.")
         slow, slow_name = slow_tokenizer(directory / "tokenizer.model")
-        many = Path(scratch) / "dialogues.jsonl"
-        many.write_bytes((options.corpora / many.name).read_bytes() * REPEATED_DIALOGUES)
-        tokenize("sft", many, tokenizer, 1)()  # pays for what the first call of a process imports
+        corpus, dialogues = Path(scratch) / "corpus", "dialogues.jsonl"
+        corpus.mkdir()
+        for file in options.corpora.glob("*.parquet"):
+            (corpus / file.name).symlink_to(file.resolve())
+        (corpus / dialogues).write_bytes((options.corpora / dialogues).read_bytes() * REPEATED_DIALOGUES)
+        info: Values = {name: {"file_name": file, "columns": {"prompt": "text"}} for name, file in DATASETS.items()}
+        info_file = corpus / "dataset_info.json"
+        info_file.write_text(json.dumps({**info, "dialogues": {"file_name": dialogues}}), encoding="utf-8")
+
+        def tokenize(name: str, threads: int) -> None:
+            directories = dict(dataset_dir=str(corpus), corpus_dir=str(corpus), preprocessing_num_workers=threads)
+            with tempfile.TemporaryDirectory() as cache:
+                arguments: Any = DataArguments(**directories, cache_dir=cache)  # type: ignore[arg-type]
+                load_tokenized_dataset(name, "pt" if name in DATASETS else "sft", tokenizer, arguments)
+
+        def encode(some: list[str], threads: int) -> Any:
+            return processor.encode(some, num_threads=threads, out_type="numpy")
+
+        def encode_slowly(some: list[str]) -> Any:
+            return [slow(text, add_special_tokens=False)["input_ids"] for text in some]
+
+        tokenize("dialogues", 1)  # pays for what the first call of a process imports
         results: dict[str, Values] = {}
         cores = sorted(os.sched_getaffinity(0))
-        for name, (stage, pattern) in DATASETS.items():
-            file = many if stage == "sft" else options.corpora / pattern
-            documents = encoder_input(stage, file)
-            size = megabytes(documents)
+        for name in (*DATASETS, "dialogues"):
+            source = get_dataset_attr(name, info_file, corpus)
+            if name in DATASETS:
+                documents = list(read_texts(source))
+            else:
+                messages = (to_messages(source, row.values) for row in read_rows(source))
+                documents = [message["content"] for dialogue in messages for message in dialogue]
+            ends = itertools.accumulate(len(text.encode()) for text in documents)
+            sample = documents[: 1 + sum(end < SLOW_SAMPLE_BYTES for end in ends)]
             for threads in (1, 2):
-                confine(cores[:threads])
-                values = compare_speed(
-                    size,
-                    options.repeats,
-                    bare=bare_encoder(tokenizer, documents, threads),
-                    ours=tokenize(stage, file, tokenizer, threads),
-                )
+                for thread in os.listdir("/proc/self/task"):  # and those that they start
+                    os.sched_setaffinity(int(thread), cores[:threads])
+                bare, ours = partial(encode, documents, threads), partial(tokenize, name, threads)
+                values = compare_speed(documents, options.repeats, bare=bare, ours=ours)
                 if threads == 1:
-                    ends = itertools.accumulate(len(text.encode()) for text in documents)
-                    sample = [
-                        text
-                        for text, end in zip(documents, ends, strict=True)
-                        if end - len(text.encode()) < SLOW_SAMPLE_BYTES
-                    ]
-                    slower = compare_speed(
-                        megabytes(sample),
-                        options.repeats,
-                        bare=bare_encoder(tokenizer, sample, 1),
-                        slow=lambda some=sample: [slow(text, add_special_tokens=False)["input_ids"] for text in some],
-                    )
+                    bare, slowly = partial(encode, sample, 1), partial(encode_slowly, sample)
+                    slower = compare_speed(sample, options.repeats, bare=bare, slow=slowly)
                     values |= {"slow_mb_per_second": slower["slow_mb_per_second"], "slow_ratio": slower["ratio"]}
                 results[f"{name}, {threads} thread{'s' * (threads > 1)}"] = values
     columns = ("mb", "bare_mb_per_second", "ours_mb_per_second", "ratio", "slow_mb_per_second", "slow_ratio")
@@ -391,52 +334,14 @@ def measure_throughput(options: argparse.Namespace) -> None:
     save_results(options.output, {"slow": slow_name, "results": results}, f"{len(tokenizer):,} tokens")
 
 
-def compare_speed(size: float, repeats: int, **functions: Callable[[], Any]) -> Values:
-    """MB/s of two functions that run in turn on `size` MB, and the second's time relative to the first's."""
+def compare_speed(documents: list[str], repeats: int, **functions: Callable[[], Any]) -> Values:
+    """MB/s of two functions that run in turn on the same documents, and the second's time relative to the first's."""
+    size = num_bytes(documents) / 1e6
     pairs = [tuple(map(seconds_of, functions.values())) for _ in range(repeats)]
     ratios = [round(second / first, 3) for first, second in pairs]
     speeds = zip(functions, zip(*pairs, strict=True), strict=True)
     values = {f"{name}_mb_per_second": round(size / median(seconds), 3) for name, seconds in speeds}
     return {"mb": round(size, 2), **values, "ratio": median(ratios), "ratio_per_round": ratios}
-
-
-def confine(cores: list[int]) -> None:
-    """Lets all threads of this process, and those to come, run on some cores only."""
-    for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), cores)
-
-
-def describe(directory: Path, stage: str, file: Path) -> Path:
-    """Writes a dataset_info.json with one dataset, "set"."""
-    columns = {"columns": {"prompt": "text"}} if stage == "pt" else {}
-    path = directory / "dataset_info.json"
-    path.write_text(json.dumps({"set": {"file_name": file.name, **columns}}), encoding="utf-8")
-    return path
-
-
-def encoder_input(stage: str, file: Path) -> list[str]:
-    """The texts that tokenizing a dataset hands to the encoder."""
-    with tempfile.TemporaryDirectory() as scratch:
-        source = get_dataset_attr("set", describe(Path(scratch), stage, file), file.parent)
-        if stage == "pt":
-            return list(read_texts(source))
-        return [message["content"] for row in read_rows(source) for message in to_messages(source, row.values)]
-
-
-def bare_encoder(tokenizer: Any, documents: list[str], threads: int) -> Callable[[], Any]:
-    return lambda: fast.PROCESSORS[tokenizer].encode(documents, num_threads=threads, out_type="numpy")
-
-
-def tokenize(stage: str, file: Path, tokenizer: Any, threads: int) -> Callable[[], None]:
-    def run() -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            describe(Path(scratch), stage, file)
-            directories = dict(dataset_dir=scratch, corpus_dir=str(file.parent), cache_dir=f"{scratch}/cache")
-            load_tokenized_dataset(
-                "set", stage, tokenizer, DataArguments(**directories, preprocessing_num_workers=threads)
-            )
-
-    return run
 
 
 def slow_tokenizer(model: Path) -> tuple[Any, str]:

@@ -6,6 +6,7 @@ The others get rows of ids, labels and positions, so that tokenizing and packing
 for all, times the steps and evaluates the trained model on held-out rows.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -33,7 +34,6 @@ def main() -> None:
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------------- measurement
 class StepRecorder(TrainerCallback):
     """Records when each step ended, logged losses and gradient norms, and the held-out loss after training."""
 
@@ -80,10 +80,8 @@ def versions() -> dict[str, str]:
 
     found = {}
     for name in ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -94,7 +92,6 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-# ---------------------------------------------------------------------------------------------------------------- trainers
 def shared_settings(job: Job) -> dict[str, Any]:
     """Settings that every trainer reads, under transformers' names."""
     settings = dict(output_dir=job["output"], max_steps=job["steps"], per_device_train_batch_size=job["batch"])
@@ -134,15 +131,9 @@ def adapted_model(job: Job, attention: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
     lora = job["lora"]
-    config = LoraConfig(
-        r=lora["lora_rank"],
-        lora_alpha=2 * lora["lora_rank"],
-        target_modules="all-linear" if lora["lora_target"] == "all" else lora["lora_target"],
-        exclude_modules=["lm_head"],
-        modules_to_save=lora["additional_target"] or None,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
+    targets = dict(target_modules="all-linear", exclude_modules=["lm_head"], modules_to_save=lora["additional_target"])
+    rank = lora["lora_rank"]
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -159,17 +150,14 @@ def plain_trainer(job: Job, recorder: StepRecorder) -> None:
 
     def collate(rows: list[Job]) -> dict[str, Any]:
         longest = max(len(row["input_ids"]) for row in rows)
-        fill = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}
-        batch = {
-            name: torch.tensor([row[name] + [pad] * (longest - len(row[name])) for row in rows])
-            for name, pad in fill.items()
-        }
+        batch = {}
+        for name, pad in {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}.items():
+            batch[name] = torch.tensor([row[name] + [pad] * (longest - len(row[name])) for row in rows])
+        batch["attention_mask"] = (batch["attention_mask"] > 0).long()
         if isolated:
+            del batch["attention_mask"]
             positions = [row["position_ids"] + list(range(longest - len(row["position_ids"]))) for row in rows]
             batch["position_ids"] = torch.tensor(positions)
-            del batch["attention_mask"]
-        else:
-            batch["attention_mask"] = (batch["attention_mask"] > 0).long()
         return batch
 
     arguments = TrainingArguments(**{**shared_settings(job), "remove_unused_columns": False, **variant})
@@ -190,22 +178,11 @@ def llamafactory(job: Job, recorder: StepRecorder) -> None:
 
     rows = Path(job["dataset"]).with_name("for_llamafactory")
     load_from_disk(job["dataset"]).remove_columns("position_ids").save_to_disk(str(rows))
-    settings = {
-        "model_name_or_path": job["model"],
-        "stage": "sft",  # its pt stage would train the prefix of every document too
-        "do_train": True,
-        "finetuning_type": "lora",
-        "dataset": "none",
-        "template": "empty",
-        "cutoff_len": job["cutoff_len"],
-        "tokenized_path": str(rows),
-        "overwrite_output_dir": True,
-        "disable_shuffling": True,
-        "lora_alpha": 2 * job["lora"]["lora_rank"],
-        **shared_settings(job),
-        **job["lora"],
-        **job["variant"],
-    }
+    settings = {**shared_settings(job), **job["lora"], "lora_alpha": 2 * job["lora"]["lora_rank"]}
+    # Its pt stage would train the prefix of every document too.
+    settings |= dict(model_name_or_path=job["model"], stage="sft", do_train=True, finetuning_type="lora")
+    settings |= dict(dataset="none", template="empty", cutoff_len=job["cutoff_len"], tokenized_path=str(rows))
+    settings |= dict(overwrite_output_dir=True, disable_shuffling=True, **job["variant"])
     settings["additional_target"] = ",".join(job["lora"]["additional_target"])
     settings.pop("train_sampling_strategy")
     run_exp(settings, callbacks=[recorder])

@@ -10,15 +10,7 @@
 
 `make demo` must have finished in the work directory, at least its step 3 (`second_start`, `packing`, `embeddings`: step 5).
 What is compared runs in turn, A B C ... A B C ...; a ratio is the median over the rounds, in which the seed is the same.
-The first steps of a run are not timed; evaluation and saving never are. Files may lie in the page cache.
-
-`throughput`: model FLOP per token are 4 per frozen parameter of a linear layer (forward, and backward to its input), 6 per
-parameter of LoRA and of a trained output layer (4 if it is frozen), and 12 * layers * width of all heads * the mean number
-of tokens that a token attends to. Recomputation (gradient checkpointing) does not count. Utilization is relative to the
-fastest matrix product in the same process and precision, 2,048 or, on a GPU, 8,192 on a side.
-
-`ablation_step_time`: forward and backward pass of step 5, one step with each variant in turn, because processes differ in
-speed by more than one optimization brings. All variants compute the same batches with the same, unchanged weights.
+Evaluation and saving are never timed. Files may lie in the page cache. benchmarks/README.md says what is computed how.
 """
 
 import argparse
@@ -39,6 +31,7 @@ from unittest import mock
 
 import numpy
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks import common
@@ -90,7 +83,6 @@ COUNTS = (
 )  # of a step, by the trainer's meter; tokens with padding
 
 
-# ------------------------------------------------------------------------------------------------------------ timed runs
 class TimedTrainer(PackedTrainer):
     """Keeps the `COUNTS` of each step and the seconds of its `PARTS`; needs logging_steps 1 and no accumulation."""
 
@@ -135,13 +127,6 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def train_in_process(settings: Values, scratch: Path) -> Values:
-    """Trains in a process of its own; returns what `run_job` has measured."""
-    atomic_write_json(scratch / "job.json", {"settings": settings, "result": str(scratch / "result.json")})
-    run_process([sys.executable, "-m", "benchmarks.training", "job", scratch / "job.json"])
-    return common.read_results(scratch / "result.json")
-
-
 def run_job(file: Path) -> None:
     """Trains and measures; `losses` and `num_target_tokens` are those of each step."""
     job = common.read_results(file)
@@ -180,34 +165,31 @@ def run_job(file: Path) -> None:
     atomic_write_json(Path(job["result"]), {name: float(value) for name, value in result.items()} | curves)
 
 
-def loss_up_to(losses: list[float], num_target_tokens: list[float], tokens: float) -> float:
-    """Training loss in nats per target token, over the second half of the first `tokens` target tokens of a run."""
-    ends = numpy.cumsum(num_target_tokens)
-    starts = ends - num_target_tokens
-    weights = numpy.clip(ends, tokens / 2, tokens) - numpy.clip(starts, tokens / 2, tokens)
-    return float(numpy.average(losses, weights=weights))
-
-
 def train_in_turn(
     settings: Values, variants: dict[str, Values], options: argparse.Namespace, rate: str, scratch: Path
 ) -> dict[str, Values]:
     """Trains each variant in turn, in processes of their own; `ratio` is that of `rate` to the first variant's."""
 
     def run(name: str, number: int) -> Values:
-        return train_in_process(
-            {**settings, "seed": 42 + number, "max_steps": options.steps, **variants[name]}, scratch
-        )
+        run_settings = {**settings, "seed": 42 + number, "max_steps": options.steps, **variants[name]}
+        job = {"settings": run_settings, "result": str(scratch / "result.json")}
+        atomic_write_json(scratch / "job.json", job)
+        run_process([sys.executable, "-m", "benchmarks.training", "job", scratch / "job.json"])
+        return common.read_results(scratch / "result.json")
 
     def compare(together: list[Values]) -> None:
         tokens = min(values["target_tokens"] for values in together)
         for values in together:
             values["ratio"] = values[rate] / together[0][rate]
-            values["train_loss*"] = loss_up_to(values.pop("losses"), values.pop("num_target_tokens"), tokens)
+            # In nats per target token, over the second half of as many target tokens in all variants.
+            losses, counts = values.pop("losses"), numpy.array(values.pop("num_target_tokens"))
+            ends, bounds = counts.cumsum(), (tokens / 2, tokens)
+            weights = numpy.clip(ends, *bounds) - numpy.clip(ends - counts, *bounds)
+            values["train_loss*"] = float(numpy.average(losses, weights=weights))
 
     return run_in_turn(variants, options.repeats, run, compare)
 
 
-# ------------------------------------------------------------------------------------------------------------ throughput
 def measure_throughput(options: argparse.Namespace, scratch: Path) -> None:
     """Every variant of both stages; each run is a process of its own."""
     import constants
@@ -250,7 +232,11 @@ def random_model(layers: int, directory: Path) -> Path:
 
 
 def model_flop(trainer: Any) -> float:
-    """FLOP per token, as the head of this file says."""
+    """Model FLOP per token; recomputation (gradient checkpointing) does not count.
+
+    Per frozen parameter of a linear layer 4 (forward, and backward to its input), per trained one 6; and attention:
+    12 * layers * width of all heads * the mean number of tokens that a token attends to.
+    """
     flop = 0.0
     for name, parameter in trainer.model.named_parameters():
         if parameter.ndim == 2 and "embed_tokens" not in name and not name.endswith("original_module.weight"):
@@ -273,9 +259,8 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / best
 
 
-# -------------------------------------------------------------------------------------------------------------- ablations
 def measure_ablation_step_time(options: argparse.Namespace, _: Path) -> None:
-    """For a CPU, in fp32."""
+    """One step with each variant in turn, on the same batches with the same, unchanged weights; in fp32."""
     results = {}
     variants = {"all on": {}, **ABLATIONS}
 
@@ -374,13 +359,7 @@ def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
     print0(format_table(["step", "all on", "all off", "largest relative difference so far"], lines))
     for key in ("eval_loss", "tokens_per_second"):
         print0(f"{key}: { ({name: curve[key] for name, curve in curves.items()}) }")
-    draw(curves, options.output.with_suffix(".png"))
     save_results(options.output, {"max_relative_difference": float(difference.max()), "curves": curves})
-
-
-def draw(curves: dict[str, Values], file: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
     for (name, curve), style in zip(curves.items(), ("-", "--"), strict=True):
@@ -388,10 +367,9 @@ def draw(curves: dict[str, Values], file: Path) -> None:
         axes.plot(steps, curve["loss"], style, linewidth=1.2, label=f"all optimizations {name}")
     axes.set(xlabel="step", ylabel="training loss", yscale="log", title="Step 5 on the miniature")
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    figure.savefig(options.output.with_suffix(".png"), dpi=120)
 
 
-# ------------------------------------------------------------------------------------------- packing, embeddings, restarts
 def measure_packing(options: argparse.Namespace, scratch: Path) -> None:
     """Packed against padded, one dialogue per row, as many dialogues a step on average; on two kinds of dialogues."""
     what, varied = varied_dialogues(options.corpora, scratch)
@@ -412,7 +390,7 @@ def measure_packing(options: argparse.Namespace, scratch: Path) -> None:
         title = f"{name}: {dialogues} dialogues a step, {data_args.cutoff_len} tokens, lengths {lengths}"
         print_results(title, measured, columns)
     print0("* of the second half of as many target tokens in both")
-    save_costs(options, "packing", results)
+    save_results(options.output, {"steps": options.steps, "repeats": options.repeats, "results": results}, "packing")
 
 
 def varied_dialogues(corpora: Path | None, scratch: Path) -> tuple[str, Values]:
@@ -444,7 +422,7 @@ def measure_embeddings(options: argparse.Namespace, scratch: Path) -> None:
     columns = {"seconds_per_step": ".4f", "ratio": ".3f", **{f"{part}_seconds": ".4f" for part in (*PARTS, "other")}}
     columns |= dict(trainable_parameters=",.0f", optimizer_state_bytes=",.0f", eval_loss=".3f")
     print_results("embeddings beside LoRA", results, columns)
-    save_costs(options, "embeddings", results)
+    save_results(options.output, {"steps": options.steps, "repeats": options.repeats, "results": results}, "embeddings")
 
 
 def measure_second_start(options: argparse.Namespace, scratch: Path) -> None:
@@ -482,49 +460,41 @@ def measure_second_start(options: argparse.Namespace, scratch: Path) -> None:
     columns = {"tokens": ",.0f", "data_first": ".3f", "data_again": ".3f", "data_ratio": ".4f"}
     columns |= {"step_1_first": ".2f", "step_1_again": ".2f", "step_1_ratio": ".2f"}
     print_results("a second start with cached token ids (seconds)", results, columns)
-    save_costs(options, "second_start", results)
-
-
-def save_costs(options: argparse.Namespace, section: str, results: Values) -> None:
-    threads = {"threads": torch.get_num_threads(), "steps": options.steps, "repeats": options.repeats}
-    save_results(options.output, {**threads, "results": results}, section)
+    save_results(
+        options.output, {"steps": options.steps, "repeats": options.repeats, "results": results}, "second_start"
+    )
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["job"]:  # a process of `measure_throughput`
+    if sys.argv[1:2] == ["job"]:  # a process of `train_in_turn`
         return run_job(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(measure: Callable, needs: str, results: str, **defaults: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(measure.__name__.removeprefix("measure_"), help=measure.__doc__)
-        common.add_options(command, results, work_dir=None, **defaults)
+        common.add_options(command, f"{results}.json", work_dir=None, **defaults)
         command.set_defaults(measure=measure, needs=needs)
         return command
 
-    for measure, steps in ((measure_throughput, 20), (measure_ablation_step_time, 40)):
-        repeats = {"repeats": 3} if measure is measure_throughput else {}
-        results = "train_throughput.json" if measure is measure_throughput else "ablation_step_time.json"
-        command = add(measure, "ZERO_DIR", results, steps=steps, **repeats)
+    throughput = add(measure_throughput, "ZERO_DIR", "train_throughput", steps=20, repeats=3)
+    throughput.add_argument("--size", choices=("mini", "chatglm3-6b"), default="mini")
+    throughput.add_argument("--layers", type=int, default=28, help="of the full size")
+    throughput.add_argument("--stages", nargs="+", choices=("pt", "sft"), default=["pt", "sft"])
+    throughput.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    for command in (throughput, add(measure_ablation_step_time, "ZERO_DIR", "ablation_step_time", steps=40)):
         command.add_argument("--windows", type=int, nargs="+", help="tokens in a sequence (default: the profile's)")
         command.add_argument("--tokens", type=int, help="of a step (default: 2,048, of the full size 16,384)")
-        if measure is measure_throughput:
-            command.add_argument("--size", choices=("mini", "chatglm3-6b"), default="mini")
-            command.add_argument("--layers", type=int, default=28, help="of the full size")
-            command.add_argument("--stages", nargs="+", choices=("pt", "sft"), default=["pt", "sft"])
-            command.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    add(measure_ablation_loss, "ZERO_DIR", "ablation_loss.json", steps=None)
-    costs: Values = dict(needs="PT_MERGED_DIR", results="training_costs.json", steps=60, repeats=5)
-    add(measure_packing, **costs, corpora=None)
-    add(measure_embeddings, **costs)
-    add(measure_second_start, **costs, corpora=None)
+    add(measure_ablation_loss, "ZERO_DIR", "ablation_loss", steps=None)
+    add(measure_packing, "PT_MERGED_DIR", "training_costs", steps=60, repeats=5, corpora=None)
+    add(measure_embeddings, "PT_MERGED_DIR", "training_costs", steps=60, repeats=5)
+    add(measure_second_start, "PT_MERGED_DIR", "training_costs", steps=60, repeats=5, corpora=None)
     options = parser.parse_args()
     if options.steps is not None and options.steps <= common.WARMUP_STEPS:
         raise UserError(f"nothing would be timed. Give more than {common.WARMUP_STEPS} --steps.")
     common.use_work_dir(options.work_dir, options.needs)
     with tempfile.TemporaryDirectory() as scratch:
-        options.measure(options, Path(scratch))
-    return None
+        return options.measure(options, Path(scratch))
 
 
 if __name__ == "__main__":

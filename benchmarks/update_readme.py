@@ -14,7 +14,7 @@ from llmtuner.console import UserError, print0, run_cli
 
 PAGES = ("benchmarks/README.md", "benchmarks/scaling.md", "docs/memory.md")
 MISSING = "**not measured**"
-MARKER = re.compile(r"(?m)^<!-- ([\w -]+) -->\n(?:(?!\n).*\n)*")
+MARKER = re.compile(r"(?m)^<!-- ([\w, -]+) -->\n(?:(?!\n).*\n)*")
 
 
 def main() -> None:
@@ -30,110 +30,82 @@ def fill(marker: re.Match) -> str:
     Raises:
         UserError: if no such table is known.
     """
-    name = marker[1]
-    benchmark, _, part = name.partition(" ")
-    if benchmark not in TABLES:
-        raise UserError(f"a page asks for the table {name!r}. Known: {', '.join(TABLES)}.")
+    name, _, part = marker[1].partition(" ")
+    known = {*TABLES, *(key.partition(" ")[0] for key in COLUMNS)}
+    if name not in known:
+        raise UserError(f"a page asks for the table {marker[1]!r}. Known: {', '.join(sorted(known))}.")
+    measured = read_results(common.RESULTS / f"{name}.json")
     try:
-        text = TABLES[benchmark](read_results(common.RESULTS / f"{benchmark}.json"), part)
+        if name in TABLES:
+            text = TABLES[name](measured, part)
+        else:
+            text = make_table(find_results(measured, part), COLUMNS.get(name) or COLUMNS[f"{name} {part}"])
     except KeyError:
         text = MISSING
-    return f"<!-- {name} -->\n{text}\n"
+    return f"<!-- {marker[1]} -->\n{text}\n"
 
 
-SPEEDS = "tokens/s=tokens_per_second:,.0f target_tokens/s=target_tokens_per_second:,.0f "
-LOSSES = "first_loss=first_loss:.3f last_5=last_loss:.3f first_norm=first_norm:.2f last=last_norm:.2f"
+def find_results(measured: Values, part: str) -> dict[str, Values]:
+    """The results of a section or with a name: one line of a table each."""
+    results = measured.get(part, measured)["results"]
+    if isinstance(results, list):  # of a job each
+        return {result["job"]: result for result in results}
+    results = results if not part or part in measured else results[part]
+    for values in results.values():  # what a table shows of values that hold several
+        if "data_fraction" in values:
+            phases = ("data", "forward", "backward", "optimizer")
+            values["parts"] = " / ".join(f"{values[f'{phase}_fraction']:.0%}" for phase in phases)
+        if "against_all" in values:
+            values["per_character"] = values["tokens_per_character"]["all"]
+            values |= {f"more_{name}": ratio - 1 for name, ratio in values["against_all"].items()}
+    return results
 
 
-def make_table(first: str, results: dict[str, Values], columns: str, ratio: str = "", key: str = "ratio") -> str:
+def make_table(results: dict[str, Values], columns: str) -> str:
     """A table with a line per result.
 
     Args:
-        columns: "header=key:format" of each column, an underscore in a header being a space; a missing value is an empty cell.
-        ratio: header of a column before them: the median of a ratio under `key`, and its range over the rounds.
+        columns: "header=key:format" of each column, an underscore in a header being a space, after a header of the names.
+            A missing value is an empty cell; a ratio without a format is shown with its range over the rounds.
     """
-    specs = [re.fullmatch(r"(.+)=(\w+):?(.*)", column).groups() for column in columns.split()]  # type: ignore[union-attr]
+    first, *specs = columns.split()
     lines = []
     for name, values in results.items():
-        cells = [format(values[column], form) if column in values else "" for _, column, form in specs]
-        if ratio:
-            rounds = values[f"{key}_per_round"]
-            spread = f"**{values[key]:.2f}** ({min(rounds):.2f} to {max(rounds):.2f})"
-            cells.insert(0, "" if name == "ours" else spread)
-        lines.append([name, *cells])
-    headers = [header.replace("_", " ") for header, *_ in specs]
-    return markdown_table([first, *([ratio] if ratio else []), *headers], lines)
+        cells = [name]
+        for key, _, form in (spec.partition("=")[2].partition(":") for spec in specs):
+            if f"{key}_per_round" in values and not form:
+                rounds = values[f"{key}_per_round"]
+                spread = f"**{values[key]:.2f}** ({min(rounds):.2f} to {max(rounds):.2f})"
+                cells.append("" if name == "ours" else spread)
+            else:
+                cells.append(format(values[key], form) if key in values else "")
+        lines.append(cells)
+    headers = [header.partition("=")[0].replace("_", " ") for header in (first, *specs)]
+    return markdown_table([headers[0].strip("- "), *headers[1:]], lines)
 
 
-def compare_trainers(measured: Values, job: str) -> str:
-    """`job`: pt, pt-1024, sft."""
-    columns = f"{SPEEDS} GB=peak_memory_gb:.2f held-out_loss=held_out_loss:.3f {LOSSES}"
-    rounds = measured[job]["repeats"]
-    return make_table("", measured[job]["results"], columns, f"ours / theirs, {rounds} rounds", "speedup")
-
-
-def train_throughput(measured: Values, run: str) -> str:
-    """`run`: stage, size and window, as in `pt mini 256`."""
-    stage, size, window = run.split()
-    results = measured[f"{stage}, {size}, windows of {int(window):,}"]["results"]
-    parts = ("data", "forward", "backward", "optimizer")
-    for values in results.values():
-        values["parts"] = " / ".join(f"{values[f'{part}_fraction']:.0%}" for part in parts)
-    columns = f"{SPEEDS} utilization=utilization:.0% GB=peak_memory_gb:.2f {LOSSES} {'_/_'.join(parts)}=parts"
-    return make_table("", results, columns, "times as fast")
-
-
-def ablation_step_time(measured: Values, window: str) -> str:
-    columns = "times_as_fast=ratio:.2f ms_per_step=milliseconds:.0f first_loss=loss:.5f"
-    return make_table(f"windows of {int(window):,}", measured["results"][f"{int(window):,}"], columns)
-
-
-def tokenize_throughput(measured: Values, vocab_size: str) -> str:
-    columns = (
-        "MB=mb:.1f bare,_MB/s=bare_mb_per_second:.1f ours,_MB/s=ours_mb_per_second:.1f slow_path_/_bare=slow_ratio:.1f"
-    )
-    return make_table("", measured[f"{int(vocab_size):,} tokens"]["results"], columns, "time / bare")
-
-
-def tokenizer_training(measured: Values, part: str) -> str:
-    """`part`: samples, corpora."""
-    results, columns = measured["results"], "seconds=seconds:.0f peak_MB=peak_mb:,.0f "
-    if part == "corpora":
-        return make_table("corpus", results["step1"], f"learned_from,_MB=read_mb:,.0f {columns} tokens=pieces:,.0f")
-    for sample in results["samples"].values():
-        sample["per_character"] = sample["tokens_per_character"]["all"]
-        sample |= {f"more_{name}": ratio - 1 for name, ratio in sample["against_all"].items()}
-    columns += "tokens_per_character=per_character:.4f "
-    columns += " ".join(
-        f"against_all_data:_{name.removeprefix('ja_')}=more_{name}:+.1%" for name in sample["against_all"]
-    )
-    return make_table("sample", results["samples"], columns)
-
-
-def generate_throughput(measured: Values, _: str) -> str:
-    columns = "tokens/s=tokens_per_second:,.0f times_as_fast=ratio:.1f changed_answers_of_128=changed_answers:.0f"
-    return make_table("", measured["results"], columns)
-
-
-def training_costs(measured: Values, part: str) -> str:
-    columns = (
-        "seconds_per_step=seconds_per_step:.3f trained_parameters=trainable_parameters:,.0f held-out_loss=eval_loss:.3f"
-    )
-    return make_table("", measured[part]["results"], columns, "time against LoRA")
-
-
-def full_size_checkpoint(measured: Values, _: str) -> str:
-    columns = "GB=gigabytes:.1f seconds=seconds:.0f seconds_per_GB=seconds_per_gigabyte:.1f peak_MB=peak_megabytes:,.0f"
-    return make_table("job", {result["job"]: result for result in measured["results"]}, columns)
-
-
-TABLES: dict[str, Callable[[Values, str], str]] = {
-    **{"compare_trainers": compare_trainers, "train_throughput": train_throughput, "training_costs": training_costs},
-    **{"ablation_step_time": ablation_step_time, "generate_throughput": generate_throughput},
-    **{"full_size_checkpoint": full_size_checkpoint},
-    **{"tokenize_throughput": tokenize_throughput, "tokenizer_training": tokenizer_training},
-    **{"scaling": scaling.tables, "memory_budget": memory_budget.tables},
+SPEEDS = "tokens/s=tokens_per_second:,.0f target_tokens/s=target_tokens_per_second:,.0f "
+LOSSES = "first_loss=first_loss:.3f last_5=last_loss:.3f first_norm=first_norm:.2f last=last_norm:.2f "
+TIMES = "seconds=seconds:.0f peak_MB=peak_mb:,.0f "
+# The first word is the header of the names; "-" is none.
+COLUMNS = {
+    "compare_trainers": f"- ours_/_theirs=speedup {SPEEDS} GB=peak_memory_gb:.2f held-out_loss=held_out_loss:.3f {LOSSES}",
+    "train_throughput": f"- times_as_fast=ratio {SPEEDS} utilization=utilization:.0% GB=peak_memory_gb:.2f {LOSSES}"
+    "data_/_forward_/_backward_/_optimizer=parts",
+    "ablation_step_time": "- times_as_fast=ratio:.2f ms_per_step=milliseconds:.0f first_loss=loss:.5f",
+    "training_costs": "- time_against_LoRA=ratio seconds_per_step=seconds_per_step:.3f "
+    "trained_parameters=trainable_parameters:,.0f held-out_loss=eval_loss:.3f",
+    "full_size_checkpoint": "job GB=gigabytes:.1f seconds=seconds:.0f seconds_per_GB=seconds_per_gigabyte:.1f "
+    "peak_MB=peak_megabytes:,.0f",
+    "generate_throughput": "- tokens/s=tokens_per_second:,.0f times_as_fast=ratio:.1f "
+    "changed_answers_of_128=changed_answers:.0f",
+    "tokenize_throughput": "- time_/_bare=ratio MB=mb:.1f bare,_MB/s=bare_mb_per_second:.1f "
+    "ours,_MB/s=ours_mb_per_second:.1f slow_path_/_bare=slow_ratio:.1f",
+    "tokenizer_training step1": f"corpus learned_from,_MB=read_mb:,.0f {TIMES} tokens=pieces:,.0f",
+    "tokenizer_training samples": f"sample {TIMES} tokens_per_character=per_character:.4f against_all_data=more_all:+.1% "
+    "literature=more_ja_aozora:+.1% travel_guides=more_ja_guides:+.1% encyclopedia=more_ja_wiki:+.1%",
 }
+TABLES: dict[str, Callable[[Values, str], str]] = {"scaling": scaling.tables, "memory_budget": memory_budget.tables}
 
 if __name__ == "__main__":
     run_cli(main)

@@ -163,7 +163,7 @@ def test_original_merge_is_defective_as_published():
 @needs_golden
 @needs_corpora
 def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
-    """Trained on a fifth of the text of benchmarks/merge_methods.py, so the ratio is a little worse than there."""
+    """Trained on a fifth of the text of `benchmarks.tokenizer merge`, so the ratio is a little worse than there."""
 
     def documents(name):
         return pyarrow.parquet.read_table(CORPORA / f"{name}.parquet")["text"].to_pylist()
