@@ -1,7 +1,8 @@
-"""What is trained: LoRA with embeddings beside it, some modules alone or everything; and how it is saved."""
+"""Selects what is trained (LoRA and embeddings, some modules, or everything), and saves it as an adapter."""
 
 import re
 import shutil
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,86 +26,79 @@ from llmtuner.files import translate_disk_errors
 from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
 from llmtuner.model.model_dir import APPENDED_ROWS, MERGED_ADAPTER, adapter_checksum, read_json
 from llmtuner.outputs import finish_publishing, publish_files
-from llmtuner.tokenizer.fast import TOKENIZER_FILES, copy_tokenizer
+from llmtuner.tokenizer.fast import copy_tokenizer
 
 NO_LORA_ON_LM_HEAD = "the output layer is trained in full or not at all. Put it into additional_target."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Whichever of them is there marks a whole adapter and says of which kind it is.
-ADAPTER_CONFIG_FILES = (ADAPTER_CONFIG, "config.json")
+ADAPTER_CONFIG_FILES = (ADAPTER_CONFIG, "config.json")  # the one that is there shows a complete adapter, and its kind
 WEIGHT_FILES = (ADAPTER_WEIGHTS, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-# What a run writes into its directory under names that other programs use too.
-RUN_FILES = (
-    *ADAPTER_CONFIG_FILES,
-    *WEIGHT_FILES,
-    *TOKENIZER_FILES,
-    "checkpoint-*",
-    "trainer_log.jsonl",
-    "training_args.json",
-    "invalid_rows.jsonl",
-    "*_loss.png",
-)
 
 
-# ------------------------------------------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------------------------------------- trainable parameters
 @dataclass
 class LoraOnMergedConfig(LoraConfig):
-    """Settings of an adapter that was trained on its base with an earlier adapter merged into it."""
+    """Configures an adapter that is trained on its base with an earlier adapter merged into it."""
 
     merged_adapter: dict[str, str] | None = None
-    """`path` and `sha256` of the earlier one; an export merges it first."""
+    """`path` and `sha256` of the earlier adapter; an export merges it first."""
 
 
 def init_adapter(
     model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path | None = None, create_new: bool = False
 ) -> torch.nn.Module:
-    """Freezes what is not trained; what is trained is held in fp32, so that small updates are not rounded away.
+    """Freezes what is not trained, and casts what is trained to fp32, so that small updates are not rounded away.
 
     Frozen parameters keep the dtype in which they were loaded.
 
     Args:
-        adapter: directory of a trained LoRA adapter to go on from; its own settings of LoRA apply.
-        create_new: merge that adapter into the model instead, and train a new one by the settings.
+        adapter: directory of a trained LoRA adapter to continue training; its own LoRA settings apply.
+        create_new: merge that adapter into the model instead, and train a new one.
+
+    Returns:
+        the model; for LoRA, in peft's wrapper.
 
     Raises:
         UserError: if a target names no module of this model, or the adapter does not fit it.
     """
     prepared: Any = model
-    if adapter is not None and create_new:
-        prepared = _create_adapter_on_merged(model, finetuning, adapter)
-    elif adapter is not None:
-        prepared = _load_adapter(model, finetuning, adapter)
-        print0(f"resuming from {adapter}: {_describe(prepared)}")
-    elif finetuning.finetuning_type == "lora":
-        prepared = get_peft_model(model, _get_lora_config(model, finetuning))
-    elif finetuning.finetuning_type == "freeze":
-        _setup_freeze_tuning(model, finetuning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft reads it
+        if adapter is not None and create_new:
+            prepared = _create_adapter_on_merged(model, finetuning, adapter)
+        elif adapter is not None:
+            prepared = _load_adapter(model, finetuning, adapter)
+            print0(f"resuming from {adapter}: {_describe(prepared)}")
+        elif finetuning.finetuning_type == "lora":
+            prepared = get_peft_model(model, _get_lora_config(model, finetuning))
+        elif finetuning.finetuning_type == "freeze":
+            _setup_freeze_tuning(model, finetuning)
     _upcast_trainable(prepared)
     _free_original_modules(prepared)
     return prepared
 
 
 def _setup_freeze_tuning(model: PreTrainedModel, finetuning: FinetuningArguments) -> None:
-    """Trains some of the layers, or some modules of them, and modules outside them."""
+    """Freezes everything but some layers, or some of their modules, and named modules outside the layers."""
     outside = [*finetuning.additional_target, *finetuning.freeze_extra_modules]
     _check_names(outside, _modules_with_parameters(model), "additional_target")
-    wanted = finetuning.freeze_trainable_layers
-    if wanted is None:
-        wanted = 0 if finetuning.additional_target else 2
-    # Parameter -> its layer, and its module in there: model.layers.3.mlp.down_proj.weight -> 3, mlp.
-    found = {name: re.search(r"\.(\d+)\.(\w+)", name) for name, _ in model.named_parameters()}
-    places = {name: (int(match[1]), match[2]) for name, match in found.items() if match}
+    num_trainable = finetuning.freeze_trainable_layers
+    if num_trainable is None:
+        num_trainable = 0 if finetuning.additional_target else 2
+    # Parameter name -> layer index and module: model.layers.3.mlp.down_proj.weight -> 3, mlp.
+    matches = {name: re.search(r"\.(\d+)\.(\w+)", name) for name, _ in model.named_parameters()}
+    positions = {name: (int(match[1]), match[2]) for name, match in matches.items() if match}
     inside = [name for name in finetuning.freeze_trainable_modules if name != "all"]
-    _check_names(inside, sorted({module for _, module in places.values()}), "freeze_trainable_modules")
-    count = 1 + max((layer for layer, _ in places.values()), default=-1)
-    layers = range(max(0, count - wanted), count) if wanted > 0 else range(min(-wanted, count))
+    _check_names(inside, sorted({module for _, module in positions.values()}), "freeze_trainable_modules")
+    num_layers = 1 + max((layer for layer, _ in positions.values()), default=-1)
+    first = max(0, num_layers - num_trainable)
+    layers = range(first, num_layers) if num_trainable > 0 else range(min(-num_trainable, num_layers))
     for name, parameter in model.named_parameters():
-        layer, module = places.get(name, (-1, ""))
+        layer, module = positions.get(name, (-1, ""))
         in_layer = layer in layers and (module in inside or "all" in finetuning.freeze_trainable_modules)
         parameter.requires_grad_(in_layer or not {*name.split(".")}.isdisjoint(outside))
     if layers:
-        print0(
-            f"training layers {layers[0]} to {layers[-1]} of {count}: {', '.join(finetuning.freeze_trainable_modules)}"
-        )
+        modules = ", ".join(finetuning.freeze_trainable_modules)
+        print0(f"training layers {layers[0]} to {layers[-1]} of {num_layers}: {modules}")
 
 
 def _upcast_trainable(model: torch.nn.Module) -> None:
@@ -114,9 +108,9 @@ def _upcast_trainable(model: torch.nn.Module) -> None:
 
 
 def _free_original_modules(model: torch.nn.Module) -> None:
-    """Frees the frozen matrices that peft keeps beside those that it trains in full: nothing reads them while it does.
+    """Frees the frozen originals that peft keeps of modules trained in full; nothing reads them during training.
 
-    Of ChatGLM3-6B's two embedding matrices that is 1.3 GB.
+    For ChatGLM3-6B's two embedding matrices these are 1.3 GB.
     """
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
@@ -126,13 +120,13 @@ def _free_original_modules(model: torch.nn.Module) -> None:
 
 
 def find_all_linear_modules(model: PreTrainedModel) -> list[str]:
-    """Names of all linear layers but the output layer."""
-    output = model.get_output_embeddings()
+    """Returns the names of all linear modules but the output layer."""
+    lm_head = model.get_output_embeddings()
     return sorted(
         {
             name.rsplit(".", 1)[-1]
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not output
+            if isinstance(module, torch.nn.Linear) and module is not lm_head
         }
     )
 
@@ -147,67 +141,68 @@ def _check_names(names: list[str], known: list[str], setting: str) -> None:
             raise UserError(f"{setting} {name!r} matches no module; this model has: {', '.join(known)}.")
 
 
-def _get_lora_config(model: PreTrainedModel, finetuning: FinetuningArguments) -> LoraConfig:
-    in_full, known = finetuning.additional_target, find_all_linear_modules(model)
-    _check_names(in_full, _modules_with_parameters(model), "additional_target")
+def _get_lora_config(
+    model: PreTrainedModel, finetuning: FinetuningArguments, merged_adapter: dict[str, str] | None = None
+) -> LoraConfig:
+    additional, known = finetuning.additional_target, find_all_linear_modules(model)
+    _check_names(additional, _modules_with_parameters(model), "additional_target")
     if finetuning.lora_target == ["all"]:
-        target = [name for name in known if name not in in_full]
+        target = [name for name in known if name not in additional]
     else:
         target = finetuning.lora_target
         if "lm_head" in target:
             raise UserError(f"lora_target lm_head: {NO_LORA_ON_LM_HEAD}")
         _check_names(target, known, "lora_target")
-    if both := sorted({*target} & {*in_full}):
+    if both := sorted({*target} & {*additional}):
         raise UserError(f"{', '.join(both)}: named in lora_target and in additional_target. Train it in one way.")
-    by_row = [name for name in in_full if name in EMBEDDING_MODULES and finetuning.train_new_tokens_only]
-    return LoraConfig(
+    by_row = [name for name in additional if name in EMBEDDING_MODULES and finetuning.train_new_tokens_only]
+    config: dict[str, Any] = dict(
         r=finetuning.lora_rank,
-        lora_alpha=finetuning.lora_alpha or 2 * finetuning.lora_rank,  # type: ignore[arg-type]  # a fraction works too
+        lora_alpha=finetuning.lora_alpha or 2 * finetuning.lora_rank,
         lora_dropout=finetuning.lora_dropout,
         use_rslora=finetuning.use_rslora,
         use_dora=finetuning.use_dora,
         target_modules=target,
-        modules_to_save=[name for name in in_full if name not in by_row] or None,
+        modules_to_save=[name for name in additional if name not in by_row] or None,
         trainable_token_indices={name: _new_token_indices(model) for name in by_row} or None,
         task_type="CAUSAL_LM",
     )
+    return LoraOnMergedConfig(**config, merged_adapter=merged_adapter) if merged_adapter else LoraConfig(**config)
 
 
 def _new_token_indices(model: PreTrainedModel) -> list[int]:
-    """The embedding rows that step 3 appended for new pieces."""
+    """Returns the embedding rows that step 3 appended for new tokens."""
     first_and_end = getattr(model.config, APPENDED_ROWS, None)
     if not first_and_end:
         raise UserError(
-            f"{model.config.name_or_path} was not grown by step 3: its config.json has no {APPENDED_ROWS}, which "
+            f"{model.config.name_or_path} was not resized by step 3: its config.json has no {APPENDED_ROWS}, which "
             "train_new_tokens_only needs. Resize it again (step3_resize_model.py), or leave train_new_tokens_only out."
         )
     return list(range(*first_and_end))
 
 
 def _create_adapter_on_merged(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
-    """A new LoRA adapter around a base into which an earlier one was merged, each parameter in its own precision."""
+    """Merges a LoRA adapter into its base, each parameter in its own dtype, and adds a new adapter."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     rank = read_json(adapter / ADAPTER_CONFIG).get("r") if (adapter / ADAPTER_CONFIG).is_file() else None
     earlier = replace(finetuning, lora_rank=rank or finetuning.lora_rank)
-    with torch.random.fork_rng():  # the new adapter begins as it would on the exported model
+    with torch.random.fork_rng():  # the new adapter is initialized as it would be on the exported model
         merged: Any = _load_adapter(model, earlier, adapter).merge_and_unload()
     for name, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     print0(f"{adapter} is merged into the model in memory; a new adapter is trained on that")
-    config: Any = _get_lora_config(merged, finetuning)
-    config.__class__ = LoraOnMergedConfig
-    config.merged_adapter = {"path": str(adapter.resolve()), "sha256": adapter_checksum(adapter)}
-    return get_peft_model(merged, config)  # type: ignore[return-value]
+    merged_adapter = {"path": str(adapter.resolve()), "sha256": adapter_checksum(adapter)}
+    return get_peft_model(merged, _get_lora_config(merged, finetuning, merged_adapter))  # type: ignore[return-value]
 
 
 def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
-    """A LoRA adapter around its base, to be trained further."""
+    """Loads a LoRA adapter onto its base, to continue training."""
     finish_publishing(adapter)
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (adapter / name).is_file()]
     if missing or finetuning.finetuning_type != "lora":
         why = f"{adapter} has no {missing[0]}" if missing else f"finetuning_type is {finetuning.finetuning_type}"
         raise UserError(
-            f"training goes on only from a LoRA adapter: {why}. Merge what was trained and start from that."
+            f"only a LoRA adapter can be trained further: {why}. Merge what was trained and start from the merged model."
         )
     settings = read_json(adapter / ADAPTER_CONFIG)
     if settings.get(MERGED_ADAPTER):
@@ -225,7 +220,7 @@ def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapt
         config: Any = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = False
         adapted: Any = get_peft_model(model, config)
-        _upcast_trainable(adapted)  # before its weights come, or the model's precision would round them
+        _upcast_trainable(adapted)  # before its weights are loaded, or the model's dtype would round them
         weights = load_file(adapter / ADAPTER_WEIGHTS)
         if differing := weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
             raise ValueError(f"only one of them has {min(differing)}")
@@ -242,21 +237,21 @@ def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapt
 
 def _describe(adapted: Any) -> str:
     config = adapted.peft_config["default"]
-    beside = [*(config.modules_to_save or []), *(f"rows of {name}" for name in config.trainable_token_indices or [])]
-    return f"rank {config.r} on {', '.join(sorted(config.target_modules))}; beside it {', '.join(beside) or 'nothing'}"
+    others = [*(config.modules_to_save or []), *(f"rows of {name}" for name in config.trainable_token_indices or [])]
+    return f"rank {config.r} on {', '.join(sorted(config.target_modules))}; also {', '.join(others) or 'nothing else'}"
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
 def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) -> None:
-    """Writes what was trained, and the base's tokenizer, into a run's directory among its logs and checkpoints.
+    """Saves what was trained, and the base's tokenizer, in a run's directory beside its logs and checkpoints.
 
-    An older adapter is replaced, whatever its kind: all of it or, where a process is killed, nothing (`publish_files`).
+    An older adapter of any kind is replaced completely or, if the process is killed, not at all (`publish_files`).
 
     Raises:
-        UserError: if it cannot be written; then an older adapter stays as it was.
+        UserError: if it cannot be written; an older adapter is then unchanged.
     """
     if directory.resolve() == tokenizer_from.resolve():
-        raise UserError(f"{directory} holds the model that was trained from. Set another output_dir.")
+        raise UserError(f"{directory} holds the base model of this run. Set another output_dir.")
     partial = directory / ".partial"
     try:
         with translate_disk_errors(directory):

@@ -10,12 +10,26 @@ from typing import Any
 
 from llmtuner.console import UserError, is_rank_zero, print0
 from llmtuner.files import MARKER, atomic_write_json, check_writable, fsync_directory, translate_disk_errors
+from llmtuner.hparams import diff_settings
 from llmtuner.locks import file_lock
+from llmtuner.model.adapters import ADAPTER_CONFIG_FILES, WEIGHT_FILES
 from llmtuner.outputs import finish_publishing, read_marker, recover_directory, replace_directory
+from llmtuner.tokenizer.fast import TOKENIZER_FILES
 
 CHECKSUM_FILE = "checksums.json"  # written last: file -> [bytes, CRC-32]
 RUN_MARKER = "a training run"  # in the marker of an output_dir
 TMP_DIR = ".saving"  # in output_dir; becomes checkpoint-N once sealed
+# What a run writes into its directory under names that other programs use too.
+RUN_FILES = (
+    *ADAPTER_CONFIG_FILES,
+    *WEIGHT_FILES,
+    *TOKENIZER_FILES,
+    "checkpoint-*",
+    "trainer_log.jsonl",
+    "training_args.json",
+    "invalid_rows.jsonl",
+    "*_loss.png",
+)
 
 
 @contextmanager
@@ -45,8 +59,6 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
 
 def _check_output_dir(output_dir: Path) -> None:
     """A run writes and deletes files by name; none of another program may be among them."""
-    from llmtuner.model.adapters import RUN_FILES
-
     is_run = (read_marker(output_dir) or {}).get("made_by") == RUN_MARKER  # a merged model is no run
     ours = is_run or any(output_dir.glob(f"checkpoint-*/{CHECKSUM_FILE}")) or _has_legacy_settings(output_dir)
     foreign = [] if ours else sorted(path.name for pattern in RUN_FILES for path in output_dir.glob(pattern))
@@ -195,8 +207,6 @@ def check_resume_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: names what differs.
     """
-    from llmtuner.hparams import diff_settings
-
     before = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8"))
     before.setdefault("model checksum", settings.get("model checksum"))  # runs of earlier versions have none
     if changes := diff_settings(before, settings):

@@ -70,7 +70,7 @@ def test_new_rows_alone_are_trained_and_have_state(grown_dir, tmp_path):
 
 
 def test_new_rows_need_a_model_that_step_3_has_grown(tiny_model_dir):
-    with pytest.raises(UserError, match="was not grown by step 3"):
+    with pytest.raises(UserError, match="was not resized by step 3"):
         prepare(tiny_model_dir, **KINDS["new rows"])
 
 

@@ -13,7 +13,7 @@ from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.tuner import export_model, run_exp
 from llmtuner.weights.merge_lora import merge_adapter
-from tests.checkpoints import cut
+from tests.checkpoints import truncate
 from tests.training import NO_FIGURES, SFT, STAGES, losses_of
 
 
@@ -23,7 +23,7 @@ def model(tiny_model_dir, tmp_path):
 
 
 def test_training_finds_cut_weights_before_data_are_tokenized(model, tiny_run):
-    file = cut(model)
+    file = truncate(model)
     with pytest.raises(UserError, match="damaged or truncated") as caught:
         run_exp({**tiny_run, "model_name_or_path": str(model)})
     assert str(file) in str(caught.value)
