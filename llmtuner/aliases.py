@@ -1,4 +1,4 @@
-"""Names of earlier versions, under which settings and files of finished runs stay readable; no other module knows them."""
+"""Names of earlier versions: settings, files and metrics that have them stay readable; no other module knows them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +17,12 @@ VALUES: dict[str, dict[Any, Any]] = {
 }
 VARIABLES = {"SKIP_FINISHED": "SKIP_COMPLETED"}  # of the environment
 DATASET_KEYS = {"keep_rows": "row_filter"}
-# Files of a run, of a checkpoint and of a tokenized data set: present name -> earlier one.
+# Files of a run and of a checkpoint: current name -> earlier one. Tokenized data sets of earlier versions are made again.
 FILES = {
     "trainer_log.jsonl": "log.jsonl",
     "training_args.json": "settings.json",
     "checksums.json": "whole.json",
     "throughput.json": "meter.json",
-    "metadata.json": "about.json",
-    "invalid_rows.jsonl": "rejected.jsonl",
 }
 # Keys of metrics/step*.json and of the log.
 METRIC_KEYS = {
@@ -44,19 +42,20 @@ METRIC_KEYS = {
     "right": "accuracy",
     "repeated": "repeated_4gram_ratio",
     "ended": "finished_ratio",
+    "cut_requests": "truncated_requests",
+    "embeddings_alone": "embeddings_only",
 }
-# Keys of a checkpoint's throughput.json, and of a tokenized data set's metadata.json.
+# Keys of a checkpoint's throughput.json.
 THROUGHPUT_KEYS = {
     "trained": "target_tokens",
     "all_tokens": "total_tokens",
     "all_padding": "total_padding",
     "all_seconds": "total_seconds",
 }
-METADATA_KEYS = {"places": "locations", "format": "cache_version", "rejected": "invalid"}
 
 
 def rename_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings under their present names and values, and one line about each that had another."""
+    """Settings under their current names and values, and one line about each that had another."""
     renamed: dict[str, Any] = {}
     notes = []
     for name, value in settings.items():
@@ -73,13 +72,19 @@ def rename_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
 
 
 def rename_keys(content: Any, names: Mapping[str, str] = METRIC_KEYS) -> Any:
-    """JSON content with keys under their present names, at any depth."""
+    """JSON content with its keys under their current names, at any depth."""
     if isinstance(content, dict):
         return {names.get(key, key): rename_keys(value, names) for key, value in content.items()}
     return [rename_keys(item, names) for item in content] if isinstance(content, list) else content
 
 
 def locate(directory: Path, name: str) -> Path:
-    """Where a file of a run is: under its present name, or under the earlier one if only that is there."""
+    """Where a file is: under its current name, or under the earlier one if only that exists."""
     path, old = directory / name, directory / FILES[name]
     return old if old.exists() and not path.exists() else path
+
+
+def describe_old_names(directory: Path) -> str:
+    """One line for the user if files of a directory have names of an earlier version; else empty."""
+    old = [locate(directory, name).name for name in FILES if locate(directory, name).name != name]
+    return f"{directory} was written by an earlier version: {', '.join(old)} read under deprecated names" if old else ""

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from llmtuner.aliases import DATASET_KEYS
 from llmtuner.console import UserError, print0
 from llmtuner.files import checksum
 
@@ -34,7 +35,6 @@ KNOWN_COLUMNS = (*DEFAULT_COLUMNS, "history", "system", "tools")
 VALUE_TYPES: dict[type, str] = {int: "a whole number above 0", dict: "an object of the form {KEY: VALUE}", str: "text"}
 # Other hubs, and a checksum that LLaMA-Factory does not enforce: ignored beside a file name or a hub id.
 IGNORED_KEYS = ("ms_hub_url", "om_hub_url", "file_sha1")
-DEPRECATED_KEYS = {"keep_rows": "row_filter"}
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _validate_entry(entry: Any, place: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise UserError(f"{place} is not a JSON object of the form {{KEY: VALUE}}.")
     entry = {key: value for key, value in entry.items() if value not in (None, False, "")}
-    for old, new in DEPRECATED_KEYS.items():
+    for old, new in DATASET_KEYS.items():
         if old in entry:
             print_once(f"{place}: the key {old!r} is now called {new!r}")
             entry.setdefault(new, entry.pop(old))

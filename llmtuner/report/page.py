@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmtuner.aliases import locate, rename_keys
-from llmtuner.console import UserError
+from llmtuner.aliases import describe_old_names, locate, rename_keys, rename_settings
+from llmtuner.console import UserError, print0
 from llmtuner.eval.language import HAN, KANA, LANGUAGES
 from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
@@ -49,10 +49,12 @@ def write_report(
     if not any(step.name in metrics for step in steps):
         raise UserError(f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first.")
     runs = {step: work_dir / name for step, name in RUNS.items()}
+    for old_names in filter(None, map(describe_old_names, runs.values())):
+        print0(old_names)
     # A run in progress is shown up to its last log line; its training arguments are written at the end.
     logs = {step: read_log(log) for step, run in runs.items() if (log := locate(run, "trainer_log.jsonl")).is_file()}
     settings = {
-        step: _read_json(file)
+        step: rename_settings(_read_json(file))[0]
         for step, run in runs.items()
         if step in metrics and (file := locate(run, "training_args.json")).is_file()
     }

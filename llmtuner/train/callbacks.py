@@ -17,14 +17,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
+from llmtuner.aliases import THROUGHPUT_KEYS, locate, rename_keys
 from llmtuner.files import atomic_write_json
-
-DEPRECATED_COUNTERS = {  # names in checkpoints of earlier versions -> today's
-    "trained": "target_tokens",
-    "all_tokens": "total_tokens",
-    "all_padding": "total_padding",
-    "all_seconds": "total_seconds",
-}
 
 
 @dataclass
@@ -71,10 +65,10 @@ class ThroughputMeter:
         atomic_write_json(file, {name: value for name, value in asdict(self).items() if name != "start_time"})
 
     @classmethod
-    def load(cls, file: Path) -> "ThroughputMeter":
-        """Reads the counters of a checkpoint."""
-        counters = json.loads(file.read_text(encoding="utf-8"))
-        return cls(**{DEPRECATED_COUNTERS.get(name, name): value for name, value in counters.items()})
+    def load(cls, checkpoint: Path) -> "ThroughputMeter":
+        """Reads the counters of a checkpoint, also one of an earlier version."""
+        counters = json.loads(locate(checkpoint, "throughput.json").read_text(encoding="utf-8"))
+        return cls(**rename_keys(counters, THROUGHPUT_KEYS))
 
 
 def peak_memory_gb() -> float:
@@ -133,7 +127,7 @@ class JsonlLogCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            entries = state.log_history[-1:] if self.is_open else state.log_history
+            entries = state.log_history[-1:] if self.is_open else rename_keys(state.log_history)
             with self.file.open("a" if self.is_open else "w", encoding="utf-8") as lines:
                 lines.writelines(map(self._to_line, entries))
             self.is_open = True

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmtuner.aliases import locate
 from llmtuner.console import UserError, is_rank_zero, print0
 from llmtuner.files import MARKER, atomic_write_json, check_writable, fsync_directory, translate_disk_errors
 from llmtuner.hparams import diff_settings
@@ -50,7 +51,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
             _check_output_dir(output_dir)
             finish_publishing(output_dir)
             for old in output_dir.glob("checkpoint-*.old"):
-                recover_directory(output_dir / old.name.split(".")[0], CHECKSUM_FILE)
+                recover_directory(output_dir / old.name.split(".")[0], locate(old, CHECKSUM_FILE).name)
             yield
     finally:
         if is_new and not any(output_dir.iterdir()):
@@ -60,7 +61,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
 def _check_output_dir(output_dir: Path) -> None:
     """A run writes and deletes files by name; none of another program may be among them."""
     is_run = (read_marker(output_dir) or {}).get("made_by") == RUN_MARKER  # a merged model is no run
-    ours = is_run or any(output_dir.glob(f"checkpoint-*/{CHECKSUM_FILE}")) or _has_legacy_settings(output_dir)
+    ours = is_run or bool(_owned_checkpoints(output_dir)) or _has_legacy_settings(output_dir)
     foreign = [] if ours else sorted(path.name for pattern in RUN_FILES for path in output_dir.glob(pattern))
     if foreign:
         raise UserError(
@@ -72,7 +73,7 @@ def _check_output_dir(output_dir: Path) -> None:
 def _has_legacy_settings(output_dir: Path) -> bool:
     """Whether a finished run of an earlier version, which wrote no marker, lies here."""
     try:
-        return "finetuning_type" in json.loads((output_dir / "training_args.json").read_text(encoding="utf-8"))
+        return "finetuning_type" in json.loads(locate(output_dir, "training_args.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 
@@ -106,8 +107,9 @@ def latest_valid_checkpoint(output_dir: Path) -> Path | None:
 
 def verify_checkpoint(checkpoint: Path) -> str:
     """What is wrong with a checkpoint; empty if every file is as it was sealed."""
+    checksums = locate(checkpoint, CHECKSUM_FILE)
     try:
-        files = json.loads((checkpoint / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        files = json.loads(checksums.read_text(encoding="utf-8"))
         for name, (size, checksum) in files.items():
             file = checkpoint / name
             if not file.is_file():
@@ -117,7 +119,7 @@ def verify_checkpoint(checkpoint: Path) -> str:
             if _checksum(file) != checksum:
                 return f"{name} has other bytes than were written"
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{CHECKSUM_FILE} cannot be read: {error}"
+        return f"{checksums.name} cannot be read: {error}"
     return ""
 
 
@@ -178,7 +180,7 @@ def delete_checkpoints(output_dir: Path) -> None:
 
 def _owned_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints that this project wrote; others are never deleted."""
-    return [checkpoint for checkpoint in list_checkpoints(output_dir) if (checkpoint / CHECKSUM_FILE).is_file()]
+    return [checkpoint for checkpoint in list_checkpoints(output_dir) if locate(checkpoint, CHECKSUM_FILE).is_file()]
 
 
 def check_resumable(checkpoint: Path) -> None:
@@ -207,7 +209,7 @@ def check_resume_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: names what differs.
     """
-    before = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8"))
+    before = json.loads(locate(checkpoint, "training_args.json").read_text(encoding="utf-8"))
     before.setdefault("model checksum", settings.get("model checksum"))  # runs of earlier versions have none
     if changes := diff_settings(before, settings):
         raise UserError(

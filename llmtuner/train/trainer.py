@@ -327,7 +327,7 @@ class PackedTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def resume_from_checkpoint(self, checkpoint: Path) -> None:
         """Continues training from a valid checkpoint as if the run had never stopped."""
-        self.meter = ThroughputMeter.load(checkpoint / "throughput.json")
+        self.meter = ThroughputMeter.load(checkpoint)
         self.args.eval_on_start = False  # done before the checkpoint
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if not is_training_finished(state, self.finetuning_args.early_stopping_steps):

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset, Subset
 from transformers import TrainerState, TrainingArguments, set_seed
 
+from llmtuner.aliases import describe_old_names
 from llmtuner.console import TrainingInterrupted, UserError, is_rank_zero, print0
 from llmtuner.data.loader import DatasetModule, format_mixture, get_dataset, mixture_stats
 from llmtuner.data.packing import ConcatTokenDataset, PackedDataCollator, PackedDataset, PadToMultiple
@@ -284,6 +285,8 @@ def find_resume_checkpoint(args: TrainArgs, settings: dict[str, Any]) -> Path | 
             if not is_training_finished(state, args.finetuning.early_stopping_steps):
                 check_resumable(found[0])
             check_resume_settings(found[0], settings)
+            if old_names := describe_old_names(found[0]):
+                print0(old_names)
             print0(f"resuming from {found[0]}")
     if args.training.world_size > 1:
         broadcast_object_list(found)
