@@ -17,7 +17,8 @@ VALUES: dict[str, dict[Any, Any]] = {
 }
 VARIABLES = {"SKIP_FINISHED": "SKIP_COMPLETED"}  # of the environment
 DATASET_KEYS = {"keep_rows": "row_filter"}
-# Files of a run and of a checkpoint: current name -> earlier one. Tokenized data sets of earlier versions are made again.
+TOKENS_FILE = "examples.arrow"  # of a tokenized dataset in the earlier format, which is recognized but not read
+# Files of a run and of a checkpoint: current name -> earlier one.
 FILES = {
     "trainer_log.jsonl": "log.jsonl",
     "training_args.json": "settings.json",

@@ -17,6 +17,7 @@ import psutil
 from filelock import FileLock
 from tqdm import tqdm
 
+from llmtuner.aliases import TOKENS_FILE
 from llmtuner.console import UserError, print0
 from llmtuner.data.converter import InvalidRow, check_columns, convert_row
 from llmtuner.data.readers import Row, read_rows
@@ -132,7 +133,7 @@ def _is_cached(name: str, directory: Path, overwrite: bool) -> bool:
     try:
         modified = (directory / METADATA_FILE).stat().st_mtime
     except OSError:  # it may disappear at any time, while another process tokenizes again
-        if not overwrite and (directory / "examples.arrow").exists():
+        if not overwrite and (directory / TOKENS_FILE).exists():
             raise UserError(
                 f"dataset {name}: {directory} was made by an earlier version, whose format is no longer read. Set "
                 "overwrite_cache: true to tokenize it again, or name another tokenized_path."
@@ -175,12 +176,10 @@ def _check_invalid_ratio(dataset: TokenizedDataset, max_invalid_ratio: float) ->
         entries = [json.loads(line) for line in itertools.islice(lines, 3)]
     reasons = [f"{entry['file']}, line {entry['line']}: {entry['reason']}" for entry in entries]
     if ratio > max_invalid_ratio:
+        listed = "\n  ".join(reasons)
         raise UserError(
             f"dataset {dataset.name}: {num_invalid:,} of {num_rows:,} rows ({ratio:.2%}) are invalid, more than "
-            f"max_invalid_ratio ({max_invalid_ratio:.2%}) allows:\n  "
-            + "\n  ".join(reasons)
-            + "\nCorrect them, or raise "
-            "max_invalid_ratio."
+            f"max_invalid_ratio ({max_invalid_ratio:.2%}) allows:\n  {listed}\nCorrect them, or raise max_invalid_ratio."
         )
     if not counts["kept"]:
         raise UserError(
@@ -295,7 +294,7 @@ class _BatchReader:
             check_columns(self.dataset_attr, self.stage, self.columns, complete)
 
     def _convert(self, row: Row) -> bool:
-        """Whether the row is valid and not empty."""
+        """Converts a row; returns whether it is valid and not empty."""
         if not row.error:
             try:
                 convert_row(row, self.dataset_attr, self.stage, self.default_system)

@@ -24,11 +24,11 @@ ALPACA = DatasetAttr(
 SHAREGPT = DatasetAttr("s", (), formatting="sharegpt")
 
 
-def turns(*said):
+def turns(*roles):
     names = {"h": "human", "g": "gpt", "s": "system", "o": "observation"}
     return {
         "conversations": [
-            {"from": names.get(str(one), one), "value": f"words {number}"} for number, one in enumerate(said)
+            {"from": names.get(str(role), role), "value": f"words {number}"} for number, role in enumerate(roles)
         ]
     }
 
@@ -41,9 +41,9 @@ WITH_TOOLS = DatasetAttr("t", (), formatting="sharegpt", columns={"messages": "c
 
 
 def calling(tools, *values):
-    said_by = ("human", "function_call", "observation", "gpt")
-    words = values or ("北京天气", json.dumps(CALL), '{"temp": 20}', "20度")
-    return {"tools": tools, "conversations": [{"from": a, "value": b} for a, b in zip(said_by, words, strict=False)]}
+    roles = ("human", "function_call", "observation", "gpt")
+    contents = values or ("北京天气", json.dumps(CALL), '{"temp": 20}', "20度")
+    return {"tools": tools, "conversations": [{"from": a, "value": b} for a, b in zip(roles, contents, strict=False)]}
 
 
 # ------------------------------------------------------------------------------------------------------------ examples

@@ -23,20 +23,20 @@ from tests.unit.data.datasets import (
 
 def test_history_and_system_come_first():
     row = {"q": "Q2", "in": None, "a": "A2", "before": [["Q1", "A1"]], "rules": "S"}
-    assert [one["content"] for one in to_messages(ALPACA, row)] == ["S", "Q1", "A1", "Q2", "A2"]
-    assert [one["role"] for one in to_messages(ALPACA, row)] == ["system", *["user", "assistant"] * 2]
+    assert [message["content"] for message in to_messages(ALPACA, row)] == ["S", "Q1", "A1", "Q2", "A2"]
+    assert [message["role"] for message in to_messages(ALPACA, row)] == ["system", *["user", "assistant"] * 2]
     assert len(to_messages(ALPACA, {"q": "Q", "a": "A"})) == 2
 
 
 def test_an_empty_system_message_is_none():
     for empty in ("", " \n", None):
-        assert [one["role"] for one in to_messages(ALPACA, {"q": "Q", "a": "A", "rules": empty})] == [
+        assert [message["role"] for message in to_messages(ALPACA, {"q": "Q", "a": "A", "rules": empty})] == [
             "user",
             "assistant",
         ]
         row = turns("s", "h", "g")
         row["conversations"][0]["value"] = empty
-        assert [one["role"] for one in to_messages(SHAREGPT, row)] == ["user", "assistant"]
+        assert [message["role"] for message in to_messages(SHAREGPT, row)] == ["user", "assistant"]
 
 
 def test_a_question_may_stand_in_the_input_alone():
@@ -45,7 +45,7 @@ def test_a_question_may_stand_in_the_input_alone():
 
 
 def test_observations_take_the_place_of_questions():
-    roles = [one["role"] for one in to_messages(SHAREGPT, turns("s", "h", "g", "o", "g"))]
+    roles = [message["role"] for message in to_messages(SHAREGPT, turns("s", "h", "g", "o", "g"))]
     assert roles == ["system", "user", "assistant", "observation", "assistant"]
 
 

@@ -33,7 +33,7 @@ def loaded(corpus, tokenizer, stage, **changed):
     """The token_dataset of a run, its rows, and as sets of hashes what is trained through each dataset and what is held out."""
     data_args = DataArguments(dataset_dir=str(corpus), cache_dir=str(corpus / "cache"), **changed)
     token_dataset, trained, held_out = load_tokenized_datasets(data_args, stage, tokenizer)
-    hashes = numpy.concatenate([one.store.column("hash") for one in token_dataset.datasets])
+    hashes = numpy.concatenate([dataset.store.column("hash") for dataset in token_dataset.datasets])
     return (
         token_dataset,
         trained,
@@ -49,13 +49,13 @@ def test_a_held_out_text_is_trained_through_no_data_set(overlapping, tokenizer, 
     for changed in (dict(dataset=names, val_size=7), dict(dataset=names[1:], eval_dataset=names[:1])):
         token_dataset, trained, _, trained_hashes, held_out = loaded(overlapping, tokenizer, stage, **changed)
         assert held_out
-        assert all(held_out.isdisjoint(own) for own in trained_hashes)
-        for place, (rows, own) in enumerate(zip(trained, token_dataset.datasets, strict=False)):
-            hashes = own.store.column("hash")
-            alone = numpy.flatnonzero(~numpy.isin(hashes, list(held_out))) + token_dataset.offsets[place]
+        assert all(held_out.isdisjoint(hashes) for hashes in trained_hashes)
+        for number, (rows, tokenized) in enumerate(zip(trained, token_dataset.datasets, strict=False)):
+            hashes = tokenized.store.column("hash")
+            alone = numpy.flatnonzero(~numpy.isin(hashes, list(held_out))) + token_dataset.offsets[number]
             assert rows.tolist() == alone.tolist()  # nothing else is left out, and the order stays
-            only = own.split(changed.get("val_size", 0))[0]
-            assert token_dataset.held_out_elsewhere[place] == len(only) - len(rows)
+            only = tokenized.split(changed.get("val_size", 0))[0]
+            assert token_dataset.held_out_elsewhere[number] == len(only) - len(rows)
         assert any(token_dataset.held_out_elsewhere)
     with pytest.raises(UserError, match=f"dataset {kind}: all .* rows that are left to train on are also held out"):
         loaded(overlapping, tokenizer, stage, dataset=[kind], eval_dataset=[f"more_{kind}", f"same_{kind}"])
@@ -66,10 +66,10 @@ def test_a_share_is_held_out_by_hash_alone(overlapping, tokenizer, stage, kind):
     """Rows and their order, and so the order of training, depend on nothing but each row's own hash."""
     names = [kind, f"more_{kind}"]
     token_dataset, trained, held_out, *_ = loaded(overlapping, tokenizer, stage, dataset=names, val_size=0.3)
-    for place, own in enumerate(token_dataset.datasets):
-        chosen = own.store.column("hash") < numpy.uint64(math.ceil(0.3 * 2**64))
-        assert trained[place].tolist() == (numpy.flatnonzero(~chosen) + token_dataset.offsets[place]).tolist()
-        assert held_out[place].tolist() == (numpy.flatnonzero(chosen) + token_dataset.offsets[place]).tolist()
+    for number, tokenized in enumerate(token_dataset.datasets):
+        chosen = tokenized.store.column("hash") < numpy.uint64(math.ceil(0.3 * 2**64))
+        assert trained[number].tolist() == (numpy.flatnonzero(~chosen) + token_dataset.offsets[number]).tolist()
+        assert held_out[number].tolist() == (numpy.flatnonzero(chosen) + token_dataset.offsets[number]).tolist()
     assert token_dataset.held_out_elsewhere == [0, 0]
 
 

@@ -44,8 +44,8 @@ def test_next_fit_closes_a_sequence_where_the_next_dialogue_does_not_fit():
     assert next_fit(numpy.array([], dtype=numpy.int64), 8).tolist() == []
 
 
-class Rows:
-    """A token table in memory."""
+class MemoryStore:
+    """A token store in memory."""
 
     def __init__(self, rows):
         self.rows = [(numpy.array(ids, numpy.int32), numpy.array(labels, numpy.int32)) for ids, labels in rows]
@@ -61,17 +61,19 @@ class Rows:
         return self.rows[row][1]
 
 
-def token_dataset(*sets):
-    return ConcatTokenDataset([SimpleNamespace(name=str(place), store=Rows(rows)) for place, rows in enumerate(sets)])
+def token_dataset(*datasets):
+    return ConcatTokenDataset(
+        [SimpleNamespace(name=str(number), store=MemoryStore(rows)) for number, rows in enumerate(datasets)]
+    )
 
 
-def everything(one):
-    return numpy.arange(len(one.lengths))
+def all_ids(dataset):
+    return numpy.arange(len(dataset.lengths))
 
 
 def test_blocks_hold_every_token_once_and_restart_positions():
-    own = token_dataset([([7, 8, 10, 11], [])], [([7, 8, 12, 13, 14], [])])
-    blocks = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 6), prefix_len=2)
+    dataset = token_dataset([([7, 8, 10, 11], [])], [([7, 8, 12, 13, 14], [])])
+    blocks = PackedDataset(dataset, concat_and_chunk(all_ids(dataset), dataset.lengths, 6), prefix_len=2)
     first, second = blocks[0], blocks[1]
     assert first["input_ids"].tolist() == [7, 8, 10, 11, 7, 8]
     assert first["labels"].tolist() == [IGNORE_INDEX, IGNORE_INDEX, 10, 11, IGNORE_INDEX, IGNORE_INDEX]
@@ -81,13 +83,15 @@ def test_blocks_hold_every_token_once_and_restart_positions():
     assert second["labels"].tolist() == [IGNORE_INDEX, 13, 14]  # the first has lost its context
     assert second["position_ids"].tolist() == [0, 1, 2]
     assert (len(blocks), blocks.num_tokens) == (2, 9)
-    across = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 6), prefix_len=2, block_diagonal=False)
+    across = PackedDataset(
+        dataset, concat_and_chunk(all_ids(dataset), dataset.lengths, 6), prefix_len=2, block_diagonal=False
+    )
     assert across[0]["position_ids"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_prefix_cut_by_a_sequence_is_not_trained():
-    own = token_dataset([([7, 8, 10, 11, 2], []), ([7, 8, 12, 2], [])])
-    blocks = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 6), prefix_len=2)
+    dataset = token_dataset([([7, 8, 10, 11, 2], []), ([7, 8, 12, 2], [])])
+    blocks = PackedDataset(dataset, concat_and_chunk(all_ids(dataset), dataset.lengths, 6), prefix_len=2)
     assert blocks[1]["input_ids"].tolist() == [8, 12, 2]
     assert blocks[1]["labels"].tolist() == [IGNORE_INDEX, 12, 2]
 
@@ -95,31 +99,31 @@ def test_prefix_cut_by_a_sequence_is_not_trained():
 @pytest.mark.parametrize("cutoff", [5, 64, 1000])
 def test_blocks_and_singles_cover_random_documents(cutoff):
     rng = numpy.random.default_rng(0)
-    own = token_dataset([(rng.integers(0, 99, size), []) for size in rng.integers(3, 90, 70)])
+    dataset = token_dataset([(rng.integers(0, 99, size), []) for size in rng.integers(3, 90, 70)])
     order = rng.permutation(70)
-    wanted = numpy.concatenate([own.datasets[0].store.ids(row) for row in order])
+    wanted = numpy.concatenate([dataset.datasets[0].store.ids(row) for row in order])
     for make in (concat_and_chunk, one_per_sequence):
-        sequences = PackedDataset(own, make(order, own.lengths, cutoff))
+        sequences = PackedDataset(dataset, make(order, dataset.lengths, cutoff))
         got = [sequences[number]["input_ids"] for number in range(len(sequences))]
         assert numpy.array_equal(numpy.concatenate(got), wanted)
         assert max(map(len, got)) <= cutoff
         if make is concat_and_chunk:
-            assert {len(one) for one in got[:-1]} <= {cutoff}
+            assert {len(sequence) for sequence in got[:-1]} <= {cutoff}
 
 
 def test_bins_hold_every_dialogue_and_count_what_is_cut():
     rows = [([1] * size, [IGNORE_INDEX] + [1] * (size - 1)) for size in (5, 3, 4, 12)] + [
         ([1] * 12, [IGNORE_INDEX] * 11 + [1])
     ]
-    own = token_dataset(rows)
-    segments = pack_best_fit(everything(own), own, 8)
-    assert sorted(segments.doc_ids.tolist()) == [0, 1, 2, 3]
-    assert (segments.num_truncated, segments.num_dropped) == (2, 1)
-    bins = PackedDataset(own, segments)
+    dataset = token_dataset(rows)
+    index = pack_best_fit(all_ids(dataset), dataset, 8)
+    assert sorted(index.doc_ids.tolist()) == [0, 1, 2, 3]
+    assert (index.num_truncated, index.num_dropped) == (2, 1)
+    bins = PackedDataset(dataset, index)
     sizes = [len(bins[number]["input_ids"]) for number in range(len(bins))]
     assert sorted(sizes) == [4, 8, 8]
     assert bins.num_tokens == 20
-    single = PackedDataset(own, pack_best_fit(everything(own), own, 8, packed=False))
+    single = PackedDataset(dataset, pack_best_fit(all_ids(dataset), dataset, 8, packed=False))
     assert [len(single[number]["input_ids"]) for number in range(len(single))] == [5, 3, 4, 8]
 
 
@@ -163,9 +167,9 @@ TOOL += [("observation", 1), ("assistant", 2)]
 def test_long_dialogue_keeps_its_last_answer_under_mask_history(messages, cutoff, kept):
     ids, labels = dialogue(*messages)
     assert last_turns(numpy.array(ids), cutoff, TEMPLATE) == kept
-    own = token_dataset([(ids, labels)], [dialogue(*TOOL[:2])])
-    packed = PackedDataset(own, pack_best_fit(everything(own), own, cutoff, keep_last_answer=TEMPLATE))
-    [sequence] = [one for one in (packed[number] for number in range(len(packed))) if 0 in one["doc_ids"]]
+    dataset = token_dataset([(ids, labels)], [dialogue(*TOOL[:2])])
+    packed = PackedDataset(dataset, pack_best_fit(all_ids(dataset), dataset, cutoff, keep_last_answer=TEMPLATE))
+    [sequence] = [item for item in (packed[number] for number in range(len(packed))) if 0 in item["doc_ids"]]
     head, start, stop = kept
     size = head + stop - start
     assert sequence["input_ids"][:size].tolist() == ids[:head] + ids[start:stop]
@@ -184,10 +188,10 @@ def test_no_last_answer_is_lost_under_mask_history():
         messages += [(role, int(next(sizes))) for _ in range(rng.integers(1, 4)) for role in ("user", "assistant")]
         ids, labels = dialogue(*messages)
         cutoff = int(rng.integers(8, max(9, len(ids))))
-        own = token_dataset([(ids, labels)])
-        segments = pack_best_fit(everything(own), own, cutoff, keep_last_answer=TEMPLATE)
-        [sequence] = [PackedDataset(own, segments)[0]]
-        assert len(sequence["input_ids"]) == segments.lengths[0] <= cutoff
+        dataset = token_dataset([(ids, labels)])
+        index = pack_best_fit(all_ids(dataset), dataset, cutoff, keep_last_answer=TEMPLATE)
+        [sequence] = [PackedDataset(dataset, index)[0]]
+        assert len(sequence["input_ids"]) == index.lengths[0] <= cutoff
         targets = [label for label in labels if label != IGNORE_INDEX]
         got = sequence["labels"][sequence["labels"] != IGNORE_INDEX].tolist()
         assert got == targets[: len(got)]  # from its first token on
@@ -200,9 +204,9 @@ def test_best_fit_decreasing_chooses_the_fullest_bin_with_room():
     rng = numpy.random.default_rng(0)
     sizes = rng.integers(10, 200, size=2_000)
     bins = best_fit_decreasing(sizes, 256)
-    filled = numpy.bincount(bins, weights=sizes)
-    assert filled.max() <= 256
-    assert filled.mean() / 256 > 0.98
+    padded = numpy.bincount(bins, weights=sizes)
+    assert padded.max() <= 256
+    assert padded.mean() / 256 > 0.98
 
 
 def test_mix_keeps_shares():
@@ -212,11 +216,11 @@ def test_mix_keeps_shares():
     shares = [0.76, 0.12, 0.12]
 
     def tokens(order):
-        return numpy.array([lengths[order[numpy.isin(order, own)]].sum() for own in rows])
+        return numpy.array([lengths[order[numpy.isin(order, doc_ids)]].sum() for doc_ids in rows])
 
     under = interleave(rows, lengths, shares, "interleave_under", seed=1)
     assert len(set(under.tolist())) == len(under)
-    assert any(numpy.isin(own, under).all() for own in rows)  # it ends when one is used up
+    assert any(numpy.isin(doc_ids, under).all() for doc_ids in rows)  # it ends when one is used up
     for upto in (500, 2_000, len(under)):  # at every moment, to within one document
         taken = tokens(under[:upto])
         assert (abs(taken - taken.sum() * numpy.array(shares)) <= 2 * lengths.max()).all()
@@ -229,16 +233,16 @@ def test_mix_keeps_shares():
 
 
 def test_collator_pads_without_training_the_padding():
-    one = {
+    longer = {
         "input_ids": numpy.array([5, 6, 7]),
         "labels": numpy.array([IGNORE_INDEX, 6, 7]),
         "position_ids": numpy.arange(3),
     }
-    one["doc_ids"] = numpy.array([4])
-    other = {key: value[:2] for key, value in one.items()}
-    filled = PadToMultiple([one, other, one], 4)
-    assert len(filled) == 4
-    batch = PackedDataCollator(pad_id=0)([one, other, filled[3]])
+    longer["doc_ids"] = numpy.array([4])
+    shorter = {key: value[:2] for key, value in longer.items()}
+    padded = PadToMultiple([longer, shorter, longer], 4)
+    assert len(padded) == 4
+    batch = PackedDataCollator(pad_id=0)([longer, shorter, padded[3]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 0], [0, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 6, IGNORE_INDEX], [IGNORE_INDEX] * 3]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0], [0, 1, 2]]
@@ -247,14 +251,14 @@ def test_collator_pads_without_training_the_padding():
 
 
 def test_filled_up_ends_where_its_size_says():
-    """Whoever loops over it without an iterator of its own, as samplers do, goes on until an IndexError."""
-    filled = PadToMultiple([{"input_ids": numpy.arange(3)}] * 3, 4)
-    assert [len(one["input_ids"]) for one in filled] == [3, 3, 3, 0]
-    assert len(filled[-1]["input_ids"]) == 0
-    assert len(filled[-4]["input_ids"]) == 3
+    """A loop over a dataset without an iterator, as in samplers, ends at an IndexError."""
+    padded = PadToMultiple([{"input_ids": numpy.arange(3)}] * 3, 4)
+    assert [len(sequence["input_ids"]) for sequence in padded] == [3, 3, 3, 0]
+    assert len(padded[-1]["input_ids"]) == 0
+    assert len(padded[-4]["input_ids"]) == 3
     for number in (4, -5, 400):
         with pytest.raises(IndexError):
-            filled[number]
+            padded[number]
 
 
 # ------------------------------------------------------------------------------------------------------ nothing leaks
@@ -265,15 +269,15 @@ def packed_and_alone(stage, model, block_diagonal=True):
     for size in (9, 30, 14, 22, 17):
         ids = rng.integers(10, 300, size)
         rows.append((ids, [] if stage == "pt" else numpy.where(numpy.arange(size) > size // 2, ids, IGNORE_INDEX)))
-    own = token_dataset(rows)
+    dataset = token_dataset(rows)
     if stage == "pt":
-        packed = PackedDataset(own, concat_and_chunk(everything(own), own.lengths, 128), 2, block_diagonal)
-        single = PackedDataset(own, one_per_sequence(everything(own), own.lengths, 128), 2)
+        packed = PackedDataset(dataset, concat_and_chunk(all_ids(dataset), dataset.lengths, 128), 2, block_diagonal)
+        single = PackedDataset(dataset, one_per_sequence(all_ids(dataset), dataset.lengths, 128), 2)
     else:
-        packed = PackedDataset(own, pack_best_fit(everything(own), own, 128), block_diagonal=block_diagonal)
-        single = PackedDataset(own, pack_best_fit(everything(own), own, 128, packed=False))
+        packed = PackedDataset(dataset, pack_best_fit(all_ids(dataset), dataset, 128), block_diagonal=block_diagonal)
+        single = PackedDataset(dataset, pack_best_fit(all_ids(dataset), dataset, 128, packed=False))
     assert len(packed) == 1
-    return packed[0], [single[number] for number in range(5)], own
+    return packed[0], [single[number] for number in range(5)], dataset
 
 
 def logits_of(model, sequence):
@@ -287,12 +291,12 @@ def logits_of(model, sequence):
 def test_changing_one_document_leaves_all_others_bit_identical(tiny_model_dir, stage, attention):
     model = load_model(tiny_model_dir, torch.float32, attention)
     for block_diagonal in (True, False):
-        sequence, _, own = packed_and_alone(stage, model, block_diagonal)
+        sequence, _, dataset = packed_and_alone(stage, model, block_diagonal)
         before = logits_of(model, sequence)
-        ends = numpy.cumsum(own.lengths[sequence["doc_ids"]])
+        ends = numpy.cumsum(dataset.lengths[sequence["doc_ids"]])
         leaked = []
         for place, end in enumerate(ends):
-            start = end - own.lengths[sequence["doc_ids"][place]]
+            start = end - dataset.lengths[sequence["doc_ids"][place]]
             changed = {**sequence, "input_ids": sequence["input_ids"].copy()}
             changed["input_ids"][start:end] = numpy.random.default_rng(place).integers(10, 300, end - start)
             after = logits_of(model, changed)
@@ -314,6 +318,6 @@ def test_packed_loss_is_that_of_each_alone(tiny_model_dir, stage):
     for block_diagonal in (True, False):
         packed, alone, _ = packed_and_alone(stage, model, block_diagonal)
         count = (packed["labels"] != IGNORE_INDEX).sum()
-        assert count == sum((one["labels"] != IGNORE_INDEX).sum() for one in alone)
-        difference = abs(float(summed(packed)) - sum(float(summed(one)) for one in alone)) / count
+        assert count == sum((single["labels"] != IGNORE_INDEX).sum() for single in alone)
+        difference = abs(float(summed(packed)) - sum(float(summed(single)) for single in alone)) / count
         assert (difference < 1e-5) == block_diagonal

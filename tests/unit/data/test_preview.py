@@ -30,14 +30,14 @@ class Pieces:
         self.pieces = pieces
 
     def convert_ids_to_tokens(self, ids):
-        return [self.pieces[one] for one in ids]
+        return [self.pieces[token] for token in ids]
 
 
 PIECES = ["<unk>", "[gMASK]", "sop", "</s>", "<|user|>", "▁Hello", "▁柳树", "<0x0A>", "<0xE3>", "⟦", "\u200b", "▁▁"]
 
 
 def sequence(ids, labels, positions, rows):
-    """A sequence of ids of which those where `labels` has a `*` are trained."""
+    """A sequence of ids of which those where `labels` has a `*` are targets."""
     ids = numpy.array(ids)
     labels = numpy.where([mark == "*" for mark in labels], ids, IGNORE_INDEX)
     return {"input_ids": ids, "labels": labels, "position_ids": numpy.array(positions), "doc_ids": numpy.array(rows)}
@@ -168,8 +168,8 @@ STAGES = [("pt", "documents"), ("sft", "dialogues")]
 def call(monkeypatch, capsys, tmp_path):
     """Calls the command line; returns exit code, standard output, standard error."""
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["llmtuner", *map(str, words)])
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llmtuner", *map(str, arguments)])
         code = 0
         try:
             run_cli(main)
@@ -186,9 +186,9 @@ def batches(settings, stage, dataset):
     args = get_train_args({**settings, "stage": stage, "dataset": dataset})
     tokenizer = load_tokenizer(settings["model_name_or_path"])
     train = get_dataset(stage, args.data, args.training.seed, tokenizer).train
-    filled = PadToMultiple(train, 3)
+    padded = PadToMultiple(train, 3)
     collator = PackedDataCollator(tokenizer.pad_token_id)
-    return train, tokenizer, [collator([filled[i + k] for k in range(3)]) for i in range(0, len(filled), 3)]
+    return train, tokenizer, [collator([padded[i + k] for k in range(3)]) for i in range(0, len(padded), 3)]
 
 
 @pytest.mark.parametrize(("stage", "dataset"), STAGES)
@@ -205,8 +205,8 @@ def test_command_shows_each_batch_and_loads_no_model(settings, call, tmp_path, s
     assert f"-- {dataset}: {tmp_path}/{dataset}.jsonl, line " in out
     assert not (tmp_path / "not").exists()
     # Another setting, on a command line without a file: one document in a sequence.
-    words = [f"{name}={value}" for name, value in settings.items()]
-    code, out, _ = call("show", *words, "--stage", stage, "--dataset", dataset, "--packing", "false")
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    code, out, _ = call("show", *arguments, "--stage", stage, "--dataset", dataset, "--packing", "false")
     assert code == 0
     assert re.findall(r"(\d+) documents", out) == ["1", "1", "1"]
 
@@ -224,9 +224,9 @@ def test_ids_shown_as_trained_are_those_with_a_label(settings, monkeypatch, stag
         shown = format_batch(batch, Pieces(pieces), train.token_dataset.describe_document).split("\n\n")[1:]
         for block, ids, labels in zip(shown, batch["input_ids"], batch["labels"], strict=True):
             texts = "".join(line for line in block.splitlines()[1:] if not line.startswith("-- "))
-            trained = [int(one) for part in re.findall(span, texts) for one in re.findall(r"\((\d+)\)", part)]
+            trained = [int(token) for part in re.findall(span, texts) for token in re.findall(r"\((\d+)\)", part)]
             assert trained == ids[labels != IGNORE_INDEX].tolist()
-            assert re.findall(r"\((\d+)\)", texts) == [str(one) for one in ids.tolist() if one != 0]
+            assert re.findall(r"\((\d+)\)", texts) == [str(token) for token in ids.tolist() if token != 0]
             seen += len(trained)
     assert seen > 100
 
@@ -235,11 +235,11 @@ def test_at_a_breakpoint_in_compute_loss(settings, tiny_model_dir, tmp_path, mon
     shown = []
     original = PackedTrainer.compute_loss
 
-    def looked_at(self, model, inputs, *args, **kwargs):
+    def spy(self, model, inputs, *args, **kwargs):
         shown.append(format_batch(inputs, tokenizer, self.describe_document))
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(PackedTrainer, "compute_loss", looked_at)
+    monkeypatch.setattr(PackedTrainer, "compute_loss", spy)
     tokenizer = load_tokenizer(tiny_model_dir)
     del settings["deepspeed"]
     run = dict(model_name_or_path=str(tiny_model_dir), stage="sft", dataset="dialogues", max_steps=1, use_cpu=True)
@@ -252,14 +252,14 @@ def test_at_a_breakpoint_in_compute_loss(settings, tiny_model_dir, tmp_path, mon
 # ---------------------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("number", [-1, 40, "x", 0.5, True])
 def test_batch_that_is_not_there(settings, call, number):
-    words = [f"{name}={value}" for name, value in settings.items()]
-    code, _, err = call("show", *words, "stage=pt", "dataset=documents", "--batch", str(number))
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    code, _, err = call("show", *arguments, "stage=pt", "dataset=documents", "--batch", str(number))
     assert (code, err.count("error:")) == (2, 1)
     assert re.search(rf"no batch '?{number}'?: the training set has \d+, of 3 sequences each, counted from 0", err)
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("arguments", "part"),
     [
         ((), "the following arguments are required: COMMAND"),
         (("shew", "run.yaml"), "invalid choice: 'shew' (choose from "),
@@ -271,15 +271,15 @@ def test_batch_that_is_not_there(settings, call, number):
         (("show", "--batch", "1"), "dataset is not given"),
     ],
 )
-def test_bad_words_are_one_message(call, words, part):
-    code, out, err = call(*words)
+def test_bad_words_are_one_message(call, arguments, part):
+    code, out, err = call(*arguments)
     assert (code, out, err.count("error:")) == (2, "", 1)
     assert part in err
 
 
 @pytest.mark.parametrize(("command", "door"), [("train", "run_exp"), ("export", "export_model")])
 def test_words_of_the_command_line_are_settings(call, tmp_path, monkeypatch, command, door):
-    monkeypatch.setattr(f"llmtuner.train.tuner.{door}", lambda words: sorted(read_args(words).items()))
+    monkeypatch.setattr(f"llmtuner.train.tuner.{door}", lambda arguments: sorted(read_args(arguments).items()))
     (tmp_path / "run.yaml").write_text("stage: pt\nlora_rank: 4\n", encoding="utf-8")
     settings = [("lora_rank", 8), ("plot_loss", True), ("stage", "pt")]
     assert call(command, tmp_path / "run.yaml", "--lora_rank", "8", "--plot_loss") == (0, f"{settings}\n", "")

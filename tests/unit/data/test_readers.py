@@ -224,9 +224,9 @@ def test_a_bad_byte_costs_its_own_row_only(corpus, tokenizer, kind):
     else:
         rows = [b'{"text": "' + text + b'"}' for text in texts]
         path.write_bytes(b"\n".join(rows) if kind == "jsonl" else b"[" + b",".join(rows) + b"]")
-    examples = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
-    assert (examples.counts["kept"], examples.counts["invalid"]) == (39, 1)
-    [entry] = [json.loads(line) for line in (examples.directory / "invalid_rows.jsonl").read_text().splitlines()]
+    dataset = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
+    assert (dataset.counts["kept"], dataset.counts["invalid"]) == (39, 1)
+    [entry] = [json.loads(line) for line in (dataset.directory / "invalid_rows.jsonl").read_text().splitlines()]
     assert (entry["file"], entry["line"]) == (str(path), 18 if kind == "csv" else 17)
     assert "is not UTF-8 text" in entry["reason"]
     assert "0x93" in entry["reason"]

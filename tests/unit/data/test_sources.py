@@ -36,9 +36,9 @@ def test_files_of_other_kinds_are_named_once(tmp_path, capsys):
     for _ in range(2):
         found = [Path(file).name for file in get_dataset_attr("all", path, tmp_path).files]
         assert found == ["p1.jsonl", "p2.jsonl.gz", "p3.jsonl.zst", "p4.JSONL"]
-    said = capsys.readouterr().out
-    assert "Skipped, being of another type: p5.xlsx, p6.parquet.gz, p7.gz." in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().out
+    assert "Skipped, being of another type: p5.xlsx, p6.parquet.gz, p7.gz." in output
+    assert output.count("\n") == 1
     with pytest.raises(UserError, match=r"no file .*/\*.xlsx.* Skipped, being of another type: p5.xlsx"):
         get_dataset_attr("table", path, tmp_path)
 
@@ -68,18 +68,19 @@ def test_a_file_a_pattern_and_a_directory_are_found(tmp_path):
 def test_columns_and_tags_default_to_those_of_llama_factory():
     alpaca = {"instruction": "訳して", "input": "山", "output": "mountain"}
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    asked = [{"role": "user", "content": "訳して\n山"}, {"role": "assistant", "content": "mountain"}]
-    assert to_messages(DatasetAttr("a", ()), alpaca) == asked
+    messages = [{"role": "user", "content": "訳して\n山"}, {"role": "assistant", "content": "mountain"}]
+    assert to_messages(DatasetAttr("a", ()), alpaca) == messages
     only_named = DatasetAttr("a", (), columns={"prompt": "instruction", "response": "output"})
     assert to_messages(only_named, alpaca)[0]["content"] == "訳して"
     assert [
-        one["content"] for one in to_messages(DatasetAttr("s", (), formatting="sharegpt"), {"conversations": turns})
+        message["content"]
+        for message in to_messages(DatasetAttr("s", (), formatting="sharegpt"), {"conversations": turns})
     ] == [
         "Q",
         "A",
     ]
     named = DatasetAttr("s", (), formatting="sharegpt", columns={"system": "rules"})
-    assert [one["role"] for one in to_messages(named, {"conversations": turns, "rules": "S"})] == [
+    assert [message["role"] for message in to_messages(named, {"conversations": turns, "rules": "S"})] == [
         "system",
         "user",
         "assistant",

@@ -13,17 +13,17 @@ from tests.unit.data.datasets import lines, settings
 def test_table_maps_many_batches_and_travels_by_path(corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenize_module, "MAX_BATCH_BYTES", 100)
     monkeypatch.setattr(tokenize_module, "MAX_BATCH_ROWS", 4)
-    examples = load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
-    copy = pickle.loads(pickle.dumps(examples))
-    assert len(pickle.dumps(examples)) < 2_000
-    asked = [
+    dataset = load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert len(pickle.dumps(dataset)) < 2_000
+    dialogues = [
         [{"role": "user", "content": f"第{n}条河？"}, {"role": "assistant", "content": f"柳树 {n}"}] for n in range(20)
     ]
-    for row, (ids, labels) in enumerate(Template.from_tokenizer(tokenizer).encode_dialogues(tokenizer, asked)):
+    for row, (ids, labels) in enumerate(Template.from_tokenizer(tokenizer).encode_dialogues(tokenizer, dialogues)):
         assert copy.store.ids(row).tolist() == ids.tolist()
         assert copy.store.labels(row).tolist() == labels.tolist()
     assert not copy.store.ids(0).flags.writeable  # a view into the file
-    texts = [json.dumps(messages, ensure_ascii=False) for messages in asked]
+    texts = [json.dumps(messages, ensure_ascii=False) for messages in dialogues]
     assert copy.split(0.3)[1].tolist() == [row for row, text in enumerate(texts) if is_validation(text, 0.3)]
 
 

@@ -39,19 +39,19 @@ def test_the_collector_leaves_old_objects_alone_only_while_tokens_are_made(corpu
 
 def test_documents_are_stored_with_their_origin(corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenize_module, "MAX_BATCH_ROWS", 7)
-    examples = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus, preprocessing_num_workers=2))
+    dataset = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus, preprocessing_num_workers=2))
     texts = [json.loads(line)["text"] for line in (corpus / "documents.jsonl").read_text().splitlines()]
-    table = examples.store
-    assert len(examples) == len(table) == 30
+    store = dataset.store
+    assert len(dataset) == len(store) == 30
     by_hand = [ids.tolist() for ids in Template.from_tokenizer(tokenizer).encode_documents(tokenizer, texts)]
-    assert [table.ids(row).tolist() for row in range(30)] == by_hand
-    assert table.lengths.tolist() == [len(ids) for ids in by_hand]
-    assert table.lengths.dtype == numpy.int64
-    assert all(len(table.labels(row)) == 0 for row in range(30))
-    assert table.column("bytes").tolist() == [len(text.encode()) for text in texts]
-    assert table.column("line").tolist() == list(range(1, 31))
-    assert examples.source_of(16) == f"{corpus / 'documents.jsonl'}, line 17"
-    assert examples.counts == {
+    assert [store.ids(row).tolist() for row in range(30)] == by_hand
+    assert store.lengths.tolist() == [len(ids) for ids in by_hand]
+    assert store.lengths.dtype == numpy.int64
+    assert all(len(store.labels(row)) == 0 for row in range(30))
+    assert store.column("bytes").tolist() == [len(text.encode()) for text in texts]
+    assert store.column("line").tolist() == list(range(1, 31))
+    assert dataset.source_of(16) == f"{corpus / 'documents.jsonl'}, line 17"
+    assert dataset.counts == {
         "read": 30,
         "filtered": 0,
         "invalid": 0,
@@ -62,23 +62,23 @@ def test_documents_are_stored_with_their_origin(corpus, tokenizer, monkeypatch):
         "duplicates": 1,
     }
     digest = hashlib.sha256(texts[5].encode()).digest()
-    assert int(table.column("hash")[5]) == int.from_bytes(digest[:8], "big")
+    assert int(store.column("hash")[5]) == int.from_bytes(digest[:8], "big")
 
 
 def test_split_keeps_the_same_text_on_one_side(corpus, tokenizer):
-    examples = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
+    dataset = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
     texts = [json.loads(line)["text"] for line in (corpus / "documents.jsonl").read_text().splitlines()]
-    trained, held_out = examples.split(0.2)
+    trained, held_out = dataset.split(0.2)
     assert held_out.tolist() == [row for row, text in enumerate(texts) if is_validation(text, 0.2)]
     assert sorted([*trained, *held_out]) == list(range(30))
     assert trained.dtype == held_out.dtype == numpy.int64
-    assert [len(part) for part in examples.split(0)] == [30, 0]
+    assert [len(part) for part in dataset.split(0)] == [30, 0]
     for row in (-1, 30):
         with pytest.raises(IndexError):
-            examples.store.ids(row)
-    hashes = examples.store.column("hash")
+            dataset.store.ids(row)
+    hashes = dataset.store.column("hash")
     for count in range(1, 31):
-        trained, held_out = examples.split(count)
+        trained, held_out = dataset.split(count)
         together = (3 in held_out) == (29 in held_out)  # these two are alike
         assert together
         assert count <= len(held_out) <= count + 1
@@ -90,9 +90,9 @@ def test_the_log_says_what_a_document_of_a_text_file_is(corpus, tokenizer, capsy
     (corpus / "documents.txt").write_text("一つ目。\n二つ目。\n\n三つ目。\n", encoding="utf-8")
     for _ in range(2):  # from the cache too
         assert len(load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))) == 3
-        said = capsys.readouterr().out
-        assert "documents: one document of a .txt file is a line (sample_by: line, paragraph, document)" in said
-        assert said.rstrip().endswith(": 3 documents from 1 files")
+        output = capsys.readouterr().out
+        assert "documents: one document of a .txt file is a line (sample_by: line, paragraph, document)" in output
+        assert output.rstrip().endswith(": 3 documents from 1 files")
     info(corpus, documents={**DOCUMENTS, "sample_by": "paragraph"})
     assert len(load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))) == 2
     assert "a block of lines between blank ones" in capsys.readouterr().out
@@ -103,11 +103,11 @@ def test_settings_of_the_labels_are_followed(corpus, tokenizer, options):
     rows = [{**turns("h", "g", "h", "g"), "n": n} for n in range(3)]
     lines(corpus / "talks.jsonl", rows)
     info(corpus, talks={"file_name": "talks.jsonl", "formatting": "sharegpt"})
-    table = load_tokenized_dataset("talks", "sft", tokenizer, settings(corpus, **options)).store
+    store = load_tokenized_dataset("talks", "sft", tokenizer, settings(corpus, **options)).store
     messages = to_messages(SHAREGPT, rows[0])
     [(ids, labels)] = Template.from_tokenizer(tokenizer).encode_dialogues(tokenizer, [messages], **options)
-    assert table.ids(2).tolist() == ids.tolist()
-    assert table.labels(2).tolist() == labels.tolist()
+    assert store.ids(2).tolist() == ids.tolist()
+    assert store.labels(2).tolist() == labels.tolist()
 
 
 def test_settings_that_change_the_ids_make_another_cache(corpus, tokenizer, tiny_tokenizer_dir):
@@ -154,9 +154,9 @@ def test_row_limits_and_row_filter(corpus, tokenizer):
         file.write("{\n")  # nobody knows its label
     entry = {"file_name": "dialogues.jsonl", "columns": {"prompt": "q", "response": "a"}, "row_filter": {"label": 1}}
     info(corpus, all=entry, some={**entry, "num_samples": 12}, none={**entry, "row_filter": {"label": 5}})
-    examples = load_tokenized_dataset("all", "sft", tokenizer, settings(corpus))
-    assert [examples.counts[key] for key in ("read", "filtered", "invalid", "kept")] == [41, 20, 1, 20]
-    assert examples.store.column("line").tolist() == list(range(2, 41, 2))
+    dataset = load_tokenized_dataset("all", "sft", tokenizer, settings(corpus))
+    assert [dataset.counts[key] for key in ("read", "filtered", "invalid", "kept")] == [41, 20, 1, 20]
+    assert dataset.store.column("line").tolist() == list(range(2, 41, 2))
     assert len(load_tokenized_dataset("all", "sft", tokenizer, settings(corpus, max_samples=5))) == 5
     assert len(load_tokenized_dataset("some", "sft", tokenizer, settings(corpus))) == 12
     with pytest.raises(UserError, match="40 excluded by row_filter"):
@@ -173,16 +173,16 @@ def test_unusable_rows_are_left_out_and_listed(corpus, tokenizer, capsys):
     with (corpus / "dialogues.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"q": "half of a li\n')
     info(corpus, dialogues={**DIALOGUES, "columns": {"prompt": "q", "response": "a"}})
-    examples = load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
+    dataset = load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
     file = str(corpus / "dialogues.jsonl")
     assert f"dialogues: 51 rows, 2 of them invalid (3.92%), first: {file}, line 17: column 'a' is empty" in (
         capsys.readouterr().out
     )
-    listed = [json.loads(line) for line in (examples.directory / "invalid_rows.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (dataset.directory / "invalid_rows.jsonl").read_text().splitlines()]
     assert listed[0] == {"dataset": "dialogues", "file": file, "line": 17, "reason": "column 'a' is empty"}
     assert (listed[1]["line"], "not valid JSON" in listed[1]["reason"]) == (51, True)
-    assert (examples.counts["invalid"], examples.counts["kept"], len(listed)) == (2, 49, 2)
-    assert 17 not in examples.store.column("line")
+    assert (dataset.counts["invalid"], dataset.counts["kept"], len(listed)) == (2, 49, 2)
+    assert 17 not in dataset.store.column("line")
     with pytest.raises(UserError, match=r"2 of 51 rows \(3.92%\)[^$]*line 17: column 'a' is empty") as error:
         load_tokenized_dataset(
             "dialogues", "sft", tokenizer, settings(corpus, max_invalid_ratio=0.03)
@@ -241,8 +241,8 @@ def test_a_row_may_lack_a_column_that_others_have(corpus, tokenizer, where):
     rows[where + 1] |= {"in": "I", "before": [["Q", "A"]], "rules": "S"}
     lines(corpus / "dialogues.jsonl", rows)
     info(corpus, dialogues={"file_name": "dialogues.jsonl", "columns": ALPACA.columns})
-    examples = load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
-    assert (examples.counts["kept"], examples.counts["invalid"]) == (1_300, 0)
+    dataset = load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
+    assert (dataset.counts["kept"], dataset.counts["invalid"]) == (1_300, 0)
     lines(corpus / "dialogues.jsonl", rows[:where] + rows[where + 2 :])
     with pytest.raises(UserError, match="no column 'in'; it has 'q', 'a'"):
         load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
@@ -262,8 +262,8 @@ def test_a_column_that_no_row_has_is_noticed_early(corpus, tokenizer, monkeypatc
 
 def test_a_set_whose_first_row_lacks_a_column_is_judged_by_row(corpus, tokenizer):
     lines(corpus / "documents.jsonl", [{"title": "t"}, *({"text": f"第{n}条河"} for n in range(30))])
-    examples = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
-    assert (examples.counts["kept"], examples.counts["invalid"]) == (30, 1)
+    dataset = load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
+    assert (dataset.counts["kept"], dataset.counts["invalid"]) == (30, 1)
 
 
 def test_the_cache_notices_other_content_of_equal_size_and_date(corpus, tokenizer):
@@ -342,10 +342,10 @@ def test_tokenized_path_outlives_the_texts(corpus, tokenizer, tiny_tokenizer_dir
 
 def test_name_of_a_data_set_is_made_safe(corpus, tokenizer):
     info(corpus, **{"../Wiki ja/1": DOCUMENTS})
-    examples = load_tokenized_dataset(
+    dataset = load_tokenized_dataset(
         "../Wiki ja/1", "pt", tokenizer, settings(corpus, tokenized_path=str(corpus / "kept"))
     )
-    assert examples.directory == corpus / "kept" / ".._Wiki_ja_1-pt"
+    assert dataset.directory == corpus / "kept" / ".._Wiki_ja_1-pt"
 
 
 def test_cache_that_cannot_be_written_is_named(corpus, tokenizer):
