@@ -29,6 +29,7 @@ COMMANDS = {
     "//...": "ask a question that starts with /",
     "Ctrl-C": "stop an answer; at the prompt clear the line, twice in a row quit",
 }
+COMMAND_NAMES = [usage.split()[0] for usage in COMMANDS if usage[0] == "/" != usage[1]]
 UTF8_LOCALES = ("C.UTF-8", "UTF-8", "en_US.UTF-8")  # Linux, macOS, old systems
 # Characters that move the cursor or change the writing direction; answers and pasted questions may contain them.
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -114,15 +115,6 @@ class ChatREPL:
     def __init__(self, session: ChatSession, settings: dict[str, Any]) -> None:
         self.session, self.settings = session, settings
         self.at_prompt = self.line_is_empty = self.stopped = False
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/help": self._help,
-            "/clear": self._clear,
-            "/undo": self._undo,
-            "/system": self._system,
-            "/settings": self._show_settings,
-            "/set": self._set,
-            "/tokens": self._tokens,
-        }
 
     def run(self) -> None:
         """Reads and handles lines until the input ends."""
@@ -198,16 +190,15 @@ class ChatREPL:
             )
 
     def _run_command(self, command: str, text: str) -> None:
-        if command not in self.commands:
-            near = difflib.get_close_matches(command, [*self.commands, "/exit"], n=1)
+        if command not in COMMAND_NAMES:
+            near = difflib.get_close_matches(command, COMMAND_NAMES, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            print0(
-                f"unknown command {escape_controls(command)}{hint} /help lists all; // starts a question that starts with /."
-            )
+            command = escape_controls(command)
+            print0(f"unknown command {command}{hint} /help lists all; // starts a question that starts with /.")
         elif text and command not in ("/system", "/set"):
             print0(f"{command} takes no argument; nothing was done.")
         else:
-            self.commands[command](text)
+            getattr(self, f"_{command[1:]}")(text)
 
     def _help(self, _: str) -> None:
         for usage, meaning in COMMANDS.items():
@@ -231,7 +222,7 @@ class ChatREPL:
         message = escape_controls(self.session.system) or "none"
         print0(f"System message{' from the next question on' if text else ''}: {message}")
 
-    def _show_settings(self, _: str) -> None:
+    def _settings(self, _: str) -> None:
         for name in SETTINGS:
             print0(f"  {name:<22}{self._value(name)}")
 
@@ -256,6 +247,6 @@ class ChatREPL:
         if not self.session.messages:
             return print0("There is no answer yet.")
         answer = self.session.messages[-1]["content"]
-        pieces = tokenize_for_display(self.session.tokenizer, answer)
-        print0("│".join(map(escape_controls, pieces)))
-        print0(f"{len(pieces)} tokens, {len(answer)} characters")
+        tokens = tokenize_for_display(self.session.tokenizer, answer)
+        print0("│".join(map(escape_controls, tokens)))
+        print0(f"{len(tokens)} tokens, {len(answer)} characters")

@@ -31,10 +31,8 @@ def load_generation_settings(directory: Path | str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Fix it, or delete it for greedy decoding.") from error
-    return {
-        **GREEDY,
-        **{name: config[name] for name in (*GREEDY, *GENERATION_DEFAULTS) if config.get(name) is not None},
-    }
+    settings = {name: config[name] for name in (*GREEDY, *GENERATION_DEFAULTS) if config.get(name) is not None}
+    return {**GREEDY, **settings}
 
 
 class ChatSession:
@@ -81,15 +79,13 @@ class ChatSession:
             )
         if not settings.get("do_sample"):
             settings = {name: value for name, value in settings.items() if name not in SAMPLING_ARGS}
-        return self._answer(
-            question, prompt, generation_config(self.template, settings, min(max_new_tokens, remaining))
-        )
+        config = generation_config(self.template, settings, min(max_new_tokens, remaining))
+        return self._answer(question, prompt, config)
 
     def _prompt(self, question: str) -> list[int]:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return self.template.encode_prompt(
-            self.tokenizer, [*system, *self.messages, {"role": "user", "content": question}]
-        )
+        messages: list[Message] = [*system, *self.messages, {"role": "user", "content": question}]
+        return self.template.encode_prompt(self.tokenizer, messages)
 
     def _answer(self, question: str, prompt: list[int], config: GenerationConfig) -> Iterator[str]:
         answer: Message = {"role": "assistant", "content": ""}

@@ -491,11 +491,13 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
                 do_sample = gr.Checkbox(bool(start.get("do_sample")), label="Sample (otherwise greedy)")
             system = gr.Textbox("", label="System message", placeholder="none", max_lines=4)
             with gr.Row():
-                slider: dict[str, Any] = {"step": 0.01, "min_width": 220}
-                sampling: dict[str, Any] = {**slider, "interactive": bool(do_sample.value)}
-                temperature = gr.Slider(0.05, 2, start["temperature"], label="Temperature", **sampling)
-                top_p = gr.Slider(0.05, 1, start["top_p"], label="Top p", **sampling)
-                penalty = gr.Slider(1, 2, start["repetition_penalty"], label="Repetition penalty", **slider)
+                bounds = {"temperature": (0.05, 2), "top_p": (0.05, 1), "repetition_penalty": (1, 2)}
+                sliders = {
+                    name: gr.Slider(
+                        *limits, start[name], step=0.01, label=name.replace("_", " ").capitalize(), min_width=220
+                    )
+                    for name, limits in bounds.items()
+                }
                 length = gr.Slider(
                     1, longest, min(max_new_tokens, longest), step=1, label="Max new tokens", min_width=220
                 )
@@ -512,28 +514,18 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
             }
             return {**dialogues(session), **buttons}
 
-        def ask(
-            text: str,
-            only_chat: bool,
-            system_message: str,
-            sample: bool,
-            temperature_value: float,
-            top_p_value: float,
-            penalty_value: float,
-            max_tokens: int,
-            request: gr.Request,
-        ) -> Iterator[Any]:
-            session = sessions.get(str(request.session_hash))
-            if session.busy or not text.strip():
+        def ask(values: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
+            session, text = sessions.get(str(request.session_hash)), values[question].strip()
+            if session.busy or not text:
                 yield gr.skip()
                 return
-            values = {"temperature": temperature_value, "top_p": top_p_value, "repetition_penalty": penalty_value}
             # The browser sends 1.0 as 1, and transformers requires floats.
-            chosen = {**start, "do_sample": sample, **{name: float(value) for name, value in values.items()}}
-            models = [chat] if only_chat else names
+            generation = {name: float(values[slider]) for name, slider in sliders.items()}
+            chosen = {**start, "do_sample": values[do_sample], **generation}
+            models = [chat] if values[chat_only] else names
             session.busy = True
             try:
-                updates = session.ask(text.strip(), models, system_message.strip(), chosen, int(max_tokens))
+                updates = session.ask(text, models, values[system].strip(), chosen, int(values[length]))
                 yield {**page_state(session), question: ""}
                 for _ in updates:
                     yield dialogues(session)
@@ -541,7 +533,7 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
                 if not isinstance(error, UserError):
                     traceback.print_exc()
                 gr.Warning(html.escape(str(error)), duration=None)
-                yield {**dialogues(session), question: text}
+                yield {**dialogues(session), question: values[question]}
             finally:
                 session.busy = False
 
@@ -560,7 +552,7 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
 
             return handle
 
-        inputs = [question, chat_only, system, do_sample, temperature, top_p, penalty, length]
+        inputs = {question, chat_only, system, do_sample, *sliders.values(), length}
         shown = [*views.values(), *enabled_while_busy]
         asking = gr.on(
             [send.click, question.submit],
@@ -582,6 +574,7 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
         chat_only.change(
             lambda on: {column: gr.Column(visible=not on) for column in others}, chat_only, others, **at_once
         )
-        do_sample.change(lambda on: [gr.Slider(interactive=on)] * 2, do_sample, [temperature, top_p], **at_once)
+        sampling = [sliders["temperature"], sliders["top_p"]]
+        do_sample.change(lambda on: [gr.Slider(interactive=on)] * 2, do_sample, sampling, **at_once)
     page.queue(max_size=MAX_QUEUED_QUESTIONS)  # beyond it gradio's page says that it is busy
     return page

@@ -53,16 +53,10 @@ def evaluate_model(
     Returns:
         Metrics, and the answer to each question.
     """
-    free_form, qa = (
-        generate_answers(
-            model,
-            tokenizer,
-            [question.question for question in questions if (question.group == FREE_FORM) == is_free_form],
-            limit,
-            on_progress=on_progress,
-        )
-        for is_free_form, limit in ((True, max_new_tokens), (False, QA_MAX_NEW_TOKENS))
-    )
+    requests = [question.question for question in questions if question.group == FREE_FORM]
+    qa_questions = [question.question for question in questions if question.group != FREE_FORM]
+    free_form = generate_answers(model, tokenizer, requests, max_new_tokens, on_progress=on_progress)
+    qa = generate_answers(model, tokenizer, qa_questions, QA_MAX_NEW_TOKENS, on_progress=on_progress)
     free_texts, qa_texts = iter(free_form.texts), iter(qa.texts)
     answers = [next(free_texts if question.group == FREE_FORM else qa_texts) for question in questions]
     bits_per_byte, intervals = {}, {}
@@ -86,30 +80,27 @@ def evaluate_model(
 
 def language_confusion_by_group(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`language_confusion` of the answers to each group of questions."""
-    pairs = list(zip(questions, answers, strict=True))
-    return {
-        group: language_confusion(
-            [answer for question, answer in pairs if question.group == group],
-            [question.language_of_answer for question in questions if question.group == group],
-        )
-        for group in (*QA_GROUPS, FREE_FORM)
-        if any(question.group == group for question in questions)
-    }
+    metrics = {}
+    for group in (*QA_GROUPS, FREE_FORM):
+        pairs = [pair for pair in zip(answers, questions, strict=True) if pair[1].group == group]
+        if pairs:
+            languages = [question.language_of_answer for _, question in pairs]
+            metrics[group] = language_confusion([answer for answer, _ in pairs], languages)
+    return metrics
 
 
 def agreement_by_language(
     questions: Sequence[Question], answers: Sequence[str], reference: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """`agreement` of two models' answers in each language that the base model already speaks."""
-    groups = {
-        language: [index for index, question in enumerate(questions) if question.group == language]
-        for language in RETAINED_LANGUAGES
-    }
-    return {
-        language: agreement([answers[index] for index in indices], [reference[index] for index in indices])
-        for language, indices in groups.items()
-        if indices
-    }
+    metrics = {}
+    for language in RETAINED_LANGUAGES:
+        indices = [index for index, question in enumerate(questions) if question.group == language]
+        if indices:
+            metrics[language] = agreement(
+                [answers[index] for index in indices], [reference[index] for index in indices]
+            )
+    return metrics
 
 
 def _selection_questions(questions: Sequence[Question]) -> tuple[list[str], list[Question]]:
@@ -140,16 +131,12 @@ def select_generation_config(
         candidates {name: {settings, accuracy, metrics of repetition}} and the name of the chosen one.
     """
     requests, known = _selection_questions(questions)
+    qa_questions = [question.question for question in known]
     candidates: dict[str, dict[str, Any]] = {}
     for name, settings in GENERATION_CANDIDATES.items():
-        repeated_requests = requests * (NUM_SAMPLES if settings["do_sample"] else 1)
-        free_form, qa = (
-            generate_answers(model, tokenizer, prompts, limit, settings, on_progress=on_progress)
-            for prompts, limit in (
-                (repeated_requests, max_new_tokens),
-                ([question.question for question in known], QA_MAX_NEW_TOKENS),
-            )
-        )
+        samples = requests * (NUM_SAMPLES if settings["do_sample"] else 1)
+        free_form = generate_answers(model, tokenizer, samples, max_new_tokens, settings, on_progress=on_progress)
+        qa = generate_answers(model, tokenizer, qa_questions, QA_MAX_NEW_TOKENS, settings, on_progress=on_progress)
         by_group = [accuracy(known, qa.texts, group) for group in QA_GROUPS]
         measured = [value for value in by_group if value is not None]
         candidates[name] = {
@@ -158,11 +145,7 @@ def select_generation_config(
             "accuracy": round(sum(measured) / len(measured), 4) if measured else None,
         }
     required = (candidates["greedy"]["accuracy"] or 0) - MAX_ACCURACY_DROP
-    allowed = [
-        name
-        for name, candidate in candidates.items()
-        if candidate["accuracy"] is None or candidate["accuracy"] >= required
-    ]
+    allowed = [name for name, candidate in candidates.items() if not known or candidate["accuracy"] >= required]
     chosen = min(allowed, key=lambda name: candidates[name]["repeated_4gram_ratio"])
     return {"candidates": candidates, "chosen": chosen}
 
