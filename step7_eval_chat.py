@@ -26,6 +26,7 @@ from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WO
 from llmtuner.console import Timer, UserError, display_path, format_table, print0, print_header, progress_bar, run_cli
 from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import atomic_write_json, atomic_write_text, check_writable
+from llmtuner.report.checks import percent
 
 if TYPE_CHECKING:
     from llmtuner.eval.questions import Question
@@ -60,7 +61,7 @@ def main() -> None:
             pipeline.require_corpus()
             metrics = evaluate()
             print_results(metrics)
-            before, after = (format_ratio(metrics["accuracy"][name]["ja"]) for name in ("base", "chat"))
+            before, after = (percent(metrics["accuracy"][name]["ja"]) for name in ("base", "chat"))
             outcome = f"Japanese questions answered correctly: {before} -> {after}"
             pipeline.finish_step("step7", metrics, outcome)
         else:
@@ -182,13 +183,6 @@ def print_examples(questions: "list[Question]", answers: dict[str, list[str]]) -
                 print0(f"    {name:<11}{answers[name][index]}")
 
 
-def format_ratio(ratio: float | None) -> str:
-    """0.9649 -> 96.5%, None (not measured) -> "-"."""
-    from llmtuner.report.checks import percent
-
-    return "-" if ratio is None else percent(ratio)
-
-
 def print_results(metrics: dict[str, Any]) -> None:
     """Prints the before/after table, language confusion and the generation settings that were tried."""
     print_header("before and after")
@@ -196,9 +190,9 @@ def print_results(metrics: dict[str, Any]) -> None:
     rows = [
         [
             name,
-            *(format_ratio(metrics["accuracy"][name][group]) for group in groups),
+            *(percent(metrics["accuracy"][name][group]) for group in groups),
             *(f"{metrics['bits_per_byte'][name][language]:.3f}" for language in LANGUAGES),
-            format_ratio(metrics["repetition"][name]["ja"]),
+            percent(metrics["repetition"][name]["ja"]),
         ]
         for name in MODELS
     ]
@@ -211,7 +205,7 @@ def print_results(metrics: dict[str, Any]) -> None:
         print_header("answers in the language of the question")
         groups = list(confusion["base"])
         rows = [
-            [name, *(format_ratio(confusion[name][group][rate]) for rate in PASS_RATES for group in groups)]
+            [name, *(percent(confusion[name][group][rate]) for rate in PASS_RATES for group in groups)]
             for name in MODELS
         ]
         columns = [group.replace("_", " ") for group in groups]
@@ -222,10 +216,10 @@ def print_results(metrics: dict[str, Any]) -> None:
     rows = [
         [
             name,
-            format_ratio(candidate["repeated_4gram_ratio"]),
+            percent(candidate["repeated_4gram_ratio"]),
             f"{candidate['longest_loop']} characters",
-            format_ratio(candidate["finished_ratio"]),
-            format_ratio(candidate["accuracy"]),
+            percent(candidate["finished_ratio"]),
+            percent(candidate["accuracy"]),
             f"{candidate['tokens_per_second']:,.0f}",
         ]
         for name, candidate in metrics["generation"]["candidates"].items()

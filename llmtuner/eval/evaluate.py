@@ -1,6 +1,5 @@
 """Evaluates one model on questions and held-out texts, and selects the generation config that suits a chat model."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llmtuner.eval.bits_per_byte import Windows, bootstrap_ci, document_bits
 from llmtuner.eval.generation import GREEDY, generate_answers
 from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES, language_confusion
-from llmtuner.eval.questions import Question, accuracy, agreement
+from llmtuner.eval.questions import Question, accuracy, agreement, first_of_each_group
 from llmtuner.eval.repetition import repetition_metrics
 from llmtuner.files import atomic_write_json
 
@@ -97,23 +96,16 @@ def agreement_by_language(
     for language in RETAINED_LANGUAGES:
         indices = [index for index, question in enumerate(questions) if question.group == language]
         if indices:
-            metrics[language] = agreement(
-                [answers[index] for index in indices], [reference[index] for index in indices]
-            )
+            pair = ([texts[index] for index in indices] for texts in (answers, reference))
+            metrics[language] = agreement(*pair)
     return metrics
 
 
 def _selection_questions(questions: Sequence[Question]) -> tuple[list[str], list[Question]]:
     """Free-form requests, and the questions with a known answer on which `select_generation_config` measures accuracy."""
     requests = [question.question for question in questions if question.group == FREE_FORM]
-    counts: Counter[str] = Counter()
-    known = []
-    for question in questions:
-        if question.value is not None and question.group in LANGUAGES:
-            counts[question.group] += 1
-            if counts[question.group] <= QUESTIONS_PER_CANDIDATE:
-                known.append(question)
-    return requests, known
+    known = [question for question in questions if question.value is not None and question.group in LANGUAGES]
+    return requests, first_of_each_group(known, QUESTIONS_PER_CANDIDATE)
 
 
 def select_generation_config(

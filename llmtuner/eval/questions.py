@@ -73,11 +73,16 @@ def read_questions(path: Path, per_group: int | None = None) -> list[Question]:
         raise UserError(f"the questions file {path} is damaged: {error}.") from error
     if not questions:
         raise UserError(f"the questions file {path} contains no questions. Write one per line.")
+    return questions if per_group is None else first_of_each_group(questions, per_group)
+
+
+def first_of_each_group(questions: Iterable[Question], limit: int) -> list[Question]:
+    """At most `limit` questions of each group, in order."""
     counts: Counter[str] = Counter()
     selected = []
     for question in questions:
         counts[question.group] += 1
-        if per_group is None or counts[question.group] <= per_group:
+        if counts[question.group] <= limit:
             selected.append(question)
     return selected
 

@@ -8,6 +8,7 @@ from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES
 
 MAX_LOGIT_DIFFERENCE = 1e-6  # rounding in fp32
 MAX_PADDING_RATIO = 0.05  # packing should do better
+UNKNOWN = "–"
 MIX_TOLERANCE = 0.01  # one percentage point: a data set ends with a complete document
 MAX_ACCURACY_DROP = 0.05  # in Chinese and English
 MIN_JAPANESE_ACCURACY = 0.5  # far above chance: a question has a dozen possible answers or more, and none is offered
@@ -34,9 +35,9 @@ def get_nested(metrics: dict[str, Any], *path: str) -> Any:
     return value
 
 
-def percent(share: float) -> str:
-    """0.9649 -> 96.5%, three digits at most; 0.9996 -> 99.9%, since 100% means all of them."""
-    return f"{share * 100 if share >= 1 else min(share * 100, 99.9):.3g}%"
+def percent(ratio: float | None) -> str:
+    """0.9649 -> 96.5%, three digits at most; 0.9996 -> 99.9%, since 100% means all of them; None (not measured) -> –."""
+    return UNKNOWN if ratio is None else f"{ratio * 100 if ratio >= 1 else min(ratio * 100, 99.9):.3g}%"
 
 
 def run_checks(metrics: dict[str, dict[str, Any]]) -> list[Check]:

@@ -208,19 +208,13 @@ def _style() -> Iterator[None]:
     settings = {
         "font.family": list(fonts()),
         "font.size": 10,
-        "text.color": INK,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#8A949F"),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
         "text.parse_math": False,  # a data set may be called a$b$
-        "axes.edgecolor": "#8A949F",
-        "axes.labelcolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
         "grid.color": GRID,
-        "xtick.color": "#8A949F",
-        "xtick.labelcolor": INK,
-        "ytick.color": "#8A949F",
-        "ytick.labelcolor": INK,
         "legend.frameon": False,
         "legend.borderpad": 0,
         "legend.borderaxespad": 0.3,
@@ -295,8 +289,7 @@ def loss_curve(log: Log) -> Figure | None:
     figure, axes = _canvas(f"Loss: {found}", "nats per token")
     _draw_losses(axes, train, held_out)
     _legend(axes)
-    _linear(axes.yaxis)
-    _step_axis(axes)
+    _linear_axes(axes)
     return figure
 
 
@@ -360,8 +353,7 @@ def learning_rates(log: Log) -> Figure | None:
     if len(rates) > 1:
         _legend(axes)
     axes.set_ylim(bottom=0)
-    _linear(axes.yaxis)
-    _step_axis(axes)
+    _linear_axes(axes)
     return figure
 
 
@@ -377,8 +369,7 @@ def speed(log: Log) -> Figure | None:
         axes.plot(*trained, "--", color=EVAL, label="target")
         _legend(axes)
     axes.set_ylim(bottom=0)
-    _linear(axes.yaxis)
-    _step_axis(axes)
+    _linear_axes(axes)
     return figure
 
 
@@ -451,6 +442,11 @@ def _draw_losses(axes: Axes, train: Series | None, held_out: Series | None) -> N
         axes.plot(train[0], _smooth(train[1]), color=TRAIN, label="training")
     if held_out is not None:
         axes.plot(*held_out, "o", markersize=5, color=EVAL, markeredgecolor="white", label="held out", zorder=3)
+
+
+def _linear_axes(axes: Axes) -> None:
+    _linear(axes.yaxis)
+    _step_axis(axes)
 
 
 def _step_axis(axes: Axes) -> None:

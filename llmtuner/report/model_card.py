@@ -12,7 +12,7 @@ from llmtuner.console import UserError
 from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES
 from llmtuner.eval.scores import score_rows
 from llmtuner.files import atomic_write_text
-from llmtuner.report.checks import get_nested, percent
+from llmtuner.report.checks import UNKNOWN, get_nested, percent
 from llmtuner.report.environment import versions
 
 MODELS = {"base": "base", "zero": "Zero", "pretrained": "pretrained", "chat": "chat"}
@@ -22,7 +22,6 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 LICENCE_LINK = "https://huggingface.co/THUDM/chatglm3-6b/blob/main/MODEL_LICENSE"
 LICENCE_FILES = ("MODEL_LICENSE", "LICENSE")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-UNKNOWN = "–"
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -178,7 +177,7 @@ def _template() -> Any:
         keep_trailing_newline=True,
     )
     templates.filters |= {
-        "percent": lambda ratio: UNKNOWN if ratio is None else percent(ratio),
+        "percent": percent,
         "count": _count,
         "decimals": _decimals,
         "settings": lambda settings: ", ".join(f"{name} {value}" for name, value in (settings or {}).items()),

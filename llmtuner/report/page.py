@@ -17,7 +17,7 @@ from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
 from llmtuner.eval.scores import score_rows
 from llmtuner.files import atomic_write_text
-from llmtuner.report.checks import get_nested, percent, run_checks
+from llmtuner.report.checks import UNKNOWN, get_nested, percent, run_checks
 from llmtuner.report.figures import build_figures, read_log
 from llmtuner.report.steps import Step
 
@@ -87,8 +87,8 @@ def _page() -> Any:
     )
     templates.globals |= {"MODELS": MODELS, "LANGUAGES": LANGUAGES}
     templates.filters |= {
-        "percent": lambda ratio: "–" if ratio is None else percent(ratio),
-        "count": lambda number: "–" if number is None else f"{number:,}",
+        "percent": percent,
+        "count": lambda number: UNKNOWN if number is None else f"{number:,}",
         "decimals": _decimals,
         "score": lambda score: f"{score:.3f}" if isinstance(score, float) else str(score),
         "value": _value,
@@ -101,7 +101,7 @@ def _page() -> Any:
 
 
 def _decimals(number: float | None, places: int = 3) -> str:
-    return "–" if number is None else f"{number:,.{places}f}"
+    return UNKNOWN if number is None else f"{number:,.{places}f}"
 
 
 def _value(value: Any) -> str:

@@ -205,12 +205,12 @@ def test_table_of_an_earlier_run_and_100_percent(capsys):
     }
     print_results(metrics)
     table = capsys.readouterr().out
-    assert re.search(r"^base +100% +99\.5% +- ", table, re.MULTILINE)
+    assert re.search(r"^base +100% +99\.5% +– ", table, re.MULTILINE)
     assert re.search(r"^greedy +10% .* 99\.9% +99\.5% ", table, re.MULTILINE)
     assert "language" not in table
     rates = {"response_pass_rate": 0.9996, "line_pass_rate": None}
     print_results(metrics | {"language_confusion": {model: {"zh": rates, "ja_free": rates} for model in MODELS}})
-    assert re.search(r"^chat +99\.9% +99\.9% +- +-$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^chat +99\.9% +99\.9% +– +–$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("subject", [[], ["ミナ", "米娜", "Mina"]])
