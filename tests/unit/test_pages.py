@@ -48,7 +48,23 @@ OTHER_VARIABLES = {
     "NCCL_SOCKET_IFNAME",
 }
 INSTALLED_ON_DEMAND = {"modelscope": "pip install modelscope"}  # console script -> what the page says before it
-OTHER_NAMES = set(["Qwen3", "GPT-NeoX", "load_dataset", "build_chat_input", "process_batch", "format_conversation", "low_cpu_mem_usage", "ChildFailedError", "TransformersForCausalLM", "_name_or_path", "enable_thinking", "galore_rank", "device_map", "tool_call"])  # fmt: skip
+OTHER_NAMES = {
+    "_name_or_path",
+    "build_chat_input",
+    "Chatbot",
+    "ChildFailedError",
+    "device_map",
+    "enable_thinking",
+    "format_conversation",
+    "galore_rank",
+    "GPT-NeoX",
+    "load_dataset",
+    "low_cpu_mem_usage",
+    "process_batch",
+    "Qwen3",
+    "tool_call",
+    "TransformersForCausalLM",
+}
 COMMAND = re.compile(
     r"(?:[A-Z][A-Z0-9_]*=\S+ )*(?:\.venv/bin/\S+|python3?|pip3?|make|bash|torchrun|hf|tensorboard)(?: .*)?"
 )
