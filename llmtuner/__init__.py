@@ -1,6 +1,5 @@
 """A compact trainer that extends a chat model to a new language, in the shape and with the argument names of LLaMA-Factory."""
 
-import logging
 import os
 import sys
 
@@ -16,9 +15,3 @@ if sys.version_info < (3, 11):  # noqa: UP036
     else:
         sys.stderr.write("Install one, then `make demo PYTHON3=python3.11` sets up .venv with it.\n")
     raise SystemExit(2)
-
-# On CPUs with bf16 support bitsandbytes warns at every start that a kernel for 4-bit weights was not downloaded. There are
-# no such weights here, so nobody can act on it; its other warnings stay. The filter must stand before anything imports it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
-)

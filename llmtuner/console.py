@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -55,6 +56,7 @@ def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`: a `UserError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
     if importlib.util.find_spec("sentencepiece") is None:  # before work that the wrong Python cannot finish
         exit_with_error(missing_package("sentencepiece"))
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_4_bit_weights)
     try:
         main()
         _destroy_process_group()
@@ -124,6 +126,11 @@ def interpreter() -> str:
 def command(script: str) -> str:
     """Returns what to type to run a script with the running Python: `.venv/bin/python step4_test_zero.py`."""
     return f"{interpreter()} {shlex.quote(display_path(ROOT / script))}"
+
+
+def _is_not_about_4_bit_weights(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes logs at every start on CPUs with bf16 support: a kernel for weights that nothing has here."""
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
 def _destroy_process_group() -> None:

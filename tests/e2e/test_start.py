@@ -141,17 +141,23 @@ def test_options_of_step_7_that_do_not_go_together(words, message, tmp_path):
 # --------------------------------------------------------------------------------------- what nobody can act on
 def test_bitsandbytes_warns_of_everything_but_its_4_bit_kernel():
     code = """
-import logging, llmtuner
-logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "no kernels")
-logger.warning("another warning")
+import logging
+from llmtuner.console import run_cli
+def main():
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "no kernels")
+    logger.warning("another warning")
+run_cli(main)
 """
     assert start(["-c", code]).stderr == "another warning\n"
 
 
 def test_start_with_bitsandbytes_is_silent():
     pytest.importorskip("bitsandbytes", reason="pip install -r requirements-optional.txt")
-    assert "gemm_4bit_forward" not in start(["-c", "import llmtuner, bitsandbytes"]).stderr
+    assert (
+        "gemm_4bit_forward"
+        not in start(["-c", "from llmtuner.console import run_cli; run_cli(lambda: __import__('bitsandbytes'))"]).stderr
+    )
 
 
 @pytest.mark.parametrize(

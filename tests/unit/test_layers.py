@@ -82,3 +82,36 @@ def test_nothing_below_the_steps_imports_them():
 def test_an_import_inside_a_function_counts():
     tree = ast.parse("def train():\n    from llmtuner.train import workflow\n")
     assert ("llmtuner.train.workflow", 2) in imported_modules(tree)
+
+
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
+
+
+def effects_of(text):
+    """What a module does when it is imported, beside defining names."""
+    for node in ast.parse(text).body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_guarded = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+        if not (isinstance(node, DEFINITIONS) or is_docstring or is_guarded):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Assign) and not all(
+            isinstance(target, ast.Name | ast.Tuple) for target in node.targets
+        ):
+            yield ast.unparse(node)  # os.environ["X"] = ..., library.function = ...
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_importing_a_module_changes_nothing(path):
+    found = list(effects_of((ROOT / path).with_suffix(".py").read_text(encoding="utf-8")))
+    if path.parts == ("llmtuner", "__init__"):
+        assert len(found) == 1
+        assert found[0].startswith("if sys.version_info < (3, 11):")  # an old Python gets a message
+    else:
+        assert found == []
+
+
+@pytest.mark.parametrize(
+    "text", ["logging.disable()", "os.environ['X'] = '1'", "torch.add = add", "if x:\n    y()", "for x in y:\n    z(x)"]
+)
+def test_an_effect_is_found(text):
+    assert list(effects_of(f'"""Documentation."""\nimport os\n{text}\n')) == [text]
