@@ -7,9 +7,9 @@ bytes of those that are alive at the same time. Rounding up, fragmentation and t
 tests of the estimate follow small models with real tensors in the same way.
 """
 
+import itertools
 import weakref
 from collections import Counter
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -92,28 +92,20 @@ def simulate_step(model: Any, batch_size: int, seq_len: int, checkpointing: bool
     # On a GPU the loss forms more logits at once.
     as_on_a_gpu = mock.patch.object(loss, "CHUNK_NUMEL_CPU", loss.CHUNK_NUMEL)
     compute_loss = loss_function(model, FinetuningArguments())
-    with _checkpointing(model, checkpointing), under_autocast, as_on_a_gpu, live:
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    with under_autocast, as_on_a_gpu, live:
         for _ in range(MICRO_BATCHES):
             live.phase = "forward"
             summed, _ = compute_loss(batch)
             live.phase = "backward"
             summed.backward()
             del summed
+    if checkpointing:
+        model.activation_checkpointing_disable()
     hook.remove()
     model.zero_grad()
     return {phase: live.peak[phase] for phase in PHASES}
-
-
-@contextmanager
-def _checkpointing(model: Any, enabled: bool) -> Any:
-    if not enabled:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()
 
 
 def chatglm3(finetuning: Values) -> Any:
@@ -146,16 +138,8 @@ def budgets() -> list[Values]:
     for name, (finetuning, optimizers) in RECIPES.items():
         model = chatglm3(finetuning)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        cases = [
-            (batch_size, again, optimizer)
-            for batch_size in (1, 4)
-            for again in (True, False)
-            for optimizer in optimizers
-        ]
-        estimates = [
-            estimate_step_memory(model, size, SEQ_LEN, again, torch.bfloat16, optimizer)
-            for size, again, optimizer in cases
-        ]
+        cases = list(itertools.product((1, 4), (True, False), optimizers))
+        estimates = [estimate_step_memory(model, case[0], SEQ_LEN, case[1], torch.bfloat16, case[2]) for case in cases]
         simulated: dict[Any, dict[str, int]] = {}
         with with_fake_tensors(model):
             for (size, again, optimizer), estimate in zip(cases, estimates, strict=True):
@@ -171,43 +155,43 @@ def budgets() -> list[Values]:
 
 
 def tables(measured: Values, name: str) -> str:
-    """A table of docs/memory.md."""
-    results = measured["bytes"]
+    """A table of docs/memory.md: cards, errors, phases, savings."""
+    results, lines = measured["bytes"], []
     if name == "errors":
         errors = [result["estimate"]["total"] / max(result["simulated"].values()) - 1 for result in results]
-        return markdown_table(
-            ["estimate / simulation - 1", "smallest", "largest"], [["", f"{min(errors):+.0%}", f"{max(errors):+.0%}"]]
-        )
-    if name == "savings":
+        header = ["estimate / simulation - 1", "smallest", "largest"]
+        lines = [["", f"{min(errors):+.0%}", f"{max(errors):+.0%}"]]
+    elif name == "savings":
         matrix = CHATGLM3_6B["vocab_size"] * CHATGLM3_6B["hidden_size"]
         # Gradients of LoRA alone are fp32.
         lora = next(result["estimate"]["gradients"] for result in results if result["trained"] == "LoRA") // 4
         savings = {
             "8-bit Adam instead of 32-bit: 6 bytes per trained parameter": 6 * (2 * matrix + lora),
             "of these, the input matrix's state, which stays in 32 bits without `embedding_learning_rate`": 6 * matrix,
-            "frozen originals of both matrices, which peft would keep beside the trained ones in bf16: freed": 4
-            * matrix,
-            "a second fp32 gradient of the output matrix, formed before it is added to the first: not avoided": 4
-            * matrix,
+            "frozen originals of both matrices in bf16, which peft would keep: freed": 4 * matrix,
+            "a second fp32 gradient of the output matrix, added to the first: not avoided": 4 * matrix,
         }
-        return markdown_table(
-            ["both matrices trained", "GB"], [[what, f"{size / 1e9:.1f}"] for what, size in savings.items()]
-        )
-    if name == "phases":
+        header = ["both matrices trained", "GB"]
+        lines = [[what, f"{size / 1e9:.1f}"] for what, size in savings.items()]
+    elif name == "phases":
         small = next(result for result in results if result["trained"].endswith("8-bit Adam"))
-        return markdown_table(
-            [small["trained"], *PHASES], [["GB", *(f"{small['simulated'][phase] / 1e9:.1f}" for phase in PHASES)]]
-        )
-    lines = []
-    for result in results:
-        peak, parts = max(result["simulated"].values()), result["estimate"]
-        needed = max(peak, parts["total"])
-        fits = next((card for card, usable in CARDS.items() if needed <= usable), "none")
-        cells = [f"{size / 1e9:.1f}" for size in (*parts.values(), peak)]
-        cells += [f"{(CARDS['24 GB'] - peak) / 1e9:+.1f}", fits, "not measured"]
-        lines.append([result["trained"], f"{result['batch_size']} x {SEQ_LEN:,}", result["activations"], *cells])
-    header = ["trained", "micro-batch", "activations", *(part for part in results[0]["estimate"] if part != "total")]
-    return markdown_table([*header, "estimate", "simulated", "left of 23 GB", "fits a card of", "peak on a GPU"], lines)
+        header = [small["trained"], *PHASES]
+        lines = [["GB", *(f"{small['simulated'][phase] / 1e9:.1f}" for phase in PHASES)]]
+    else:
+        header = [
+            "trained",
+            "micro-batch",
+            "activations",
+            *(part for part in results[0]["estimate"] if part != "total"),
+        ]
+        header += ["estimate", "simulated", "left of 23 GB", "fits a card of", "peak on a GPU"]
+        for result in results:
+            peak, parts = max(result["simulated"].values()), result["estimate"]
+            fits = [card for card, usable in CARDS.items() if max(peak, parts["total"]) <= usable]
+            cells = [f"{size / 1e9:.1f}" for size in (*parts.values(), peak)]
+            cells += [f"{(CARDS['24 GB'] - peak) / 1e9:+.1f}", (fits or ["none"])[0], "not measured"]
+            lines.append([result["trained"], f"{result['batch_size']} x {SEQ_LEN:,}", result["activations"], *cells])
+    return markdown_table(header, lines)
 
 
 def main() -> None:

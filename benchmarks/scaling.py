@@ -133,51 +133,44 @@ def loopback_bytes() -> int:
 
 
 def tables(measured: Values, name: str) -> str:
-    """A table of benchmarks/scaling.md, from the trained parameters and what `--measure` has counted."""
+    """A table of benchmarks/scaling.md, by its name in `TABLES`: from trained parameters and what `--measure` counted."""
     trained = measured["trained"]
-    flop = {checkpointing: flop_per_token(trained["LoRA"], checkpointing) for checkpointing in (False, True)}
+    flop = [flop_per_token(trained["LoRA"], checkpointing) for checkpointing in (False, True)]
     speeds = {gpu: UTILIZATION * tflops * 1e12 / flop[True] for gpu, (tflops, _) in GPUS.items()}
+    gpus = [f"{count} GPU{'s' * (count > 1)}" for count in COUNTS]
     if name == "loopback":
-        cases = [
-            (str(case["accumulation"]), case["formula"] / 1e6, case["counted"] / 1e6) for case in measured["measured"]
+        header = ["micro-batches per step", "MB by the formula", "MB counted"]
+        lines = [
+            [str(case["accumulation"]), *(f"{case[key] / 1e6:.2f}" for key in ("formula", "counted"))]
+            for case in measured["measured"]
         ]
-        lines = [[case[0], *(f"{value:.2f}" for value in case[1:])] for case in cases]
-        return markdown_table(["micro-batches per step", "MB by the formula", "MB counted"], lines)
-    if name == "flop":
+    elif name == "flop":
         header = ["GFLOP per token", "without gradient checkpointing", "with it"]
-        return markdown_table(header, [["LoRA + embeddings", *(f"{value / 1e9:.1f}" for value in flop.values())]])
-    if name == "traffic":
-        cases = [(accumulation, gpus) for accumulation in (1, 4) for gpus in (2, 4, 8, 64)]
+        lines = [["LoRA + embeddings", *(f"{value / 1e9:.1f}" for value in flop)]]
+    elif name == "traffic":
+        cases = [(accumulation, count) for accumulation in (1, 4) for count in (2, 4, 8, 64)]
+        header = ["trained", "P", *(f"A = {accumulation}, N = {count}" for accumulation, count in cases)]
         lines = [
-            [
-                recipe,
-                f"{count / 1e6:,.0f} M",
-                *(f"{sent(count, gpus, accumulation):.2f}" for accumulation, gpus in cases),
-            ]
-            for recipe, count in trained.items()
+            [recipe, f"{parameters / 1e6:,.0f} M", *(f"{sent(parameters, n, a):.2f}" for a, n in cases)]
+            for recipe, parameters in trained.items()
         ]
-        return markdown_table(
-            ["trained", "P", *(f"A = {accumulation}, N = {gpus}" for accumulation, gpus in cases)], lines
-        )
-    if name == "optimizer":
-        lines = [[recipe, *(f"{12 * count / n / 1e9:.2f}" for n in COUNTS[:3])] for recipe, count in trained.items()]
-        return markdown_table(["trained", *(f"{n} GPU{'s' * (n > 1)}" for n in COUNTS[:3])], lines)
-    if name == "overlap":  # computation takes 19 times as long as communication
-        lines = [
-            [gpu, *(f"{19 * sent(count, 8, 1) / bandwidth * speeds[gpu]:,.0f}" for count in trained.values())]
-            for gpu, (_, bandwidth) in GPUS.items()
-        ]
-        return markdown_table(["", *trained], lines)
-    lines = []
-    for gpu, (_, bandwidth) in GPUS.items():
-        seconds = [TOKENS / speeds[gpu] + sent(trained["LoRA + embeddings"], n, 4) / bandwidth for n in COUNTS]
-        hours = [f"{1e9 / n * step / TOKENS / 3600:,.1f}" for n, step in zip(COUNTS, seconds, strict=True)]
-        lines.append([gpu, f"{speeds[gpu]:,.0f}", *hours])
-    original = [f"{1e9 / n / 1_160 / 3600:,.1f}" if n <= 4 else "" for n in COUNTS]
-    lines.append(["RTX 4090, as the original project measured on 4", "1,160", *original])
-    return markdown_table(
-        ["", "tokens/s and GPU, computation alone", *(f"{n} GPU{'s' * (n > 1)}" for n in COUNTS)], lines
-    )
+    elif name == "optimizer":
+        header = ["trained", *gpus[:3]]
+        lines = [[recipe, *(f"{12 * size / n / 1e9:.2f}" for n in COUNTS[:3])] for recipe, size in trained.items()]
+    elif name == "overlap":  # computation takes 19 times as long as communication
+        header, lines = ["", *trained], []
+        for gpu, (_, bandwidth) in GPUS.items():
+            seconds = [19 * sent(size, 8, 1) / bandwidth for size in trained.values()]
+            lines.append([gpu, *(f"{time * speeds[gpu]:,.0f}" for time in seconds)])
+    else:
+        header, lines = ["", "tokens/s and GPU, computation alone", *gpus], []
+        for gpu, (_, bandwidth) in GPUS.items():
+            seconds = [TOKENS / speeds[gpu] + sent(trained["LoRA + embeddings"], n, 4) / bandwidth for n in COUNTS]
+            hours = [f"{1e9 / n * step / TOKENS / 3600:,.1f}" for n, step in zip(COUNTS, seconds, strict=True)]
+            lines.append([gpu, f"{speeds[gpu]:,.0f}", *hours])
+        original = [f"{1e9 / n / 1_160 / 3600:,.1f}" if n <= 4 else "" for n in COUNTS]
+        lines.append(["RTX 4090, as the original project measured on 4", "1,160", *original])
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":
