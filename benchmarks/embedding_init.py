@@ -16,7 +16,7 @@ token replaces 2.7 base tokens then, as in ChatGLM3 (2.8).
 import argparse
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,8 @@ CHOICES = [method + norm for method in METHODS for norm in ("", NORM)]
 # Methods of the rows of the input and of the output matrix, as pairs; last_weighted/first_weighted is AdaptiVocab's.
 MIXED = "mean+norm/mean focus/mean focus+norm/mean mean/first_weighted mean+norm/first_weighted "
 MIXED += "last_weighted/first_weighted global_mean+norm/mean"
-TRAINED = (
-    "mean/mean mean+norm/mean mean+norm/mean+norm mean+norm/first_weighted last_weighted/first_weighted focus/mean "
-)
-TRAINED += "mean/focus focus/focus global_mean/global_mean random/random"
+TRAINED = "mean/mean mean+norm/mean mean+norm/mean+norm mean+norm/first_weighted last_weighted/first_weighted "
+TRAINED += "focus/mean mean/focus focus/focus global_mean/global_mean random/random"
 MakeRows = Callable[[torch.Tensor, str, str], torch.Tensor]
 """(matrix, "input" or "output", choice) -> new rows in fp32"""
 
@@ -148,28 +146,30 @@ def measure_base_languages(
     asked = [row["question"] for row in questions(build_generators(SEED)) if row["group"] in BASE_LANGUAGES]
     prefix = Template.from_tokenizer(tokenizer).prefix
     size = WINDOW - len(prefix)
-    windows = [
-        prefix + ids[start : start + size]
-        for ids in encode_batch(tokenizer, fresh)
-        for start in range(0, len(ids), size)
-    ]
+    encoded = encode_batch(tokenizer, fresh)
+    windows = (prefix + ids[start : start + size] for ids in encoded for start in range(0, len(ids), size))
     hidden = torch.cat([hidden_states(model, torch.tensor([ids])) for ids in windows])
-    before = generate_answers(model, base_tokenizer, asked).texts
     results: dict[str, Values] = {"base": bits_of(model, base_tokenizer, texts, BASE_LANGUAGES)}
-    resizable.resize("input", "mean")
-    for choice in CHOICES:
-        head = resizable.resize("output", choice)
+    before = generate_answers(model, base_tokenizer, asked).texts
+    for choice, changes in measure_output_rows(resizable, CHOICES, hidden):
         after = generate_answers(model, tokenizer, asked).texts
-        results[choice] = {
-            **bits_of(model, tokenizer, texts, BASE_LANGUAGES),
-            "answers_changed": sum(old != new for old, new in zip(before, after, strict=True)),
-            "answers": len(asked),
-            "wins": count_wins(hidden, head, resizable.first_id),
-            "positions": len(hidden),
-        }
+        changed = sum(old != new for old, new in zip(before, after, strict=True))
+        bits = bits_of(model, tokenizer, texts, BASE_LANGUAGES)
+        results[choice] = {**bits, "answers_changed": changed, "answers": len(asked), **changes}
     title = f"output rows and base languages: {len(asked)} questions, {len(hidden):,} positions of fresh text"
     print_results(title, results, dict(zh=".4f", en=".4f", answers_changed="d", wins="d"))
     return results
+
+
+def measure_output_rows(
+    resizable: ResizableModel, choices: list[str], hidden: torch.Tensor
+) -> Iterator[tuple[str, Values]]:
+    """Resizes the output matrix by each choice; yields at how many positions of `hidden` a new token has the top logit."""
+    resizable.resize("input", "mean")
+    for choice in choices:
+        head = resizable.resize("output", choice)
+        wins = sum(int(((part @ head.T).argmax(dim=1) >= resizable.first_id).sum()) for part in hidden.split(1024))
+        yield choice, {"wins": wins, "positions": len(hidden)}
 
 
 def bits_of(model: Any, tokenizer: Any, texts: dict[str, list[str]], languages: Iterable[str]) -> dict[str, float]:
@@ -181,11 +181,6 @@ def bits_of(model: Any, tokenizer: Any, texts: dict[str, list[str]], languages: 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """What the output matrix is applied to at every position of ids [texts, tokens]: [texts * tokens, width]."""
     return model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-
-
-def count_wins(hidden: torch.Tensor, head: torch.Tensor, first_id: int) -> int:
-    """Positions at which the greatest logit is that of a new token."""
-    return sum(int(((part @ head.T).argmax(dim=1) >= first_id).sum()) for part in hidden.split(1024))
 
 
 def measure_random_weights() -> dict[str, Values]:
@@ -204,18 +199,12 @@ def measure_random_weights() -> dict[str, Values]:
     resizable = ResizableModel(model, first_id, torch.float16, init_fn)
     before = continuations(model, prompts)
     hidden = hidden_states(model, before)
-    resizable.resize("input", "mean")
     results = {}
-    for choice in CHOICES:
-        if choice.startswith("focus"):  # random ids are no text from which vectors could be learned
-            continue
-        head = resizable.resize("output", choice)
-        results[choice] = {
-            "changed": int((continuations(model, prompts) != before).any(dim=1).sum()),
-            "continuations": len(prompts),
-            "wins": count_wins(hidden, head, first_id),
-            "positions": len(hidden),
-        }
+    # Random ids are no text from which the vectors of focus could be learned.
+    choices = [choice for choice in CHOICES if not choice.startswith("focus")]
+    for choice, changes in measure_output_rows(resizable, choices, hidden):
+        changed = int((continuations(model, prompts) != before).any(dim=1).sum())
+        results[choice] = {"changed": changed, "continuations": len(prompts), **changes}
     title = f"random weights: {len(prompts)} continuations of {TINY_ANSWER_LEN} tokens, {len(hidden):,} positions"
     print_results(title, results, dict(changed="d", wins="d"))
     return results

@@ -19,7 +19,7 @@ from statistics import mean
 
 from safetensors import safe_open
 
-from benchmarks.common import ROOT, Values, make_parser, print_results, save_results
+from benchmarks.common import ROOT, Values, make_parser, print_results, read_results, save_results
 from llmtuner.console import UserError, print_header, run_cli
 from llmtuner.eval.language import LANGUAGES
 from llmtuner.outputs import atomic_directory
@@ -85,15 +85,11 @@ def run_step(script: str, work: Path, texts: Path, *arguments: str) -> None:
 
 def measurements(work: Path) -> Values:
     """What a finished step 5 measured; what counts per run is taken from both runs of `staged`."""
-    metrics = json.loads((work / "metrics" / "step5.json").read_text(encoding="utf-8"))
+    metrics = read_results(work / "metrics" / "step5.json")
     adapters = [path for name in ("embeddings", "pt") if (path := work / f"step5_{name}_adapter").is_dir()]
-    logs = [
-        json.loads(line) for path in adapters for line in (path / "trainer_log.jsonl").read_text("utf-8").splitlines()
-    ]
-    eval_losses = [line["eval_loss"] for line in logs if "eval_loss" in line]
-    meters = [
-        json.loads((list_checkpoints(path)[0] / "throughput.json").read_text(encoding="utf-8")) for path in adapters
-    ]
+    logs = [line for path in adapters for line in (path / "trainer_log.jsonl").read_text("utf-8").splitlines()]
+    eval_losses = [entry["eval_loss"] for entry in map(json.loads, logs) if "eval_loss" in entry]
+    meters = [read_results(list_checkpoints(path)[0] / "throughput.json") for path in adapters]
     # The last steps may have no line in the log; the meter counts them apart.
     tokens = sum(meter["total_tokens"] + meter["tokens"] for meter in meters)
     return {
@@ -116,14 +112,10 @@ def show(runs: list[Values]) -> None:
     """Prints every run, and the means over seeds."""
     columns = {**dict.fromkeys(LANGUAGES, ".4f"), "first_eval_loss": ".4f", "last_eval_loss": ".4f", "tokens": ",d"}
     columns |= {"seconds": ".0f", "tokens_per_second": ",.0f", "trainable_parameters": ",d"}
-    each = {
-        f"{run['recipe']}, seed {run['seed']}": {
-            **run,
-            **run["bits_per_byte"]["after"],
-            **{f"{which}_eval_loss": loss for which, loss in run["eval_loss"].items()},
-        }
-        for run in runs
-    }
+    each = {}
+    for run in runs:
+        losses = {f"{which}_eval_loss": loss for which, loss in run["eval_loss"].items()}
+        each[f"{run['recipe']}, seed {run['seed']}"] = {**run, **run["bits_per_byte"]["after"], **losses}
     print_results("each run: bits per byte of held-out text after training, and what it took", each, columns)
     means = {"before": runs[0]["bits_per_byte"]["before"]}
     for recipe in dict.fromkeys(run["recipe"] for run in runs):

@@ -261,12 +261,8 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 def measure_ablation_step_time(options: argparse.Namespace, _: Path) -> None:
     """One step with each variant in turn, on the same batches with the same, unchanged weights; in fp32."""
-    results = {}
+    results: dict[str, dict[str, Values]] = {}
     variants = {"all on": {}, **ABLATIONS}
-
-    def timed(*runs: list[tuple[float, float]]) -> list[Any]:
-        return list(zip(*runs, strict=True))[common.WARMUP_STEPS :]
-
     for window in options.windows or [256, 1024]:
         batches = first_batches(window, options.tokens or 2_048)
         steps = {name: training_step(settings) for name, settings in variants.items()}
@@ -274,14 +270,12 @@ def measure_ablation_step_time(options: argparse.Namespace, _: Path) -> None:
         for number in tqdm(range(options.steps), f"windows of {window}", unit=" steps"):
             for name, step in steps.items():
                 runs[name].append(step(batches[number % NUM_BATCHES]))
-        results[f"{window:,}"] = {
-            name: {
-                "ratio": median(on[1] / step[1] for on, step in timed(runs["all on"], run)),
-                "milliseconds": 1e3 * median(step[1] for _, step in timed(runs["all on"], run)),
-                "loss": run[0][0],
-            }
-            for name, run in runs.items()
-        }
+        results[f"{window:,}"] = {}
+        for name, run in runs.items():
+            pairs = list(zip(runs["all on"], run, strict=True))[common.WARMUP_STEPS :]
+            ratio = median(on[1] / step[1] for on, step in pairs)
+            milliseconds = 1e3 * median(step[1] for _, step in pairs)
+            results[f"{window:,}"][name] = {"ratio": ratio, "milliseconds": milliseconds, "loss": run[0][0]}
         columns = {"ratio": ".3f", "milliseconds": ".0f", "loss": ".5f"}
         print_results(f"windows of {window:,}", results[f"{window:,}"], columns)
     save_results(options.output, {"results": results})
