@@ -17,15 +17,8 @@ from llmtuner.tokenizer.fast import SPACE, load_tokenizer
 
 GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
 MARK_OPEN, MARK_CLOSE = "⟦", "⟧"  # around targets if there are no colors
-INVISIBLE_CATEGORIES = (
-    "Cc",
-    "Cf",
-    "Cn",
-    "Co",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # Unicode categories that are invisible, or break a line
+# Unicode categories that are invisible, or break a line
+INVISIBLE_CATEGORIES = frozenset(("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"))
 LEGEND = "special tokens and single bytes are shown by name: </s>, <0x0A>"
 
 
