@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.checkpoints import cut
+from tests.checkpoints import truncate
 from tests.helpers import ROOT
 from tests.steps import STEPS, refused, start
 
@@ -41,7 +41,7 @@ def start_script(words, tmp_path, **variables):
 def test_cut_weights_are_one_message_of_every_script(model, tmp_path, words, directory):
     if "--web" in words:
         pytest.importorskip("gradio", reason="gradio is not installed")
-    file = cut(model)
+    file = truncate(model)
     result = tmp_path / "work" / directory
     if directory != "model":
         shutil.copytree(model, result)
@@ -264,7 +264,7 @@ def test_questions_file_without_a_question(tmp_path):
     for name in ("step3_zero", "step5_pt_merged", "chat_model", "corpus"):
         (tmp_path / "work" / name).mkdir(parents=True)
     (tmp_path / "work" / "corpus" / "questions.jsonl").write_text("\n")
-    refused(start("step7", tmp_path), "questions.jsonl", "holds no question")
+    refused(start("step7", tmp_path), "questions.jsonl", "contains no questions")
     row = {"group": "ja", "language": "ja", "question": "空は？", "value": "青"}
     (tmp_path / "work" / "corpus" / "questions.jsonl").write_text(json.dumps(row))
-    refused(start("step7", tmp_path), "questions.jsonl", "no request of the group ja_free")
+    refused(start("step7", tmp_path), "questions.jsonl", "has no group ja_free")

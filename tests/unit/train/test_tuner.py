@@ -191,12 +191,12 @@ def test_the_adapter_below_must_be_there_unchanged(tiny_run, tiny_model_dir, tmp
     with pytest.raises(UserError, match="merged adapter: sha256"):  # a checkpoint on another base is not resumed
         run_exp({**on_it, "lora_rank": 2, "max_steps": 1, "save_strategy": "steps", "save_steps": 1})
     weights.write_bytes(sound)
-    with pytest.raises(UserError, match="nothing holds no LoRA adapter"):
+    with pytest.raises(UserError, match="nothing is not a LoRA adapter"):
         run_exp({**on_it, "adapter_name_or_path": str(tmp_path / "nothing"), "output_dir": str(tmp_path / "third")})
     with pytest.raises(UserError, match=r"was itself trained with create_new_adapter.*Export it"):
         run_exp({**on_it, "adapter_name_or_path": str(second), "output_dir": str(tmp_path / "third")})
     export = {"model_name_or_path": str(tiny_model_dir), "adapter_name_or_path": str(second)}
-    for content, problem in ((weights.read_bytes()[:-1] + b"x", "has changed since"), (None, "no longer there")):
+    for content, problem in ((weights.read_bytes()[:-1] + b"x", "has changed since"), (None, "that is missing")):
         if content is None:
             weights.unlink()
         else:
