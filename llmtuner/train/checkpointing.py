@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: sealed with the size and checksum of every file, checked before they are used."""
+"""Saves checkpoints atomically, with size and checksum of every file, and verifies them before they are used."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from llmtuner.tokenizer.fast import TOKENIZER_FILES
 
 CHECKSUM_FILE = "checksums.json"  # written last: file -> [bytes, CRC-32]
 RUN_MARKER = "a training run"  # in the marker of an output_dir
-TMP_DIR = ".saving"  # in output_dir; becomes checkpoint-N once sealed
+TMP_DIR = ".saving"  # in output_dir; becomes checkpoint-N once it is complete
 # What a run writes into its directory under names that other programs use too.
 RUN_FILES = (
     *ADAPTER_CONFIG_FILES,
@@ -35,11 +35,11 @@ RUN_FILES = (
 
 @contextmanager
 def lock_output_dir(output_dir: Path) -> Iterator[None]:
-    """Keeps other runs out of a run's directory, and puts right what a killed one left there; rank 0 does it for all.
+    """Locks a run's directory against other runs, and repairs what a killed run left there; rank 0 does it for all.
 
     Raises:
-        UserError: if it cannot be written, another run uses it, or it holds files of this kind that no run of this
-            project wrote.
+        UserError: if it cannot be written, another run uses it, or it holds files under the names of a run's files that no
+            run of this project wrote.
     """
     if not is_rank_zero():
         yield
@@ -59,10 +59,10 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
 
 
 def _check_output_dir(output_dir: Path) -> None:
-    """A run writes and deletes files by name; none of another program may be among them."""
-    is_run = (read_marker(output_dir) or {}).get("made_by") == RUN_MARKER  # a merged model is no run
-    ours = is_run or bool(_owned_checkpoints(output_dir)) or _has_legacy_settings(output_dir)
-    foreign = [] if ours else sorted(path.name for pattern in RUN_FILES for path in output_dir.glob(pattern))
+    """Makes sure that no file of another program has a name under which a run writes or deletes files."""
+    is_run = (read_marker(output_dir) or {}).get("made_by") == RUN_MARKER  # a merged model is not a run
+    is_owned = is_run or bool(_owned_checkpoints(output_dir)) or _has_legacy_settings(output_dir)
+    foreign = [] if is_owned else sorted(path.name for pattern in RUN_FILES for path in output_dir.glob(pattern))
     if foreign:
         raise UserError(
             f"output_dir {output_dir} holds files that no run of this project wrote, such as {foreign[0]}. Nothing was "
@@ -71,7 +71,7 @@ def _check_output_dir(output_dir: Path) -> None:
 
 
 def _has_legacy_settings(output_dir: Path) -> bool:
-    """Whether a finished run of an earlier version, which wrote no marker, lies here."""
+    """Tells whether this is a finished run of an earlier version, which wrote no marker."""
     try:
         return "finetuning_type" in json.loads(locate(output_dir, "training_args.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -79,34 +79,34 @@ def _has_legacy_settings(output_dir: Path) -> bool:
 
 
 def prepare_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Marks a directory as a run's, and deletes an earlier run's checkpoints if asked to."""
+    """Marks a directory as a run's, and deletes the checkpoints of an earlier run if `overwrite` is set."""
     atomic_write_json(output_dir / MARKER, {"made_by": RUN_MARKER})  # names no files: the directory is never replaced
     if overwrite:
         delete_checkpoints(output_dir)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, newest first; whether they are whole is another question."""
+    """Returns the checkpoints of a run, newest first, without verifying them."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
+    """Returns the step after which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def latest_valid_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; says which newer ones are damaged."""
+    """Returns the newest checkpoint that passes verification, and prints which newer ones do not."""
     for checkpoint in list_checkpoints(output_dir):
-        damage = verify_checkpoint(checkpoint)
-        if not damage:
+        if not (damage := verify_checkpoint(checkpoint)):
             return checkpoint
         print0(f"{checkpoint} failed verification ({damage}), skipping")
     return None
 
 
 def verify_checkpoint(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; empty if every file is as it was sealed."""
+    """Returns what is wrong with a checkpoint, or an empty text if every file matches its size and checksum."""
     checksums = locate(checkpoint, CHECKSUM_FILE)
     try:
         files = json.loads(checksums.read_text(encoding="utf-8"))
@@ -117,14 +117,14 @@ def verify_checkpoint(checkpoint: Path) -> str:
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
             if _checksum(file) != checksum:
-                return f"{name} has other bytes than were written"
+                return f"{name} does not match its checksum"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{checksums.name} cannot be read: {error}"
     return ""
 
 
 def write_checksums(directory: Path) -> None:
-    """Marks a checkpoint as whole."""
+    """Writes size and checksum of every file of a checkpoint, which marks it as complete."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
     atomic_write_json(
         directory / CHECKSUM_FILE,
@@ -142,10 +142,10 @@ def _checksum(file: Path) -> int:
 
 @contextmanager
 def cleanup_on_failure(output_dir: Path, step: int) -> Iterator[None]:
-    """While a checkpoint is saved: an error on the way removes what there is of it and says what is left to go on from.
+    """Removes an incomplete checkpoint if saving fails, and says from which one the run can be resumed.
 
     Raises:
-        UserError: if the disk fills up, or may not be written to.
+        UserError: if the disk is full or not writable.
     """
     try:
         with translate_disk_errors(output_dir / f"checkpoint-{step}"):
@@ -154,17 +154,17 @@ def cleanup_on_failure(output_dir: Path, step: int) -> Iterator[None]:
         shutil.rmtree(output_dir / TMP_DIR, ignore_errors=True)
         if isinstance(error, UserError):
             older = list_checkpoints(output_dir)
-            rest = f"{older[0].name} is untouched" if older else "there is no older checkpoint"
-            raise UserError(f"{error} ({rest}; the same command goes on from the newest one.)") from error
+            rest = f"{older[0].name} is unchanged" if older else "there is no older checkpoint"
+            raise UserError(f"{error} ({rest}; the same command resumes from the latest one.)") from error
         raise
 
 
 def commit_checkpoint(output_dir: Path, step: int, limit: int | None) -> Path:
-    """Seals what lies in the staging directory, gives it its name, and deletes the oldest beyond `limit`."""
-    staged, destination = output_dir / TMP_DIR / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
-    write_checksums(staged)
-    fsync_directory(staged)
-    replace_directory(staged, destination, CHECKSUM_FILE)
+    """Moves a complete checkpoint from the temporary directory to its name, and deletes the oldest beyond `limit`."""
+    partial, destination = output_dir / TMP_DIR / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    write_checksums(partial)
+    fsync_directory(partial)
+    replace_directory(partial, destination, CHECKSUM_FILE)
     shutil.rmtree(output_dir / TMP_DIR, ignore_errors=True)
     for old in _owned_checkpoints(output_dir)[limit:] if limit else []:
         shutil.rmtree(old, ignore_errors=True)
@@ -172,22 +172,22 @@ def commit_checkpoint(output_dir: Path, step: int, limit: int | None) -> Path:
 
 
 def delete_checkpoints(output_dir: Path) -> None:
-    """Deletes all checkpoints of a run, so that the next one starts anew."""
+    """Deletes all checkpoints of a run, so that the next one starts over."""
     for checkpoint in _owned_checkpoints(output_dir):
         shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.rmtree(output_dir / TMP_DIR, ignore_errors=True)
 
 
 def _owned_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints that this project wrote; others are never deleted."""
+    """Returns the checkpoints that this project wrote; others are never deleted."""
     return [checkpoint for checkpoint in list_checkpoints(output_dir) if locate(checkpoint, CHECKSUM_FILE).is_file()]
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Makes sure that a checkpoint holds more than weights.
+    """Makes sure that a checkpoint holds the optimizer state.
 
     Raises:
-        UserError: if it has no optimizer state; says how to train further from its weights.
+        UserError: if it holds weights only; says how to continue training from them.
     """
     # DeepSpeed keeps the optimizer's state in global_stepN/, everything else in files named optimizer*.
     if [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]:
@@ -198,21 +198,23 @@ def check_resumable(checkpoint: Path) -> None:
         weights = f"copy the tokenizer's files into it and set model_name_or_path: {checkpoint}"
     raise UserError(
         f"{checkpoint} cannot be resumed: it was saved with save_only_model: true, without the state of optimizer, "
-        f"learning rate schedule and random numbers. To start a new schedule from its weights, {weights} and another "
+        f"learning rate schedule and random number generators. To start a new schedule from its weights, {weights} and another "
         "output_dir. To be able to resume a run, train with save_only_model: false."
     )
 
 
 def check_resume_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Makes sure that a checkpoint comes from a run with these settings.
+    """Makes sure that a checkpoint was written by a run with these settings.
 
     Raises:
-        UserError: names what differs.
+        UserError: lists what differs.
     """
     before = json.loads(locate(checkpoint, "training_args.json").read_text(encoding="utf-8"))
     before.setdefault("model checksum", settings.get("model checksum"))  # runs of earlier versions have none
     if changes := diff_settings(before, settings):
         raise UserError(
-            f"{checkpoint} was made with other settings:\n  - " + "\n  - ".join(changes) + "\nGo on with those, choose "
-            "another output_dir, or set overwrite_output_dir: true (steps: OVERWRITE=1) to start anew."
+            f"{checkpoint} was written with other settings:\n  - "
+            + "\n  - ".join(changes)
+            + "\nKeep those settings, choose "
+            "another output_dir, or set overwrite_output_dir: true (steps: OVERWRITE=1) to start over."
         )

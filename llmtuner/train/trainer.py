@@ -18,7 +18,7 @@ One optimizer step, from transformers/trainer.py; what is marked with * is defin
         on_step_end                   GracefulStopCallback (callbacks.py)
         _maybe_log_save_evaluate      log *, evaluate *, _save_checkpoint *
 
-To stop at a breakpoint under torchrun, put `torch.distributed.breakpoint(rank=0)` into `compute_loss` and start
+To stop at a breakpoint, put `breakpoint()` into `compute_loss`; in several processes `torch.distributed.breakpoint(rank=0)`:
 
     torchrun --nproc_per_node 2 step5_train_pt_single_gpu.py --max_steps 2
 """

@@ -14,20 +14,20 @@ def run_exp(
     texts: dict[str, list[str]] | None = None,
     before_training: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Runs one stage of training.
+    """Trains one stage, or only evaluates if do_train is false.
 
     Args:
-        args: settings as a dict, the path of a YAML file, arguments of a command line, or None for this process's own.
-        texts: held-out texts of each language, on which bits per byte are logged at every evaluation of the pt stage.
+        args: settings as a dict, the path of a YAML file or command-line arguments; None takes those of this process.
+        texts: language -> held-out texts, on which bits per byte are logged at every evaluation of the pt stage.
         before_training: called on rank 0 once settings, data and model have been checked, before anything of an earlier
             run is deleted.
 
     Returns:
-        what was measured: tokens, tokens_per_second, padding_ratio, trainable_parameters, train_loss, eval_loss and,
-        for the sft stage, initial_loss per data set.
+        metrics: steps, tokens, tokens_per_second, padding_ratio, trainable_parameters, train_loss, eval_loss, data and,
+        for the sft stage, initial_loss of each dataset.
 
     Raises:
-        UserError: for settings, data or models that cannot be used.
+        UserError: for invalid settings, data or models.
     """
     from llmtuner.train.process import join_processes
 

@@ -60,7 +60,7 @@ def launch(directory, how, port=None):
     [
         ("refused by all", 2, "\nerror: no such corpus\n"),
         ("refused by one", 2, "\nerror: no such corpus\n"),
-        ("killed", 137, "\nerror: process 1 was ended by SIGKILL (often for want of memory).\n"),
+        ("killed", 137, "\nerror: process 1 was killed by SIGKILL (often the system is out of memory).\n"),
         ("ended", 7, "\nerror: process 1 ended with exit code 7.\n"),
         ("fine", 0, ""),
     ],
