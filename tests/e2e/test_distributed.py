@@ -58,7 +58,7 @@ def test_batch_accumulated_or_shared_by_processes_learns_the_same(tiny_run, tmp_
 
 
 def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
-    """SIGTERM to torchrun under ZeRO-2: both processes save at the same step, and the next start goes on from there."""
+    """SIGTERM to torchrun under ZeRO-2: both processes save at the same step, and the next start resumes from there."""
     settings = {
         **saving_run,
         "max_steps": 120,

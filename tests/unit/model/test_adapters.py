@@ -17,10 +17,10 @@ from tests.unit.adapters import BOTH, IDS, KINDS, largest_file, prepare, stored,
 
 
 def test_frozen_originals_of_what_is_trained_in_full_are_freed(grown_dir):
-    whole = sum(one.nbytes for one in load_model(grown_dir, torch.float32).parameters())
-    alone = sum(one.nbytes for one in prepare(grown_dir, lora_rank=4).parameters())
+    whole = sum(parameter.nbytes for parameter in load_model(grown_dir, torch.float32).parameters())
+    alone = sum(parameter.nbytes for parameter in prepare(grown_dir, lora_rank=4).parameters())
     both = prepare(grown_dir, lora_rank=4, additional_target=BOTH)
-    assert sum(one.nbytes for one in both.parameters()) == alone > whole
+    assert sum(parameter.nbytes for parameter in both.parameters()) == alone > whole
     assert not [name for name, _ in both.named_parameters() if "original_module" in name]
 
 
@@ -99,7 +99,7 @@ def test_names_that_match_nothing_change_nothing(tiny_model_dir, settings):
     assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
 
-def test_adapter_with_lora_of_the_output_layer_is_not_gone_on_from(tiny_model_dir, tmp_path):
+def test_adapter_with_lora_of_the_output_layer_is_not_trained_further(tiny_model_dir, tmp_path):
     """The loss reads the output matrix itself, so such an adapter would be left as it is."""
     from peft import LoraConfig, get_peft_model
 
@@ -138,7 +138,7 @@ def test_training_goes_on_from_an_adapter(grown_dir, tmp_path, kind, capsys):
     merge_adapter(grown_dir, tmp_path / "run", tmp_path / "merged")
 
 
-def test_adapter_that_cannot_be_gone_on_from(tiny_model_dir, grown_dir, tmp_path):
+def test_adapter_that_cannot_be_trained_further(tiny_model_dir, grown_dir, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         prepare(tiny_model_dir, run, lora_rank=4)

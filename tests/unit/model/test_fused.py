@@ -133,7 +133,9 @@ def test_a_whole_model_computes_the_same():
         apart = {"seq_lens": DOCUMENTS} if attention == VARLEN else {}
         logits = model(input_ids=ids, position_ids=positions, use_cache=False, **apart).logits
         logits.square().mean().backward()
-        results.append([logits.detach(), *(one.grad for one in model.parameters() if one.grad is not None)])
+        results.append(
+            [logits.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+        )
     assert len(results[0]) == len(results[1]) > 20
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)

@@ -58,18 +58,18 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(saving_ru
     os.truncate(out / "checkpoint-12" / "adapter_model.safetensors", 1_000)
     (out / "checkpoint-8" / checkpointing.CHECKSUM_FILE).unlink()
     again = run_exp(saving_run)
-    said = capsys.readouterr().out
-    assert "checkpoint-14 failed verification (optimizer.pt does not match its checksum" in said
-    assert "checkpoint-12 failed verification (adapter_model.safetensors has 1,000 of" in said
-    assert "checkpoint-8 failed verification (checksums.json cannot be read" in said
-    assert "resuming from" in said
-    assert "checkpoint-4" in said
+    output = capsys.readouterr().out
+    assert "checkpoint-14 failed verification (optimizer.pt does not match its checksum" in output
+    assert "checkpoint-12 failed verification (adapter_model.safetensors has 1,000 of" in output
+    assert "checkpoint-8 failed verification (checksums.json cannot be read" in output
+    assert "resuming from" in output
+    assert "checkpoint-4" in output
     assert log_of(out) == wanted
     assert again["eval_loss"] == metrics["eval_loss"]
     assert not checkpointing.verify_checkpoint(out / "checkpoint-14")
 
 
-def test_named_checkpoint_is_gone_on_from_or_refused(saving_run, tmp_path, capsys):
+def test_named_checkpoint_is_resumed_or_rejected(saving_run, tmp_path, capsys):
     first = tmp_path / "adapter"
     run_exp(saving_run)
     second = {**saving_run, "output_dir": str(tmp_path / "second")}

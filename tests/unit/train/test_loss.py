@@ -15,7 +15,7 @@ def test_chunked_loss_has_the_value_and_gradients_of_the_whole(monkeypatch, at_o
     weight = torch.randn(100, 16, requires_grad=trained != "hidden")
     targets = torch.randint(0, 100, (37,))
     whole = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    leaves = [one for one in (hidden, weight) if one.requires_grad]
+    leaves = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
     wanted = torch.autograd.grad(whole / 7, leaves)
     loss = linear_cross_entropy_sum(hidden, weight, targets)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-6)

@@ -39,23 +39,23 @@ def prepared(layers=3, width=64, attention="eager", dtype=torch.float32):
     return model
 
 
-def really_kept(model, rows, length, dtype):
-    """Bytes that autograd keeps of a real forward pass beside the weights."""
-    own = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
-    kept = {}
+def real_saved_bytes(model, batch_size, seq_len, dtype):
+    """Bytes that autograd saves in a real forward pass, without the weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved = {}
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ids = torch.randint(0, 256, (rows, length))
-        positions = torch.arange(length).expand(rows, -1)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        ids = torch.randint(0, 256, (batch_size, seq_len))
+        positions = torch.arange(seq_len).expand(batch_size, -1)
         nothing = torch.zeros(0, dtype=torch.long)
         outputs = model.train()(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=nothing)
     assert outputs.logits.requires_grad
-    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in own)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,8 +64,8 @@ def really_kept(model, rows, length, dtype):
 def test_activations_are_counted(layers, attention, tolerance, dtype):
     model = prepared(layers, attention=attention, dtype=dtype)
     estimate = saved_activation_bytes(model, 3, 50, dtype)
-    assert estimate == pytest.approx(really_kept(model, 3, 50, dtype), rel=tolerance)
-    assert all(type(one.data) is torch.Tensor for one in model.parameters())
+    assert estimate == pytest.approx(real_saved_bytes(model, 3, 50, dtype), rel=tolerance)
+    assert all(type(parameter.data) is torch.Tensor for parameter in model.parameters())
 
 
 def test_flash_attention_is_counted_as_the_fused_kernel():
@@ -79,9 +79,9 @@ def test_flash_attention_is_counted_as_the_fused_kernel():
 
 def test_parts_have_the_sizes_of_what_is_there():
     model = prepared(dtype=torch.bfloat16)
-    count = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     whole = estimate_step_memory(model, 2, 32, False, torch.bfloat16)
-    assert whole.weights == sum(one.nbytes for one in model.parameters())
+    assert whole.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert (whole.gradients, whole.optimizer) == (4 * count, 8 * count)
     # logits in fp32, their gradients in fp32 and bf16; the output matrix in bf16, its gradient in fp32
     assert whole.loss == 2 * 32 * 256 * 10 + 256 * 64 * 6
@@ -97,7 +97,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
     assert few.activations == whole.activations // 8 + 8 * 2 * 64 * 64 * 4
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    inputs = really_kept(model, 2, 64, torch.float32)
+    inputs = real_saved_bytes(model, 2, 64, torch.float32)
     assert inputs == pytest.approx(8 * 2 * 64 * 64 * 4, rel=0.15)  # and masks, positions, the last norm
 
 

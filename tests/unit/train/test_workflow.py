@@ -76,9 +76,9 @@ def test_rows_whose_text_another_data_set_holds_out_are_counted(tiny_run, tmp_pa
     run = {**tiny_run, "val_size": 0, "eval_dataset": "part", "max_steps": 1, "plot_loss": False}
     metrics = run_exp({**run, "dataset": "documents,copy"})
     assert [metrics["data"][name]["held_out_elsewhere"] for name in ("documents", "copy")] == [25, 25]
-    said = capsys.readouterr().out
-    assert "held out elsewhere" in said
-    assert "50 rows are not trained on: the same text is held out of another dataset" in said
+    output = capsys.readouterr().out
+    assert "held out elsewhere" in output
+    assert "50 rows are not trained on: the same text is held out of another dataset" in output
     with pytest.raises(UserError, match=r"dataset documents: all 60 rows.* are also held out"):
         run_exp({**run, "eval_dataset": "copy", "output_dir": str(tmp_path / "none")})
     run_exp({**tiny_run, "output_dir": str(tmp_path / "share"), "max_steps": 1, "plot_loss": False})
