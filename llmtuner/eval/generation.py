@@ -53,7 +53,11 @@ def generation_config(template: Template, settings: Mapping[str, Any], max_new_t
 def batches_by_length(
     sequences: Sequence[Sequence[int]], batch_size: int, longest_first: bool = False
 ) -> list[list[int]]:
-    """Indices of `sequences` in batches of similar length, so that little of a batch is padding."""
+    """Indices of `sequences` in batches of similar length, with little padding.
+
+    Args:
+        longest_first: makes the first batch the largest, so that too little memory shows at once.
+    """
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=longest_first)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

@@ -247,9 +247,7 @@ class ChatGLM3LM:
         with progress_bar(len(requests), "answers") as bar:
             for text, indices in by_settings.items():
                 stop_texts, max_new_tokens, settings = _parse_generation_kwargs(json.loads(text))
-                max_new_tokens = min(
-                    max_new_tokens, self.context_length // 2
-                )  # at least half of the context is the question's
+                max_new_tokens = min(max_new_tokens, self.context_length // 2)  # the rest is the prompt's
                 config = generation_config(self.template, settings, max_new_tokens)
                 room = self.context_length - max_new_tokens
                 prompts = [self._fit(self._encode_context(requests[index].args[0]), room) for index in indices]
@@ -295,9 +293,7 @@ class ChatGLM3LM:
         inputs = list(same_input)
         scores = [(0.0, True)] * len(sequences)
         with progress_bar(len(sequences), "log-likelihoods") as bar:
-            for batch in batches_by_length(
-                inputs, self.batch_size, longest_first=True
-            ):  # too little memory shows at once
+            for batch in batches_by_length(inputs, self.batch_size, longest_first=True):
                 first = min(sequences[index][1] for row in batch for index in same_input[inputs[row]]) - 1
                 logits = padded_logits(self.model, [inputs[row] for row in batch], first)
                 for row, log_probabilities in zip(batch, logits.float().log_softmax(-1), strict=True):
