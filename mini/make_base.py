@@ -205,8 +205,8 @@ def make_base(destination: Path) -> None:
             answers = generate_answers(model, tokenizer, [question.question for question in asked]).texts
             correct = [is_correct(question, answer) for question, answer in zip(asked, answers, strict=True)]
             accuracy[group] = sum(correct) / len(correct)
-            for question, answer, is_right in list(zip(asked, answers, correct, strict=True))[:6]:
-                print0(f"{'correct' if is_right else 'WRONG'}  {question.question}  ->  {answer}")
+            for question, answer, passed in list(zip(asked, answers, correct, strict=True))[:6]:
+                print0(f"{'correct' if passed else 'WRONG'}  {question.question}  ->  {answer}")
             print0(f"{group}: {accuracy[group]:.1%} correct")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         (result / "README.md").write_text(model_card(parameters, metrics, accuracy, timer.seconds()), encoding="utf-8")
