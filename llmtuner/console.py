@@ -56,7 +56,7 @@ def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`: a `UserError` becomes one message and exit code 2, Ctrl-C a quiet exit code 130."""
     if importlib.util.find_spec("sentencepiece") is None:  # before work that the wrong Python cannot finish
         exit_with_error(missing_package("sentencepiece"))
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_4_bit_weights)
+    hide_4_bit_warning()
     try:
         main()
         _destroy_process_group()
@@ -126,6 +126,11 @@ def interpreter() -> str:
 def command(script: str) -> str:
     """Returns what to type to run a script with the running Python: `.venv/bin/python step4_test_zero.py`."""
     return f"{interpreter()} {shlex.quote(display_path(ROOT / script))}"
+
+
+def hide_4_bit_warning() -> None:
+    """Keeps bitsandbytes from logging something at its import, with peft, that nobody can act on; its other warnings stay."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_4_bit_weights)
 
 
 def _is_not_about_4_bit_weights(record: logging.LogRecord) -> bool:

@@ -129,41 +129,42 @@ def get_train_args(args: dict[str, Any] | str | Path | list[str] | None = None, 
     # Imported here, so that a step's --help and its first message need not wait for torch.
     from llmtuner.hparams.transformers_args import SYNONYMS, CheckedTrainingArguments, to_training_arguments
 
-    known = settings_of(CheckedTrainingArguments) | settings_of(TrainerArguments) | OWN
     given, notes = rename_settings(
         {SYNONYMS.get(str(name), str(name)): value for name, value in read_args(args).items()}
     )
     compat = llamafactory.split_settings(given)
-    unknown = [name for name in compat.remaining if name not in known]
-    settings = {name: _convert(known[name], value) for name, value in compat.remaining.items() if name in known}
-    issues: list[ValidationIssue] = [
-        *compat.issues,
-        *(((name,), _describe_unknown(name, [*known, *SYNONYMS])) for name in unknown),
-    ]
-    issues += _validate_values(settings, known)
-    if not for_export:
-        issues += [((name,), text) for name, value in settings.items() for text in missing_packages(name, value)]
-    valid = _drop_invalid(settings, issues)
-    invalid = settings.keys() - valid.keys()
-    issues += [issue for issue in _validate_combinations(valid, for_export) if invalid.isdisjoint(issue[0])]
-    valid, hints = to_training_arguments(_drop_invalid(valid, issues), for_export)
+    known = settings_of(CheckedTrainingArguments) | settings_of(TrainerArguments) | OWN
+    settings, issues = _validate(compat.remaining, known, [*known, *SYNONYMS], for_export)
+    settings, hints = to_training_arguments(settings, for_export)
+    issues = [*compat.issues, *issues]
     try:
-        training = CheckedTrainingArguments(**{name: value for name, value in valid.items() if name not in OWN})
+        training = CheckedTrainingArguments(**{name: value for name, value in settings.items() if name not in OWN})
     except (TypeError, ValueError, ImportError, OSError) as error:
         issues.append(((), str(error)))
     if issues:
         raise UserError("settings:\n  - " + "\n  - ".join(text for _, text in issues))
-    return TrainArgs(
-        _build(ModelArguments, valid),
-        _build(DataArguments, valid),
-        training,
-        _build(FinetuningArguments, valid),
-        (*notes, *compat.notes, *hints),
-    )
+    model, data = _build(ModelArguments, settings), _build(DataArguments, settings)
+    return TrainArgs(model, data, training, _build(FinetuningArguments, settings), (*notes, *compat.notes, *hints))
 
 
 def _build(cls: type[Group], settings: dict[str, Any]) -> Group:
     return cls(**{name: settings[name] for name in settings_of(cls) if name in settings})
+
+
+def _validate(
+    given: dict[str, Any], known: dict[str, Field], names: list[str], for_export: bool
+) -> tuple[dict[str, Any], list[ValidationIssue]]:
+    """Converts settings to their types; returns those that are valid, and what is wrong with the others."""
+    settings = {name: _convert(known[name], value) for name, value in given.items() if name in known}
+    issues: list[ValidationIssue] = [((name,), _describe_unknown(name, names)) for name in given if name not in known]
+    issues += _validate_values(settings, known)
+    if not for_export:
+        issues += [((name,), text) for name, value in settings.items() for text in missing_packages(name, value)]
+    valid = _drop_invalid(settings, issues)
+    # A value that is wrong by itself is not reported in combination, too.
+    combined = _validate_combinations(valid, for_export)
+    issues += [issue for issue in combined if all(name in valid or name not in settings for name in issue[0])]
+    return _drop_invalid(valid, issues), issues
 
 
 def _drop_invalid(settings: dict[str, Any], issues: list[ValidationIssue]) -> dict[str, Any]:

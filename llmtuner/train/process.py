@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import TrainingArguments
 
-from llmtuner.console import UserError
+from llmtuner.console import UserError, hide_4_bit_warning
 from llmtuner.hparams import TrainArgs
 from llmtuner.hparams.transformers_args import CheckedTrainingArguments
 
@@ -23,6 +23,7 @@ def join_processes(args: TrainArgs) -> TrainArgs:
     """
     assert isinstance(args.training, CheckedTrainingArguments)  # nothing is joined twice
     settings = args.training.settings
+    hide_4_bit_warning()
     if not torch.cuda.is_available():
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
