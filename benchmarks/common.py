@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,9 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 WARMUP_STEPS = 3  # first steps of a run, which are not timed
 # ChatGLM3-6B with its embeddings resized for Japanese, under GlmConfig's names.
-CHATGLM3_6B: dict[str, Any] = dict(
-    vocab_size=78_592, hidden_size=4_096, intermediate_size=13_696, num_hidden_layers=28, num_attention_heads=32
-) | dict(num_key_value_heads=2, head_dim=128)
+CHATGLM3_6B: dict[str, Any] = dict(vocab_size=78_592, hidden_size=4_096, intermediate_size=13_696, num_hidden_layers=28)
+CHATGLM3_6B |= dict(num_attention_heads=32, num_key_value_heads=2, head_dim=128)
 NUM_NEW_TOKENS, LORA_RANK = 13_756, 64  # of that model
 # Settings of a run that is timed, or evaluated afterwards by the benchmark itself.
 TRAIN_ONLY = dict(eval_strategy="no", eval_on_start=False, save_strategy="no", plot_loss=False)
@@ -130,10 +129,7 @@ def run_process(command: Iterable[object], sync: bool = False, **variables: obje
     """
     words = list(map(str, command))
     environ = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as stdout,
-        tempfile.TemporaryFile("w+", errors="replace") as stderr,
-    ):
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+", errors="replace") as stderr:
         start = time.perf_counter()
         process = subprocess.Popen(words, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
         _, status, usage = os.wait4(process.pid, 0)
@@ -193,14 +189,26 @@ def medians(rounds: list[Values]) -> Values:
     return values | {f"{key}_per_round": [round(values[key], 6) for values in rounds] for key in spread}
 
 
-def print_results(title: str, results: dict[str, Values], columns: dict[str, str]) -> None:
-    """Prints measured values as a table; `columns` are keys and format specifications, a missing key an empty cell."""
-    lines = [
-        [name, *(format(values[key], form) if key in values else "" for key, form in columns.items())]
-        for name, values in results.items()
-    ]
+def print_results(title: str, results: dict[str, Values]) -> None:
+    """Prints numbers and texts of measured values, also of nested ones, as a table: the longer side downwards."""
+
+    def flatten(values: Values, prefix: str = "") -> Iterator[tuple[str, str]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key} ")
+            elif isinstance(value, float):
+                yield prefix + key, f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
+            elif isinstance(value, int | str):
+                yield prefix + key, f"{value:,}" if type(value) is int else str(value)
+
+    flat = {name: dict(flatten(values)) for name, values in results.items()}
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    lines = [["", *(key.replace("_", " ") for key in keys)]]
+    lines += [[name, *(values.get(key, "") for key in keys)] for name, values in flat.items()]
+    if len(keys) > max(len(results), 8):
+        lines = [list(line) for line in zip(*lines, strict=True)]
     print_header(title)
-    print0(format_table(["", *(key.replace("_", " ") for key in columns)], lines))
+    print0(format_table(lines[0], lines[1:]))
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:

@@ -107,17 +107,15 @@ def compare(job_name: str, options: argparse.Namespace, scratch: Path) -> Values
     """Runs every entry of a job in turn, several times: medians, and our speed relative to theirs within each round."""
     stage = job_name.split("-")[0]
     job, rows = prepare(job_name, options, scratch)
-    entries = {
-        name: entry for name, entry in ENTRIES[stage].items() if name in ("ours", *(options.only or ENTRIES[stage]))
-    }
+    chosen = ("ours", *(options.only or ENTRIES[stage]))
+    entries = {name: entry for name, entry in ENTRIES[stage].items() if name in chosen}
     versions: Values = {}
     rate = "tokens_per_second" if stage == "pt" else "target_tokens_per_second"
 
     def run(name: str, _: int) -> Values:
         trainer, kind, variant = entries[name]
-        result = run_trainer(
-            trainer, {**job, **rows[kind], "variant": variant}, options.environments.resolve(), scratch
-        )
+        run_job = {**job, **rows[kind], "variant": variant}
+        result = run_trainer(trainer, run_job, options.environments.resolve(), scratch)
         versions[name] = result.pop("versions")
         seconds = result.pop("seconds")
         return result | {f"{what}_per_second": rows[kind][what] / seconds for what in ("tokens", "target_tokens")}
@@ -127,9 +125,7 @@ def compare(job_name: str, options: argparse.Namespace, scratch: Path) -> Values
             values["speedup"] = together[0][rate] / values[rate]
 
     results = common.run_in_turn(entries, options.repeats, run, relate)
-    columns = dict(tokens_per_second=",.0f", target_tokens_per_second=",.0f", speedup=".2f", peak_memory_gb=".2f")
-    columns |= dict(held_out_loss=".3f", first_loss=".3f", last_loss=".3f", first_norm=".2f", last_norm=".2f")
-    common.print_results(f"{job_name}: {rows['what']}; speedup = ours / theirs", results, columns)
+    common.print_results(f"{job_name}: {rows['what']}; speedup = ours / theirs", results)
     return {"what": rows["what"], "results": results, "peers": versions}
 
 
@@ -142,10 +138,8 @@ def run_trainer(trainer: str, job: Values, environments: Path, scratch: Path) ->
     run_process(command, HF_HUB_OFFLINE=1, TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore")
     result = common.read_results(Path(job["result"]))
     losses, norms = result.pop("losses"), result.pop("gradient_norms")
-    ends = dict(
-        first_loss=losses[0], last_loss=float(numpy.mean(losses[-5:])), first_norm=norms[0], last_norm=norms[-1]
-    )
-    return {**result, **ends}
+    result |= {"first_loss": losses[0], "last_loss": float(numpy.mean(losses[-5:]))}
+    return {**result, "first_norm": norms[0], "last_norm": norms[-1]}
 
 
 def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Values, Values]:

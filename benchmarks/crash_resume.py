@@ -123,9 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
         in_log, problems = compare_logs(read_log(whole.log), read_log(killed.log), settings["max_steps"], tolerance)
         in_weights, moved = compare_weights(whole.output, killed.output, tolerance)
     problems += moved
-    columns = dict(resumed_from="", seconds=".2f", training="", step="d", saving="")
     shown = [{**kill, "resumed_from": kill["resumed_from"] or "the beginning"} for kill in kills]
-    print_results("kills", {str(number): kill for number, kill in enumerate(shown, start=1)}, columns)
+    print_results("kills", {str(number): kill for number, kill in enumerate(shown, start=1)})
     result = {
         "arguments": {"kills": options.kills, "steps": settings["max_steps"], "seed": options.seed},
         "startup_seconds": round(startup, 2),

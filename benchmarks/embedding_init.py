@@ -23,16 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    ROOT,
-    TRAIN_ONLY,
-    Values,
-    make_parser,
-    print_results,
-    save_results,
-    step_settings,
-    use_work_dir,
-)
+from benchmarks import common
+from benchmarks.common import ROOT, Values, print_results
 from llmtuner.console import UserError, print0, progress, run_cli
 from llmtuner.data.held_out import training_documents
 from llmtuner.data.sources import get_dataset_attr
@@ -40,14 +32,7 @@ from llmtuner.data.template import Template
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.eval.generation import generate_answers
 from llmtuner.model.loading import load_for_evaluation, load_model
-from llmtuner.tokenizer.fast import (
-    SPECIAL_TOKENS,
-    copy_tokenizer,
-    encode_batch,
-    load_tokenizer,
-    read_sentencepiece,
-    save_tokenizer,
-)
+from llmtuner.tokenizer import fast
 from llmtuner.tokenizer.merge_vocab import merge_vocab
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import METHODS, NewTokens, find_new_tokens, init_new_embeddings
@@ -94,7 +79,7 @@ class ResizableModel:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "embedding_init.json", work_dir=None)
+    parser = common.make_parser(__doc__, "embedding_init.json", work_dir=None)
     parser.add_argument("--steps", type=int, default=150, help="training steps; 0: none")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each pair")
     parser.add_argument("--make-kana-base", type=Path, metavar="NEW", help="directory to create; nothing is measured")
@@ -102,27 +87,27 @@ def main() -> None:
     options = parser.parse_args()
     if options.make_kana_base:
         return make_kana_base(options)
-    use_work_dir(options.work_dir, "MERGED_TOKENIZER_DIR")
+    common.use_work_dir(options.work_dir, "MERGED_TOKENIZER_DIR")
     import constants
     import pipeline
 
     base_dir, merged_dir = pipeline.require_base_model(), constants.MERGED_TOKENIZER_DIR
     new = find_new_tokens(base_dir / "tokenizer.model", merged_dir / "tokenizer.model")
-    tokenizer = load_tokenizer(merged_dir)
+    tokenizer = fast.load_tokenizer(merged_dir)
     sources = [get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in constants.TOKENIZER_MIX]
     japanese = [text for source in sources for text in training_documents(source, constants.VALIDATION_SHARE)]
-    init_fn = rows_maker(new, focus_weights(static_vectors(encode_batch(tokenizer, japanese), new.end), new))
+    init_fn = rows_maker(new, focus_weights(static_vectors(fast.encode_batch(tokenizer, japanese), new.end), new))
     stored = load_model(base_dir).dtype
     models = [ResizableModel(load_for_evaluation(base_dir)[0], new.first_id, stored, init_fn) for _ in range(2)]
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", *BASE_LANGUAGES)}
     results: Values = {
-        "base_languages": measure_base_languages(models[0], load_tokenizer(base_dir), tokenizer, texts),
+        "base_languages": measure_base_languages(models[0], fast.load_tokenizer(base_dir), tokenizer, texts),
         "random_weights": measure_random_weights(),
         "japanese": measure_japanese(models[1], tokenizer, texts["ja"]),
     }
     if options.steps:
         results["trained"] = measure_training(new, init_fn, texts, options.steps, options.seeds)
-    return save_results(options.output, results)
+    return common.save_results(options.output, results)
 
 
 def rows_maker(new: NewTokens, focus: torch.Tensor | None = None) -> MakeRows:
@@ -146,7 +131,7 @@ def measure_base_languages(
     asked = [row["question"] for row in questions(build_generators(SEED)) if row["group"] in BASE_LANGUAGES]
     prefix = Template.from_tokenizer(tokenizer).prefix
     size = WINDOW - len(prefix)
-    encoded = encode_batch(tokenizer, fresh)
+    encoded = fast.encode_batch(tokenizer, fresh)
     windows = (prefix + ids[start : start + size] for ids in encoded for start in range(0, len(ids), size))
     hidden = torch.cat([hidden_states(model, torch.tensor([ids])) for ids in windows])
     results: dict[str, Values] = {"base": bits_of(model, base_tokenizer, texts, BASE_LANGUAGES)}
@@ -157,7 +142,7 @@ def measure_base_languages(
         bits = bits_of(model, tokenizer, texts, BASE_LANGUAGES)
         results[choice] = {**bits, "answers_changed": changed, "answers": len(asked), **changes}
     title = f"output rows and base languages: {len(asked)} questions, {len(hidden):,} positions of fresh text"
-    print_results(title, results, dict(zh=".4f", en=".4f", answers_changed="d", wins="d"))
+    print_results(title, results)
     return results
 
 
@@ -206,7 +191,7 @@ def measure_random_weights() -> dict[str, Values]:
         changed = int((continuations(model, prompts) != before).any(dim=1).sum())
         results[choice] = {"changed": changed, "continuations": len(prompts), **changes}
     title = f"random weights: {len(prompts)} continuations of {TINY_ANSWER_LEN} tokens, {len(hidden):,} positions"
-    print_results(title, results, dict(changed="d", wins="d"))
+    print_results(title, results)
     return results
 
 
@@ -225,7 +210,7 @@ def measure_japanese(resizable: ResizableModel, tokenizer: Any, texts: list[str]
             resizable.resize(which, choice)
         results.append({**choices, "ja": bits_per_byte(resizable.model, tokenizer, texts, WINDOW)})
     by_pair = {f"{result['input']} / {result['output']}": result for result in results}
-    print_results("input / output rows before training: bits per byte of held-out text", by_pair, {"ja": ".4f"})
+    print_results("input / output rows before training: bits per byte of held-out text", by_pair)
     return results
 
 
@@ -246,13 +231,13 @@ def measure_training(
             zero, merged = Path(directory) / "zero", Path(directory) / "merged"
             zero.mkdir()
             resize_token_embeddings(constants.BASE_MODEL_DIR, zero, new, constants.EMBEDDING_ROWS_MULTIPLE, rows)
-            copy_tokenizer(constants.MERGED_TOKENIZER_DIR, zero)
+            fast.copy_tokenizer(constants.MERGED_TOKENIZER_DIR, zero)
             pretrain(zero, merged, max_steps=steps, seed=42 + seed)
             model, tokenizer = load_for_evaluation(merged)
         results.append({**choices, "seed": seed, "steps": steps, **bits_of(model, tokenizer, texts, texts)})
     by_pair = {f"{result['input']} / {result['output']}, seed {result['seed']}": result for result in results}
     title = f"input / output rows after {steps} steps of training: bits per byte of held-out text"
-    print_results(title, by_pair, dict.fromkeys(texts, ".4f"))
+    print_results(title, by_pair)
     return results
 
 
@@ -262,7 +247,7 @@ def pretrain(model: Path, merged: Path, **settings: Any) -> None:
 
     adapter = model.with_name("adapter")
     run = dict(model_name_or_path=str(model), output_dir=str(adapter), **settings)
-    run_exp({**step_settings("pt"), **TRAIN_ONLY, **run})
+    run_exp({**common.step_settings("pt"), **common.TRAIN_ONLY, **run})
     merge_adapter(model, adapter, merged)
 
 
@@ -271,20 +256,20 @@ def make_kana_base(options: argparse.Namespace) -> None:
     target = options.make_kana_base
     if target.exists():
         raise UserError(f"{target} exists. Name another directory.")
-    use_work_dir(options.work_dir, "JA_TOKENIZER")
+    common.use_work_dir(options.work_dir, "JA_TOKENIZER")
     import constants
     import pipeline
 
     base_dir = pipeline.require_base_model()
-    base = read_sentencepiece(base_dir / "tokenizer.model")
+    base = fast.read_sentencepiece(base_dir / "tokenizer.model")
     num_base = len(base.pieces)
-    pieces = [piece.piece for piece in read_sentencepiece(constants.JA_TOKENIZER).pieces[num_base:]]
+    pieces = [piece.piece for piece in fast.read_sentencepiece(constants.JA_TOKENIZER).pieces[num_base:]]
     known, unknown = pieces[: options.known], pieces[options.known :]
 
     def save(proto: Any, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
-        save_tokenizer(directory / "tokenizer.model", directory)
+        fast.save_tokenizer(directory / "tokenizer.model", directory)
         return directory
 
     taught = save(merge_vocab(base, known), target / "taught")
@@ -293,7 +278,7 @@ def make_kana_base(options: argparse.Namespace) -> None:
     pretrain(taught, target / "trained")
 
     # Special tokens follow the base vocabulary: the known tokens move before them.
-    specials = list(range(num_base, num_base + len(SPECIAL_TOKENS)))
+    specials = list(range(num_base, num_base + len(fast.SPECIAL_TOKENS)))
     order = [*range(num_base), *range(num_base + len(specials), num_base + len(specials) + len(known)), *specials]
     model = load_model(target / "trained")
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -44,8 +44,7 @@ def main() -> None:
                 "in_its_language": counts["response_pass_rate"] or 0,
             }
             lines[f"{name}: {group.replace('_', ' ')}"] = {**counts, **ratios}
-    columns = dict(asked="d", right="d", accuracy=".1%", in_its_language=".1%")
-    print_results(f"{len(questions)} fresh questions to {directory}", lines, columns)
+    print_results(f"{len(questions)} fresh questions to {directory}", lines)
     save_results(options.output, {"seconds": timer.seconds(), "seed": options.seed, "results": results})
 
 

@@ -16,16 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import (
-    LORA_RANK,
-    NUM_NEW_TOKENS,
-    ROOT,
-    Values,
-    make_parser,
-    print_results,
-    run_process,
-    save_results,
-)
+from benchmarks import common
+from benchmarks.common import LORA_RANK, NUM_NEW_TOKENS, ROOT, Values
 from llmtuner.console import UserError, print0, run_cli
 from llmtuner.files import atomic_write_json
 
@@ -132,22 +124,17 @@ def measure(command: list[Any], source: Path, output: Path) -> Values:
     for file in source.glob("*"):
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    done = run_process(command, sync=True)
+    done = common.run_process(command, sync=True)
     gigabytes = sum(file.stat().st_size for file in output.glob("*.safetensors")) / 1e9
-    return {
-        "gigabytes": round(gigabytes, 3),
-        "seconds": round(done.seconds, 2),
-        "seconds_per_gigabyte": round(done.seconds / gigabytes, 3),
-        "processor_seconds": round(done.cpu_seconds, 2),
-        "peak_megabytes": round(done.peak_mb, 1),
-    }
+    values = {"gigabytes": round(gigabytes, 3), "seconds": round(done.seconds, 2)}
+    values |= {"seconds_per_gigabyte": round(done.seconds / gigabytes, 3), "peak_megabytes": round(done.peak_mb, 1)}
+    return values | {"processor_seconds": round(done.cpu_seconds, 2)}
 
 
 def measure_all(directory: Path, layers: int) -> dict[str, Values]:
     """Creates the checkpoint and times every job; at most three checkpoints lie on the disk at once."""
-    published, copy, glm, zero, adapter, merged = (
-        directory / name for name in ("published", "copy", "glm", "zero", "adapter", "merged")
-    )
+    names = ("published", "copy", "glm", "zero", "adapter", "merged")
+    published, copy, glm, zero, adapter, merged = (directory / name for name in names)
 
     def job(name: str, *arguments: object) -> list[Any]:
         return [sys.executable, "-m", "benchmarks.full_size_checkpoint", "--job", name, *arguments]
@@ -170,7 +157,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--job"]:
         name, source, argument = sys.argv[2:]
         return JOBS[name](Path(source), argument)
-    parser = make_parser(__doc__, "full_size_checkpoint.json")
+    parser = common.make_parser(__doc__, "full_size_checkpoint.json")
     parser.add_argument("--layers", type=int, default=CONFIG["num_layers"])
     parser.add_argument("--directory", type=Path, help="where to work; default: the system's temporary directory")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
@@ -183,12 +170,9 @@ def main() -> None:
             print0(f"the checkpoints are in {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
-    columns = dict(gigabytes=",", seconds=",", seconds_per_gigabyte=",", processor_seconds=",", peak_megabytes=",")
-    print_results(f"{options.layers} layers", results, columns)
-    return save_results(
-        options.output,
-        {"layers": options.layers, "results": [{"job": job, **values} for job, values in results.items()]},
-    )
+    common.print_results(f"{options.layers} layers", results)
+    jobs = [{"job": job, **values} for job, values in results.items()]
+    return common.save_results(options.output, {"layers": options.layers, "results": jobs})
 
 
 if __name__ == "__main__":

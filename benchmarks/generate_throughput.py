@@ -43,8 +43,7 @@ def main() -> None:
             values["ratio"] = together[0]["seconds"] / values["seconds"]
 
     results = run_in_turn(BATCH_SIZES, options.repeats, run, compare)
-    columns = dict(tokens_per_second=",.1f", ratio=".2f", changed_answers=".0f")
-    print_results(f"{len(questions)} answers", results, columns)
+    print_results(f"{len(questions)} answers", results)
     save_results(options.output, {"results": results})
 
 

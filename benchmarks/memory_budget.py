@@ -178,17 +178,13 @@ def tables(measured: Values, name: str) -> str:
         header = [small["trained"], *PHASES]
         lines = [["GB", *(f"{small['simulated'][phase] / 1e9:.1f}" for phase in PHASES)]]
     else:
-        header = [
-            "trained",
-            "micro-batch",
-            "activations",
-            *(part for part in results[0]["estimate"] if part != "total"),
-        ]
+        parts = [part for part in results[0]["estimate"] if part != "total"]
+        header = ["trained", "micro-batch", "activations", *parts]
         header += ["estimate", "simulated", "left of 23 GB", "fits a card of", "peak on a GPU"]
         for result in results:
-            peak, parts = max(result["simulated"].values()), result["estimate"]
-            fits = [card for card, usable in CARDS.items() if max(peak, parts["total"]) <= usable]
-            cells = [f"{size / 1e9:.1f}" for size in (*parts.values(), peak)]
+            peak, estimate = max(result["simulated"].values()), result["estimate"]
+            fits = [card for card, usable in CARDS.items() if max(peak, estimate["total"]) <= usable]
+            cells = [f"{size / 1e9:.1f}" for size in (*estimate.values(), peak)]
             cells += [f"{(CARDS['24 GB'] - peak) / 1e9:+.1f}", (fits or ["none"])[0], "not measured"]
             lines.append([result["trained"], f"{result['batch_size']} x {SEQ_LEN:,}", result["activations"], *cells])
     return markdown_table(header, lines)

@@ -110,18 +110,12 @@ def num_parameters(adapter: Path) -> int:
 
 def show(runs: list[Values]) -> None:
     """Prints every run, and the means over seeds."""
-    columns = {**dict.fromkeys(LANGUAGES, ".4f"), "first_eval_loss": ".4f", "last_eval_loss": ".4f", "tokens": ",d"}
-    columns |= {"seconds": ".0f", "tokens_per_second": ",.0f", "trainable_parameters": ",d"}
-    each = {}
-    for run in runs:
-        losses = {f"{which}_eval_loss": loss for which, loss in run["eval_loss"].items()}
-        each[f"{run['recipe']}, seed {run['seed']}"] = {**run, **run["bits_per_byte"]["after"], **losses}
-    print_results("each run: bits per byte of held-out text after training, and what it took", each, columns)
+    print_results("each run", {f"{run['recipe']}, seed {run['seed']}": run for run in runs})
     means = {"before": runs[0]["bits_per_byte"]["before"]}
     for recipe in dict.fromkeys(run["recipe"] for run in runs):
         after = [run["bits_per_byte"]["after"] for run in runs if run["recipe"] == recipe]
         means[recipe] = {language: mean(bits[language] for bits in after) for language in LANGUAGES}
-    print_results("bits per byte, mean over seeds (lower is better)", means, dict.fromkeys(LANGUAGES, ".4f"))
+    print_results("bits per byte of held-out text, mean over seeds (lower is better)", means)
 
 
 if __name__ == "__main__":

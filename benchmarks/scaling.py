@@ -102,23 +102,15 @@ def measure(accumulation: int) -> Values:
 
 def run(directory: Path, steps: int, accumulation: int, name: str) -> tuple[int, int]:
     """Bytes that a run of some steps put on the loopback, and its trained parameters."""
-    settings = dict(
-        stage="pt", model_name_or_path=str(ROOT / "mini" / "base"), additional_target="embed_tokens,lm_head"
-    ) | dict(dataset="texts", dataset_dir=str(directory), cache_dir=str(directory / "cache"), cutoff_len=64)
+    settings = dict(stage="pt", model_name_or_path=str(ROOT / "mini" / "base"), dataset="texts", cutoff_len=64)
+    settings |= dict(dataset_dir=str(directory), cache_dir=str(directory / "cache"))
+    settings["additional_target"] = "embed_tokens,lm_head"
     settings |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, learning_rate=1e-4)
     settings |= dict(max_steps=steps, output_dir=str(directory / name), save_strategy="no")
     settings["deepspeed"] = str(ROOT / "ds_config_zero2.json")
     (directory / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        2,
-        "--master_port",
-        common.free_port(),
-    ]
-    command = [*launcher, "-m", "llmtuner", "train", directory / "settings.yaml"]
+    launcher = f"-m torch.distributed.run --nproc_per_node 2 --master_port {common.free_port()} -m llmtuner train"
+    command = [sys.executable, *launcher.split(), directory / "settings.yaml"]
     before = loopback_bytes()
     done = common.run_process(command, DS_ACCELERATOR="cpu", OMP_NUM_THREADS=1, GLOO_SOCKET_IFNAME="lo")
     counted = loopback_bytes() - before

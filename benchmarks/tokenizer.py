@@ -81,23 +81,18 @@ def measure_merge(options: argparse.Namespace) -> None:
         unreachable = len(merge_vocab.unreachable_tokens(base, merged))
         result: Values = {"added": len(merged.pieces) - num_base, "unreachable": unreachable}
         result["ja"] = {file: round(compare(before, after, documents).token_ratio, 4) for file, documents in ja.items()}
-        columns = {"added": ",d", "unreachable": "d", **dict.fromkeys(ja, ".4f")}
         for language, lines in others.items():
             ids = (fast.encode_sentencepiece(processor, lines) for processor in (before, after))
             changed = [line for line, old, new in zip(lines, *ids, strict=True) if old != new]
             beyond_quotes = sum(not quotes_japanese(line) for line in changed)
             result[language] = {"lines": len(lines), "changed": len(changed), "beyond_quotes": beyond_quotes}
-            columns |= {f"{language}_{key}": ",d" for key in result[language]}
         results[name] = result
-    flat = {name: {**result, **result["ja"]} for name, result in results.items()}
-    for values in flat.values():
-        values |= {f"{language}_{key}": count for language in others for key, count in values[language].items()}
-    print_results(f"ways of merging; seconds to learn: {seconds}", flat, columns)
+    print_results(f"ways of merging; seconds to learn: {seconds}", results)
     relative = {}
     for ours, theirs in (pair for pair in pairs if results[pair[0]]["added"] == results[pair[1]]["added"]):
         ratios = {file: round(ratio / results[theirs]["ja"][file], 4) for file, ratio in results[ours]["ja"].items()}
         relative[f"{ours} / {theirs}"] = ratios
-    print_results("Japanese tokens, ours / theirs", relative, dict.fromkeys(ja, ".4f"))
+    print_results("Japanese tokens, ours / theirs", relative)
     arguments = {"sample_mb": options.sample_mb, "vocab_size": options.vocab_size}
     save_results(options.output, {"arguments": arguments, "seconds": seconds, "merges": results, "relative": relative})
 
@@ -188,9 +183,7 @@ def measure_equality(options: argparse.Namespace) -> None:
                 counts["differing"] += sum(a != b for a, b in zip(*ids.values(), strict=True))
         results[file.name] = counts | {f"{name}_mb_per_second": size / spent for name, spent in seconds.items()}
     totals = {key: sum(result[key] for result in results.values()) for key in ("lines", "documents", "differing")}
-    columns = dict(lines=",.0f", documents=",.0f", differing=",.0f")
-    columns |= dict(fast_mb_per_second=".1f", sentencepiece_mb_per_second=".1f")
-    print_results("the fast tokenizer against sentencepiece", {**results, "all": totals}, columns)
+    print_results("the fast tokenizer against sentencepiece", {**results, "all": totals})
     save_results(options.output, {"tokenizer": options.tokenizer.name, **totals})
 
 
@@ -211,14 +204,11 @@ def measure_training(options: argparse.Namespace) -> None:
     for sample in samples.values():
         per_character = sample["tokens_per_character"]
         sample["against_all"] = {file: round(value / best[file], 4) for file, value in per_character.items()}
-    columns = {"seconds": ".1f", "peak_mb": ",", "pieces": ",", **dict.fromkeys(best, ".4f")}
-    flat = {name: {**sample, **sample["tokens_per_character"]} for name, sample in samples.items()}
-    print_results("samples: tokens per character of the test files", flat, columns)
-    print_results("relative to all", {name: sample["against_all"] for name, sample in samples.items()}, columns)
+    print_results("samples", samples)
     enough = next(name for name, sample in samples.items() if sample["against_all"]["all"] <= 1.01)
     print0(f"\nthe smallest sample that costs at most 1 % on all files together: {enough}\n")
     large = {f"{mb:g} MB": run_step1(options, int(mb * 1e6)) for mb in options.large}
-    print_results("step 1 by the size of its corpus", large, dict(read_mb=",", seconds=",", peak_mb=","))
+    print_results("step 1 by the size of its corpus", large)
     results = {"samples": samples, "smallest_within_1_percent": enough, "step1": large}
     save_results(options.output, {"results": results})
 
@@ -329,8 +319,7 @@ def measure_throughput(options: argparse.Namespace) -> None:
                     slower = compare_speed(sample, options.repeats, bare=bare, slow=slowly)
                     values |= {"slow_mb_per_second": slower["slow_mb_per_second"], "slow_ratio": slower["ratio"]}
                 results[f"{name}, {threads} thread{'s' * (threads > 1)}"] = values
-    columns = ("mb", "bare_mb_per_second", "ours_mb_per_second", "ratio", "slow_mb_per_second", "slow_ratio")
-    print_results(f"ratio: time against the bare encoder; slow: {slow_name}", results, dict.fromkeys(columns, ",.2f"))
+    print_results(f"ratio: time against the bare encoder; slow: {slow_name}", results)
     save_results(options.output, {"slow": slow_name, "results": results}, f"{len(tokenizer):,} tokens")
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.common import Values, print_results, run_in_turn, run_process, save_results, step_settings
-from llmtuner.console import UserError, format_table, print0, run_cli
+from llmtuner.console import UserError, print0, run_cli
 from llmtuner.data.loader import get_dataset, load_tokenized_datasets
 from llmtuner.data.packing import PackedDataCollator, pack_best_fit
 from llmtuner.data.readers import read_rows
@@ -208,11 +208,8 @@ def measure_throughput(options: argparse.Namespace, scratch: Path) -> None:
             settings |= dict(val_size=0.02, max_eval_samples=8, cache_dir=str(constants.CACHE_DIR))
             variants = {name: VARIANTS[name] for name in options.variants}
             results = train_in_turn(settings, variants, options, "tokens_per_second", scratch)
-            columns = dict(tokens_per_second=",.0f", target_tokens_per_second=",.0f", ratio=".3f", utilization=".1%")
-            columns |= dict(peak_memory_gb=".2f", first_loss=".3f", last_loss=".3f", first_norm=".2f", last_norm=".2f")
-            columns |= {f"{part}_fraction": ".1%" for part in (*PARTS, "other")}
             name = f"{stage}, {options.size}, windows of {window:,}"
-            print_results(f"{name}; ratio: of tokens/s to the first line", results, columns)
+            print_results(f"{name}; ratio: of tokens/s to the first line", results)
             layers = {"layers": options.layers} if full_size else {}
             save_results(options.output, {**layers, "results": results}, name)
 
@@ -276,8 +273,7 @@ def measure_ablation_step_time(options: argparse.Namespace, _: Path) -> None:
             ratio = median(on[1] / step[1] for on, step in pairs)
             milliseconds = 1e3 * median(step[1] for _, step in pairs)
             results[f"{window:,}"][name] = {"ratio": ratio, "milliseconds": milliseconds, "loss": run[0][0]}
-        columns = {"ratio": ".3f", "milliseconds": ".0f", "loss": ".5f"}
-        print_results(f"windows of {window:,}", results[f"{window:,}"], columns)
+        print_results(f"windows of {window:,}", results[f"{window:,}"])
     save_results(options.output, {"results": results})
 
 
@@ -334,9 +330,8 @@ def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
         print0(f"all optimizations {name}")
         atomic_write_json(file := scratch / f"{name}.json", {**settings, **changes, "output_dir": str(scratch / name)})
         run_process([sys.executable, "-m", "llmtuner", "train", file])
-        log = [
-            json.loads(line) for line in (scratch / name / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        lines = (scratch / name / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [json.loads(line) for line in lines]
         steps = [line for line in log if "loss" in line]
         curves[name] = {
             "loss": [line["loss"] for line in steps],
@@ -345,12 +340,9 @@ def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
         }
     on, off = (numpy.array(curve["loss"]) for curve in curves.values())
     difference = numpy.abs(on - off) / off
-    tenths = numpy.linspace(0, len(on) - 1, 10, dtype=int)
-    lines = [
-        [f"{step + 1:,}", f"{on[step]:.4f}", f"{off[step]:.4f}", f"{difference[: step + 1].max():.1e}"]
-        for step in tenths
-    ]
-    print0(format_table(["step", "all on", "all off", "largest relative difference so far"], lines))
+    for step in numpy.linspace(0, len(on) - 1, 10, dtype=int):
+        largest = difference[: step + 1].max()
+        print0(f"step {step + 1:,}: {on[step]:.4f} / {off[step]:.4f}, largest relative difference so far {largest:.1e}")
     for key in ("eval_loss", "tokens_per_second"):
         print0(f"{key}: { ({name: curve[key] for name, curve in curves.items()}) }")
     save_results(options.output, {"max_relative_difference": float(difference.max()), "curves": curves})
@@ -364,7 +356,7 @@ def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
     figure.savefig(options.output.with_suffix(".png"), dpi=120)
 
 
-def measure_packing(options: argparse.Namespace, scratch: Path) -> None:
+def measure_packing(options: argparse.Namespace, scratch: Path) -> Values:
     """Packed against padded, one dialogue per row, as many dialogues a step on average; on two kinds of dialogues."""
     what, varied = varied_dialogues(options.corpora, scratch)
     step6 = step_settings("sft") | HELD_OUT
@@ -379,12 +371,10 @@ def measure_packing(options: argparse.Namespace, scratch: Path) -> None:
         measured = train_in_turn(settings, variants, options, "target_tokens_per_second", scratch)
         lengths = {f"p{percent}": int(numpy.percentile(pool.lengths, percent)) for percent in (10, 50, 90, 99, 100)}
         results[name] = {"cutoff_len": data_args.cutoff_len, "dialogue_tokens": lengths, **measured}
-        columns = dict(batch_size=".0f", padding_ratio=".1%", tokens_per_second=",.0f")
-        columns |= {"target_tokens_per_second": ",.0f", "ratio": ".2f", "train_loss*": ".3f", "eval_loss": ".3f"}
         title = f"{name}: {dialogues} dialogues a step, {data_args.cutoff_len} tokens, lengths {lengths}"
-        print_results(title, measured, columns)
+        print_results(title, measured)
     print0("* of the second half of as many target tokens in both")
-    save_results(options.output, {"steps": options.steps, "repeats": options.repeats, "results": results}, "packing")
+    return results
 
 
 def varied_dialogues(corpora: Path | None, scratch: Path) -> tuple[str, Values]:
@@ -408,27 +398,21 @@ def varied_dialogues(corpora: Path | None, scratch: Path) -> tuple[str, Values]:
     return f"answers of lognormal length, median {MEDIAN_BYTES} bytes, sigma {SIGMA}", settings
 
 
-def measure_embeddings(options: argparse.Namespace, scratch: Path) -> None:
+def measure_embeddings(options: argparse.Namespace, scratch: Path) -> Values:
     """LoRA with both embedding matrices, or their new rows, against LoRA only, on the same batches."""
     variants = {"LoRA": LORA_ONLY, "LoRA + new tokens": dict(train_new_tokens_only=True), "LoRA + embeddings": {}}
     settings = step_settings("sft") | HELD_OUT
     results = train_in_turn(settings, variants, options, "seconds_per_step", scratch)
-    columns = {"seconds_per_step": ".4f", "ratio": ".3f", **{f"{part}_seconds": ".4f" for part in (*PARTS, "other")}}
-    columns |= dict(trainable_parameters=",.0f", optimizer_state_bytes=",.0f", eval_loss=".3f")
-    print_results("embeddings beside LoRA", results, columns)
-    save_results(options.output, {"steps": options.steps, "repeats": options.repeats, "results": results}, "embeddings")
+    print_results("embeddings beside LoRA", results)
+    return results
 
 
-def measure_second_start(options: argparse.Namespace, scratch: Path) -> None:
+def measure_second_start(options: argparse.Namespace, scratch: Path) -> Values:
     """Seconds until step 5's dataset is ready to be packed, and from its start to its first step: first and again."""
     import constants
 
-    base = {
-        **step_settings("pt"),
-        **common.TRAIN_ONLY,
-        "model_name_or_path": str(constants.PT_MERGED_DIR),
-        "max_steps": 1,
-    }
+    base = {**step_settings("pt"), **common.TRAIN_ONLY, "max_steps": 1}
+    base["model_name_or_path"] = str(constants.PT_MERGED_DIR)
     tokenizer, corpora = load_tokenizer(constants.PT_MERGED_DIR), {"the miniature's texts": constants.CORPUS_DIR}
     if options.corpora:
         corpora["texts of --corpora"] = options.corpora.resolve()
@@ -451,12 +435,8 @@ def measure_second_start(options: argparse.Namespace, scratch: Path) -> None:
         return {"tokens": int(pool.lengths.sum()), **values}
 
     results = run_in_turn(corpora, options.repeats, run)
-    columns = {"tokens": ",.0f", "data_first": ".3f", "data_again": ".3f", "data_ratio": ".4f"}
-    columns |= {"step_1_first": ".2f", "step_1_again": ".2f", "step_1_ratio": ".2f"}
-    print_results("a second start with cached token ids (seconds)", results, columns)
-    save_results(
-        options.output, {"steps": options.steps, "repeats": options.repeats, "results": results}, "second_start"
-    )
+    print_results("a second start with cached token ids (seconds)", results)
+    return results
 
 
 def main() -> None:
@@ -488,7 +468,11 @@ def main() -> None:
         raise UserError(f"nothing would be timed. Give more than {common.WARMUP_STEPS} --steps.")
     common.use_work_dir(options.work_dir, options.needs)
     with tempfile.TemporaryDirectory() as scratch:
-        return options.measure(options, Path(scratch))
+        results = options.measure(options, Path(scratch))
+    if results:  # of training_costs.json
+        rounds = {"steps": options.steps, "repeats": options.repeats}
+        save_results(options.output, {**rounds, "results": results}, options.measure.__name__.removeprefix("measure_"))
+    return None
 
 
 if __name__ == "__main__":
