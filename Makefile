@@ -1,9 +1,11 @@
 # make demo    steps 1 to 7 on the embedded miniature, going on where it stopped; then the results
-# make test    the tests             make check   lint, formatting, types
+# make test    all tests, in two processes (TEST_PROCESSES=4: in four); make test-fast: the unit tests that are quick
+# make check   lint, formatting, types
 # make clean   delete the results of the demo, after asking
 PYTHON ?= .venv/bin/python
 PYTHON3 ?= python3
 PROFILE ?= mini
+TEST_PROCESSES ?= 2
 WORK_DIR ?= $(CURDIR)/runs/$(PROFILE)
 export PROFILE WORK_DIR
 
@@ -11,7 +13,7 @@ STEPS := step1_train_tokenizer.py step2_merge_tokenizer.py step3_resize_model.py
 	step5_train_pt_single_gpu.py step6_train_sft_single_gpu.py step7_eval_chat.py
 SOURCES := constants.py pipeline.py $(STEPS) llmtuner mini tests benchmarks
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-fast check format clean
 
 .venv/installed: requirements.txt
 	$(PYTHON3) -c 'import llmtuner'
@@ -25,8 +27,14 @@ demo: .venv/installed
 		SKIP_COMPLETED=1 $(PYTHON) "$$step" </dev/null || exit $$?; \
 	done
 
+# A file's tests run in one process, for they share what is slow to make; the files of steps, which take longest, come first.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q
+	$(PYTEST)
+
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow and not distributed and not browser" tests/unit
 
 check: .venv/installed
 	$(PYTHON) -m ruff check $(SOURCES)

@@ -1,11 +1,11 @@
-"""What the tests share: no network, two threads, small models that are made on the spot, and a browser."""
+"""What the tests share: no network, one thread, small models that are made on the spot, and a browser."""
 
 import json
 import os
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 
 from llmtuner.console import UserError
 from tests.helpers import ROOT, opened
-from tests.steps import STEPS, refused, start
+from tests.scripts import STEPS, free_port, refused, start, start_step
 
 FEW = ["--max_steps", "12", "--eval_steps", "12", "--max_eval_samples", "8"]  # settings of a short run
 
@@ -23,9 +22,27 @@ def run_of_all_steps(tmp_path_factory):
     """Steps 1 to 7 on the miniature with a few training steps only, started from an unrelated directory."""
     directory = tmp_path_factory.mktemp("elsewhere")
     for step in STEPS:
-        result = start(step, directory, *(FEW if step in ("step5", "step6") else []))
+        result = start_step(step, directory, *(FEW if step in ("step5", "step6") else []))
         assert result.returncode == 0, f"{step}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        if step == "step1":  # which writes the texts
+            keep_a_quarter(directory / "work" / "corpus")
     return directory / "work"
+
+
+def keep_a_quarter(corpus):
+    """Of held-out texts and of each group of questions, so that evaluation takes a quarter of the time."""
+    import pyarrow.parquet
+
+    for file in corpus.glob("*.test.parquet"):
+        table = pyarrow.parquet.read_table(file)
+        pyarrow.parquet.write_table(table.take(list(range(0, len(table), 4))), file)
+    for file in corpus.glob("*.test.json"):
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8"))[::4]), encoding="utf-8")
+    by_group = {}
+    for line in (corpus / "questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
+        by_group.setdefault(json.loads(line)["group"], []).append(line)
+    kept = "".join(line for lines in by_group.values() for line in lines[::4])
+    (corpus / "questions.jsonl").write_text(kept, encoding="utf-8")
 
 
 def metrics_of(work, step):
@@ -113,7 +130,7 @@ def test_new_rows_can_start_where_pieces_are_used_alike(run_of_all_steps, tmp_pa
     work = tmp_path / "work"
     for name in ("step2_merged_tokenizer", "corpus"):
         shutil.copytree(run_of_all_steps / name, work / name)
-    result = start("step3", tmp_path, "--init", "focus")
+    result = start_step("step3", tmp_path, "--init", "focus")
     assert result.returncode == 0, result.stderr
     metrics = metrics_of(work, "step3")
     assert metrics["init"] == {"input": "focus", "output": "focus"}
@@ -247,7 +264,7 @@ def test_damaged_model_is_found_before_the_first_is_examined(run_of_all_steps, t
     weights = work / "chat_model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     before = {path: path.read_bytes() for path in (work / "answers.jsonl", work / "metrics" / "step7.json")}
-    result = start("step7", tmp_path, OVERWRITE=1)
+    result = start_step("step7", tmp_path, OVERWRITE=1)
     refused(result, str(weights))
     assert "answers base" not in result.stderr
     assert {path: path.read_bytes() for path in before} == before
@@ -260,27 +277,23 @@ def test_chat_model_loads_without_this_project(run_of_all_steps, tmp_path):
         "ids = t.apply_chat_template([{'role': 'user', 'content': '你好'}], add_generation_prompt=True, return_tensors='pt', return_dict=True);"
         "print(t.decode(m.generate(**ids, max_new_tokens=8)[0])); assert 'llmtuner' not in sys.modules"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(run_of_all_steps / "chat_model")], cwd=tmp_path, capture_output=True, text=True
-    )
+    result = start(["-c", code, run_of_all_steps / "chat_model"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "你好" in result.stdout
 
 
 # ------------------------------------------------------------------------------------------------------- two processes
+@pytest.mark.distributed
 def test_two_machines_train_merge_and_agree(run_of_all_steps, tmp_path):
     """Two wrappers of one process each, as on two machines, meet over loopback; their eval loss is that of one process."""
     work = tmp_path / "work"
     shutil.copytree(run_of_all_steps, work, ignore=shutil.ignore_patterns("step5*", "step6*", "step7*", "chat_model"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     environment = {
         **os.environ,
         "WORK_DIR": str(work),
         "NNODES": "2",
         "NPROC_PER_NODE": "1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHON": sys.executable,
@@ -318,12 +331,12 @@ def test_staged_recipe_trains_embeddings_then_lora(run_of_all_steps, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(run_of_all_steps, work, ignore=shutil.ignore_patterns("step5*", "step6*", "step7*", "chat_model"))
     words = ["--staged", "--max_steps", "8", "--eval_steps", "4", "--save_steps", "4", "--max_eval_samples", "4"]
-    result = start("step5", tmp_path, *words, CORPUS_DIR=run_of_all_steps / "corpus")  # tokenized there already
+    result = start_step("step5", tmp_path, *words, CORPUS_DIR=run_of_all_steps / "corpus")  # tokenized there already
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     metrics = metrics_of(work, "step5")
     assert metrics["steps"] == metrics["embeddings_only"]["steps"] == 4
     (work / "metrics" / "step5.json").unlink()  # as if it had been interrupted at the very end
-    again = start("step5", tmp_path, *words, CORPUS_DIR=run_of_all_steps / "corpus")
+    again = start_step("step5", tmp_path, *words, CORPUS_DIR=run_of_all_steps / "corpus")
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-4000:]
     for name in ("embeddings", "pt"):
         assert f"resuming from {work}/step5_{name}_adapter/checkpoint-4" in again.stdout

@@ -163,7 +163,7 @@ def newest(running):
     return list(running.sessions._all.values())[-1]
 
 
-def test_two_models_answer_at_the_same_time_until_they_are_stopped(new_tab):
+def test_two_models_answer_at_the_same_time_until_they_are_stopped(new_tab, running):
     tab = new_tab()
     box(tab).type(QUESTION)
     box(tab).press("Enter")
@@ -172,14 +172,11 @@ def test_two_models_answer_at_the_same_time_until_they_are_stopped(new_tab):
     wait_for_text(tab, max(first))
     assert box(tab).input_value() == ""
     box(tab).fill("次の質問")  # can be written meanwhile
-    start = time.perf_counter()
     stop_answer(tab)
-    assert time.perf_counter() - start < 2.5  # the whole answer takes over 6 s
-    said = {side: answers(tab, side) for side in ("base", "chat")}
-    time.sleep(0.5)
-    for side in said:
-        assert answers(tab, side) == said[side]
-        assert len(said[side][0]) > max(first)
+    assert not newest(running).busy
+    for side in ("base", "chat"):
+        assert "stopped" in tab.locator(f"#{side} .cost").text_content()
+        assert len(answers(tab, side)[0]) > max(first)
         assert tab.locator(f"#{side} .question").all_text_contents() == [QUESTION]
     assert box(tab).input_value() == "次の質問"
 
@@ -291,9 +288,9 @@ def test_closing_the_tab_stops_its_answer(new_tab, running):
     wait_for_text(tab)
     session = newest(running)
     tab.close()
-    end = time.perf_counter() + 3
+    end = time.perf_counter() + 15
     while session.busy and time.perf_counter() < end:
-        time.sleep(0.1)
+        time.sleep(0.02)
     assert not session.busy
     assert session.turns[-1].answers["chat"].stopped
 
@@ -307,11 +304,13 @@ def test_a_model_that_fails_leaves_the_question_and_the_dialogue(new_tab, runnin
 
     monkeypatch.setattr(models["base"][0], "generate", fail)
     box(tab).fill("二つ目")
-    start = time.perf_counter()
+    computed = []
+    hook = models["chat"][0].register_forward_hook(lambda *_: computed.append(1))
     box(tab).press("Enter")
     tab.get_by_text("out of <b>memory").wait_for()
-    assert time.perf_counter() - start < 4  # the other model, whose answer would be forgotten, does not go on for 6 s
     wait_for_end(tab)
+    hook.remove()
+    assert len(computed) < 150  # the other model, whose answer would be forgotten, does not go on for 200 tokens
     assert box(tab).input_value() == "二つ目"
     session = newest(running)
     assert [len(session.chats[name].messages) for name in ("base", "chat")] == [2, 2]

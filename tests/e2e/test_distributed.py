@@ -1,8 +1,6 @@
 """Training in two processes: the same result as one, stopping together, failing together."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,28 +12,34 @@ from llmtuner.console import UserError
 from llmtuner.train import checkpointing
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
+from tests.scripts import environment_with, fork_server, free_port
 from tests.training import log_of
 
+pytestmark = pytest.mark.distributed
 
-def start_two_processes(settings, directory):
-    """Starts the trainer under torchrun with ZeRO-2 in two processes on the CPU."""
+
+def write_settings(settings, directory):
+    """A settings file of a run under ZeRO-2; returns the words of its command."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = {**settings, "deepspeed": str(ROOT / "ds_config_zero2.json"), "output_dir": str(directory)}
     (directory / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command += ["-m", "llmtuner", "train", str(directory / "settings.yaml")]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=directory, **output)
+    return ["-m", "llmtuner", "train", str(directory / "settings.yaml")]
 
 
-def in_two_processes(settings, directory):
-    started = start_two_processes(settings, directory)
-    output, _ = started.communicate(timeout=300)
-    assert started.returncode == 0, output[-12000:]
+def in_two_processes(words, directory):
+    """Runs a script in two processes on the CPU, with the variables that torchrun sets; returns codes, outputs and errors."""
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    group |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": ROOT}
+    server = fork_server("deepspeed")
+    ranks = [server.start(words, directory, environment_with(RANK=rank, LOCAL_RANK=rank, **group)) for rank in (0, 1)]
+    outputs = [rank.communicate() for rank in ranks]
+    codes, errors = [rank.returncode for rank in ranks], "".join(error for _, error in outputs)
+    return codes, "".join(output for output, _ in outputs), errors
+
+
+def train(settings, directory):
+    codes, output, errors = in_two_processes(write_settings(settings, directory), directory)
+    assert codes == [0, 0], output[-2000:] + errors[-10000:]
     return output
 
 
@@ -49,7 +53,7 @@ def test_batch_accumulated_or_shared_by_processes_learns_the_same(tiny_run, tmp_
 
     run_exp({**cut(4, 1), "output_dir": str(tmp_path / "once")})
     run_exp({**cut(1, 4), "output_dir": str(tmp_path / "accumulated")})
-    in_two_processes(cut(1, 2), tmp_path / "shared")
+    train(cut(1, 2), tmp_path / "shared")
     wanted = log_of(tmp_path / "once")
     assert len([line for line in wanted if "loss" in line]) == 24
     for other in ("accumulated", "shared"):
@@ -67,8 +71,12 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
         "plot_loss": False,
     }
     settings |= {"eval_steps": 1_000, "eval_on_start": False}
-    in_two_processes(settings, tmp_path / "whole")
-    started = start_two_processes(settings, tmp_path / "stopped")
+    train(settings, tmp_path / "whole")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [*torchrun, *write_settings(settings, tmp_path / "stopped")]
+    environment = environment_with(DS_ACCELERATOR="cpu", PYTHONPATH=ROOT)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = subprocess.Popen(command, env=environment, cwd=tmp_path, **streams)
     log = tmp_path / "stopped" / "trainer_log.jsonl"
     while started.poll() is None and not (log.exists() and log.read_text().count("loss") > 5):
         time.sleep(0.02)
@@ -78,7 +86,7 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
     assert started.returncode != 0
     assert 5 < checkpointing.checkpoint_step(saved) < 120
     assert f"{saved}. The same command resumes" in output
-    assert f"resuming from {saved}" in in_two_processes(settings, tmp_path / "stopped")
+    assert f"resuming from {saved}" in train(settings, tmp_path / "stopped")
     one, other = (log_of(tmp_path / name) for name in ("whole", "stopped"))
     assert len([line for line in one if "loss" in line]) == 120
     for own, line in zip(other, one, strict=True):
@@ -88,7 +96,7 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
 def test_checkpoint_of_weights_alone_is_not_resumed_under_deepspeed(saving_run, tmp_path):
     out = tmp_path / "shared"
     settings = {**saving_run, "per_device_train_batch_size": 2, "max_steps": 6, "save_only_model": True}
-    in_two_processes({**settings, "plot_loss": False}, out)
+    train({**settings, "plot_loss": False}, out)
     with pytest.raises(UserError, match=r"checkpoint-4 cannot be resumed: it was saved with save_only_model: true"):
         checkpointing.check_resumable(out / "checkpoint-4")
     (out / "checkpoint-4" / "global_step4").mkdir()  # where DeepSpeed keeps the optimizer's state
@@ -113,20 +121,10 @@ run_cli(lambda: run_exp({settings!r}))
 """,
         encoding="utf-8",
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, str(script)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode != 0
-    assert "error: self-check" in result.stderr
-    assert "from the model's own logits" in result.stderr
+    codes, _, errors = in_two_processes([script], tmp_path)
+    assert 0 not in codes
+    assert "error: self-check" in errors
+    assert "from the model's own logits" in errors
     assert (
         not (tmp_path / "adapter" / "trainer_log.jsonl").exists()
         or "loss" not in (tmp_path / "adapter" / "trainer_log.jsonl").read_text()

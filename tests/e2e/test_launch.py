@@ -10,6 +10,9 @@ import time
 import pytest
 
 from tests.helpers import ROOT
+from tests.scripts import free_port
+
+pytestmark = pytest.mark.distributed
 
 SCRIPT = """
 import os, signal, sys, time
@@ -37,12 +40,6 @@ def stopped(number, frame):
 
 run_cli(main)
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def launch(directory, how, port=None):

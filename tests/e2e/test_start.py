@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
-from tests.scripts import refused, start
+from tests.scripts import refused_at_once, start
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("step*.py"))
 STARTED_BY_OLD_PYTHON = ["llmtuner/__init__.py", "constants.py", *SCRIPTS]
+NEW = [sys.executable]  # a new interpreter, where what it imports and in which order is the matter
 COMMANDS = [*([name] for name in SCRIPTS), ["-m", "llmtuner", "train"]]
 
 
@@ -21,7 +22,7 @@ COMMANDS = [*([name] for name in SCRIPTS), ["-m", "llmtuner", "train"]]
 def test_old_python_is_named_before_anything_else(words, tmp_path):
     """As Python 3.10: sys.version_info says so from the first moment on."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 10, 9, 'final', 0)\n")
-    refused(start(words, PYTHONPATH=str(tmp_path)), "Python 3.10", "too old", "3.11 or newer")
+    refused_at_once(start(words, python=NEW, PYTHONPATH=tmp_path), "Python 3.10", "too old", "3.11 or newer")
 
 
 @pytest.mark.parametrize("name", STARTED_BY_OLD_PYTHON)
@@ -32,14 +33,14 @@ def test_old_python_can_parse_what_it_reads_before_the_message(name):
 @pytest.mark.parametrize("python", sorted(Path.home().glob(".pyenv/versions/3.[6789].*/bin/python")), ids=str)
 def test_old_pythons_of_this_machine(python):
     for words in COMMANDS:
-        refused(start(words, [str(python)]), "too old")
+        refused_at_once(start(words, python=[str(python)]), "too old")
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_python_without_the_packages_names_the_one_that_has_them(words):
     """-S leaves out site-packages, as an interpreter beside .venv does."""
-    result = start(words, [sys.executable, "-S"])
-    refused(result, "sentencepiece is not installed for this Python", sys.executable)
+    result = start(words, python=[*NEW, "-S"])
+    refused_at_once(result, "sentencepiece is not installed for this Python", sys.executable)
     there = (ROOT / ".venv" / "bin" / "python").exists()  # with -S it does not count as the one that runs
     assert (
         f"Type: .venv/bin/python {' '.join(words)}" if there else "pip install -r requirements.txt"
@@ -50,13 +51,13 @@ def test_a_missing_package_is_a_message_and_a_missing_module_of_ours_a_traceback
     def run(module):
         return start(["-c", f"from llmtuner.console import run_cli\nrun_cli(lambda: __import__('{module}'))"])
 
-    refused(run("absent_package.part"), "absent_package")
+    refused_at_once(run("absent_package.part"), "absent_package")
     assert "Traceback" in run("llmtuner.absent").stderr
 
 
 @pytest.mark.parametrize("name", ["OVERWRITE", "SKIP_COMPLETED"])
 def test_switch_that_is_neither(name):
-    refused(start(["step1_train_tokenizer.py"], **{name: "ture"}), f"{name}=ture", f"{name}=1")
+    refused_at_once(start(["step1_train_tokenizer.py"], **{name: "ture"}), f"{name}=ture", f"{name}=1")
 
 
 def test_overwrite_true_is_not_ignored(tmp_path):
@@ -64,20 +65,20 @@ def test_overwrite_true_is_not_ignored(tmp_path):
     (tmp_path / "metrics" / "step1.json").write_text("{}")
     (tmp_path / "step1_ja_tokenizer").mkdir()
     (tmp_path / "step1_ja_tokenizer" / "ja_bpe.model").write_bytes(b"")
-    further = dict(WORK_DIR=str(tmp_path), BASE_MODEL_DIR=str(tmp_path / "nowhere"))
-    refused(start(["step1_train_tokenizer.py"], **further), "finished already")
+    further = dict(WORK_DIR=tmp_path, BASE_MODEL_DIR=tmp_path / "nowhere")
+    refused_at_once(start(["step1_train_tokenizer.py"], **further), "finished already")
     assert "finished already" not in start(["step1_train_tokenizer.py"], **further, OVERWRITE="true").stderr
 
 
 def test_misspelled_variable_is_reported_by_a_step(tmp_path):
-    result = start(["step4_test_zero.py"], WORK_DIR=str(tmp_path), CORPUSDIR="texts")
+    result = start(["step4_test_zero.py"], WORK_DIR=tmp_path, CORPUSDIR="texts")
     assert "CORPUSDIR" in result.stdout
     assert "did you mean CORPUS_DIR" in result.stdout
-    assert start(["step4_test_zero.py"], WORK_DIR=str(tmp_path)).stdout.startswith("\n── Step 4: ")
+    assert start(["step4_test_zero.py"], WORK_DIR=tmp_path).stdout.startswith("\n── Step 4: ")
 
 
 def test_directory_of_nobody():
-    refused(start(["step1_train_tokenizer.py"], WORK_DIR="~nobody-of-that-name/x"), "WORK_DIR=~nobody")
+    refused_at_once(start(["step1_train_tokenizer.py"], WORK_DIR="~nobody-of-that-name/x"), "WORK_DIR=~nobody")
 
 
 # ------------------------------------------------------------------------------------------------------------- --help
@@ -92,7 +93,7 @@ def test_help_lists_all_settings_and_loads_nothing(words, flag, tmp_path):
     for package in ("torch", "transformers"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise SystemExit('imported')")
-    result = start([*words, flag], WORK_DIR=str(tmp_path / "work"), PYTHONPATH=str(tmp_path))
+    result = start([*words, flag], python=NEW, WORK_DIR=tmp_path / "work", PYTHONPATH=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     for group in ("model", "data", "finetuning", "training"):
@@ -107,7 +108,7 @@ def test_help_lists_all_settings_and_loads_nothing(words, flag, tmp_path):
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name.endswith(".py")])
 def test_every_step_has_help_and_refuses_what_it_does_not_know(script, tmp_path):
     assert start([script, "--help"]).returncode == 0
-    result = start([script, "--nonsens", "1"], WORK_DIR=str(tmp_path))
+    result = start([script, "--nonsens", "1"], WORK_DIR=tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     if script[4] in "12347":  # steps 5 and 6 take settings, and need step 3 before they read them
@@ -132,7 +133,7 @@ def test_every_step_has_help_and_refuses_what_it_does_not_know(script, tmp_path)
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_options_of_step_7_that_do_not_go_together(words, message, tmp_path):
-    result = start(["step7_eval_chat.py", *words], WORK_DIR=str(tmp_path / "work"))
+    result = start(["step7_eval_chat.py", *words], WORK_DIR=tmp_path / "work")
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "work").exists()
@@ -149,14 +150,16 @@ def main():
     logger.warning("another warning")
 run_cli(main)
 """
-    assert start(["-c", code]).stderr == "another warning\n"
+    assert start(["-c", code], python=NEW).stderr == "another warning\n"
 
 
 def test_start_with_bitsandbytes_is_silent():
     pytest.importorskip("bitsandbytes", reason="pip install -r requirements-optional.txt")
     assert (
         "gemm_4bit_forward"
-        not in start(["-c", "from llmtuner.console import run_cli; run_cli(lambda: __import__('bitsandbytes'))"]).stderr
+        not in start(
+            ["-c", "from llmtuner.console import run_cli; run_cli(lambda: __import__('bitsandbytes'))"], python=NEW
+        ).stderr
     )
 
 
@@ -177,7 +180,7 @@ def test_directory_without_permission_is_a_message(words, tmp_path):
     setpriv = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     if setpriv and not shutil.which("setpriv"):
         pytest.skip("running as root, and setpriv is not installed")
-    refused(start(words, [*setpriv, sys.executable], WORK_DIR=str(closed / "work")), str(closed), "Permission denied")
+    refused_at_once(start(words, python=[*setpriv, *NEW], WORK_DIR=closed / "work"), str(closed), "Permission denied")
 
 
 @pytest.mark.parametrize("value", ["nan", "0", "-1", "inf"])

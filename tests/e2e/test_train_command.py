@@ -1,10 +1,7 @@
 """`python -m llmtuner train` with LLaMA-Factory's files, bad input and two runs in one directory."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -12,6 +9,7 @@ import yaml
 from llmtuner.console import UserError
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
+from tests.scripts import locked_by_another_process, refused, start
 from tests.training import PT_FILE, SFT_FILE
 
 
@@ -26,15 +24,8 @@ def test_files_written_for_the_original_project_run_as_they_are(tiny_run, tmp_pa
     entry = json.loads((tmp_path / "dataset_info.json").read_text())[file]
     names = yaml.safe_load(content)["dataset"].split(",")
     (tmp_path / "dataset_info.json").write_text(json.dumps(dict.fromkeys(names, entry)))
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    result = subprocess.run(
-        [sys.executable, "-m", "llmtuner", "train", str(tmp_path / "settings.yaml")],
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
+    result = start(
+        ["-m", "llmtuner", "train", tmp_path / "settings.yaml"], tmp_path, PYTHONPATH=ROOT, DS_ACCELERATOR="cpu"
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "warmup_steps: 0.1 is read as warmup_ratio: 0.1" in result.stdout
@@ -44,29 +35,15 @@ def test_files_written_for_the_original_project_run_as_they_are(tiny_run, tmp_pa
 
 def test_bad_input_on_the_command_line_is_one_message(tiny_run, tmp_path):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**tiny_run, "cutoff_len": 100_000}), encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, "-m", "llmtuner", "train", str(tmp_path / "settings.yaml")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("error:") == 1
-    assert "cutoff_len is 100,000" in result.stderr
+    result = start(["-m", "llmtuner", "train", tmp_path / "settings.yaml"])
+    refused(result, "cutoff_len is 100,000")
     assert not (tmp_path / "adapter").exists()
 
 
 def test_two_runs_in_one_output_dir(tiny_run, tmp_path):
-    code = "import sys, time; from pathlib import Path; from llmtuner.locks import acquire_lock; "
-    code += "acquire_lock(Path(sys.argv[1]), 'it'); print('held', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", code, str(tmp_path / "adapter" / ".lock")]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"adapter is in use by process {holder.pid} "):
-            run_exp(tiny_run)
-    finally:
-        holder.kill()
-        holder.wait()
+    with (
+        locked_by_another_process(tmp_path / "adapter" / ".lock") as holder,
+        pytest.raises(UserError, match=f"adapter is in use by process {holder} "),
+    ):
+        run_exp(tiny_run)
     run_exp({**tiny_run, "max_steps": 1})

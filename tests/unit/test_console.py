@@ -4,7 +4,7 @@ import ast
 import sys
 
 from tests.helpers import ROOT
-from tests.scripts import refused, start
+from tests.scripts import refused_at_once, start
 
 
 def test_command_for_a_python_without_the_packages(monkeypatch, tmp_path):
@@ -57,10 +57,14 @@ def explained(error):
 
 
 def test_error_of_the_system_is_a_message(tmp_path):
-    refused(explained("import os; raise PermissionError(13, os.strerror(13), '/a/b')"), "/a/b: Permission denied")
-    refused(explained("open('/tmp/' + 300 * 'x')"), "File name too long")
-    refused(explained("import os; raise OSError(28, os.strerror(28))"), "No space left on device")
-    refused(explained("import torch; raise torch.OutOfMemoryError('want 2 GB\\nmore')"), "out of memory: want 2 GB. ")
+    refused_at_once(
+        explained("import os; raise PermissionError(13, os.strerror(13), '/a/b')"), "/a/b: Permission denied"
+    )
+    refused_at_once(explained("open('/tmp/' + 300 * 'x')"), "File name too long")
+    refused_at_once(explained("import os; raise OSError(28, os.strerror(28))"), "No space left on device")
+    refused_at_once(
+        explained("import torch; raise torch.OutOfMemoryError('want 2 GB\\nmore')"), "out of memory: want 2 GB. "
+    )
 
 
 def test_mistake_of_our_own_is_a_traceback():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from llmtuner.files import checksum, translate_disk_errors
     ],
 )
 def test_errors_of_the_disk_and_others(tmp_path, monkeypatch, error, message):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000))
     expected = (
         pytest.raises(UserError, match=message) if message else pytest.raises(type(error), match=str(error.args[-1]))
     )

@@ -2,11 +2,10 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from llmtuner.outputs import (
     read_marker,
     recover_directory,
 )
-from tests.helpers import ROOT
+from tests.scripts import in_fork, locked_by_another_process
 
 
 def written(destination, text, **options):
@@ -190,57 +189,24 @@ def check_read_only_folder(room):
     assert [path.name for path in room.iterdir()] == ["result"]
 
 
-AS_NOBODY = """
-import os, sys
-from pathlib import Path
-room = Path(sys.argv[1])
-sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
-from tests.unit.test_outputs import check_read_only_folder  # before: another user may not read the interpreter's files
-room.chmod(0o777)
-os.chdir(room)
-os.environ["HOME"] = str(room)
-if os.geteuid() == 0:
-    os.setgid(65534)
-    os.setuid(65534)
-(room / "work").mkdir()
-check_read_only_folder(room / "work")
-print("both versions were there")
-"""
+def test_read_only_folder_as_a_user_without_rights(tmp_path, capfd):
+    written(tmp_path / "first", "imports all that another user may not read")
+    room = tmp_path / "work"
 
+    def as_nobody():
+        os.chdir(tmp_path)
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        room.mkdir()
+        check_read_only_folder(room)
 
-def test_read_only_folder_as_a_user_without_rights(tmp_path):
+    tmp_path.chmod(0o777)
     if os.geteuid() == 0:
         for place in [path for path in tmp_path.parents if path.name.startswith("pytest-")]:
             place.chmod(place.stat().st_mode | 0o011)  # to be passed through
-    result = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, str(tmp_path), str(ROOT)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "both versions were there" in result.stdout, result.stderr[-2000:]
-    assert "note: an older version was not deleted" in result.stdout
-
-
-# A process that kills itself at the n-th call that changes the disk, while one directory replaces another.
-KILLED = """
-import os, shutil, signal, sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from tests.unit import test_outputs
-left = int(sys.argv[3])
-
-def counted(function):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-
-for owner, name in ((os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (os, "fsync"),
-                    (Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "rmdir"), (Path, "mkdir")):
-    setattr(owner, name, counted(getattr(owner, name)))
-getattr(test_outputs, sys.argv[4])(Path(sys.argv[2]))
-"""
+    assert in_fork(as_nobody) == 0, capfd.readouterr().err
+    assert "note: an older version was not deleted" in capfd.readouterr().out
 
 
 def replace_directory(room):
@@ -264,13 +230,33 @@ def save_checkpoint(room):
     checkpointing.commit_checkpoint(room, 5, limit=1)
 
 
-def killed_at(number, room, what):
-    command = [sys.executable, "-c", KILLED, str(ROOT), str(room), str(number), what]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, env=environment).returncode == -signal.SIGKILL
+CHANGES = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")  # calls that change the disk
 
 
-def kill_everywhere(tmp_path, what, prepare, check):
+def killed_at(number, change, room):
+    """Forks a process that kills itself at the n-th call with which `change` changes the disk; false if it has less."""
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if not next(left):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    def change_and_die():
+        for owner, name in itertools.product((os, Path), CHANGES):
+            if hasattr(owner, name):
+                setattr(owner, name, counted(getattr(owner, name)))
+        change(room)
+
+    left = itertools.count(number - 1, -1)
+    code = in_fork(change_and_die)
+    assert code in (0, -signal.SIGKILL)
+    return code == -signal.SIGKILL
+
+
+def kill_everywhere(tmp_path, change, prepare, check):
     """Kills a process at each of its changes to the disk, and looks at what a next one would find."""
     number = 0
     while True:
@@ -278,11 +264,12 @@ def kill_everywhere(tmp_path, what, prepare, check):
         room = tmp_path / str(number)
         room.mkdir()
         prepare(room)
-        if not killed_at(number, room, what):
+        if not killed_at(number, change, room):
             return number - 1
         check(room)
 
 
+@pytest.mark.slow
 def test_kill_at_every_moment_of_a_replacement(tmp_path):
     def check(room):
         recover_directory(room / "result")
@@ -290,9 +277,10 @@ def test_kill_at_every_moment_of_a_replacement(tmp_path):
         assert content(written(room / "result", "newest", replace=True)) == {"sub/weights": "newest"}
         assert {path.name for path in room.iterdir()} <= {"result", ".result.lock"}
 
-    assert kill_everywhere(tmp_path, "replace_directory", lambda room: written(room / "result", "old"), check) > 10
+    assert kill_everywhere(tmp_path, replace_directory, lambda room: written(room / "result", "old"), check) > 10
 
 
+@pytest.mark.slow
 def test_kill_at_every_moment_while_an_adapter_takes_its_place(tmp_path):
     def prepare(room):
         for name in ("config", "weights", "older"):
@@ -307,9 +295,10 @@ def test_kill_at_every_moment_while_an_adapter_takes_its_place(tmp_path):
         replace_files(room)
         assert content(room).keys() - {".partial"} >= {"config", "weights"}
 
-    assert kill_everywhere(tmp_path, "replace_files", prepare, check) > 5
+    assert kill_everywhere(tmp_path, replace_files, prepare, check) > 5
 
 
+@pytest.mark.slow
 def test_kill_at_every_moment_while_a_checkpoint_is_saved(tmp_path):
     from llmtuner.train import checkpointing
 
@@ -329,7 +318,7 @@ def test_kill_at_every_moment_while_a_checkpoint_is_saved(tmp_path):
         assert newest.name == "checkpoint-5"
         assert not list(room.glob("*.old"))
 
-    assert kill_everywhere(tmp_path, "save_checkpoint", prepare, check) > 8
+    assert kill_everywhere(tmp_path, save_checkpoint, prepare, check) > 8
 
 
 def test_downloaded_adapter_cannot_move_or_delete_other_files(tmp_path):
@@ -347,17 +336,6 @@ def test_downloaded_adapter_cannot_move_or_delete_other_files(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- one at a time
-HOLDS = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from llmtuner.locks import acquire_lock
-acquire_lock(Path(sys.argv[2]), "it")
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
 def test_file_system_without_locks(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -368,16 +346,9 @@ def test_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def test_two_writers_never_mix(tmp_path):
-    code = HOLDS.replace(
-        'acquire_lock(Path(sys.argv[2]), "it")', "acquire_lock(Path(sys.argv[2]).with_name('.result.lock'), 'it')"
-    )
-    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / "result")]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
-            written(tmp_path / "result", "new")
-    finally:
-        holder.kill()
-        holder.wait()
+    with (
+        locked_by_another_process(tmp_path / ".result.lock") as holder,
+        pytest.raises(UserError, match=f"in use by process {holder}"),
+    ):
+        written(tmp_path / "result", "new")
     assert content(written(tmp_path / "result", "new")) == {"sub/weights": "new"}

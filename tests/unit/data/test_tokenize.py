@@ -397,6 +397,7 @@ print(json.dumps([made.store.ids(row).tolist() for row in range(len(made))]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_one_of_two_processes_tokenizes_and_the_other_waits(corpus, tokenizer, tiny_tokenizer_dir, overwrite):
     if overwrite:

@@ -22,6 +22,8 @@ from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 lm_eval = pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed: pip install lm_eval")
 DESCRIPTION = "次の問いに答えてください。\n\n"
 QUESTIONS = [

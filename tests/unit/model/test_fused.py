@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import AutoModelForCausalLM, GlmConfig
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 from llmtuner.model import fused
@@ -118,7 +118,7 @@ def test_a_whole_model_computes_the_same():
     results = []
     for attention in ("eager", VARLEN):
         torch.manual_seed(0)
-        base = GlmForCausalLM._from_config(config, attn_implementation=attention)
+        base = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"]))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

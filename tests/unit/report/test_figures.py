@@ -12,6 +12,7 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from llmtuner.console import UserError
 from llmtuner.report import figures
@@ -356,7 +357,7 @@ def all_texts(figure):
     """Every piece of text that is drawn, with its box in pixels."""
     axes = figure.axes[0]
     figure.draw_without_rendering()
-    texts = [figure._suptitle, axes._left_title, axes.xaxis.label, *axes.texts]
+    texts = [*figure.texts, axes.xaxis.label, *(child for child in axes.get_children() if isinstance(child, Text))]
     texts += axes.get_legend().get_texts() if axes.get_legend() else []
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())

@@ -160,6 +160,7 @@ def test_original_merge_is_defective_as_published():
     assert (len(unreachable & base_pieces), len(unreachable - base_pieces)) == (64, 57)
 
 
+@pytest.mark.slow
 @needs_golden
 @needs_corpora
 def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
@@ -193,6 +194,7 @@ def test_real_merge_is_exact_and_shorter_than_the_original(original, tmp_path):
     assert encoding_mismatches(build_fast_tokenizer(file), after, lines("ja_wiki.test") + lines("zh_luxun.test")) == []
 
 
+@pytest.mark.slow
 @needs_golden
 @needs_corpora
 def test_real_candidates_are_filtered():

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from llmtuner.console import TrainingInterrupted, UserError
 from llmtuner.files import MARKER
 from llmtuner.train import checkpointing
-from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
 from tests.training import ended_at, log_of, losses_of
 
@@ -149,15 +149,15 @@ def test_changed_intervals_take_effect_on_resume(saving_run, tmp_path, monkeypat
 def test_full_disk_while_saving_keeps_what_is_older(saving_run, tmp_path, monkeypatch):
     import errno
 
-    original = PackedTrainer._save_optimizer_and_scheduler
+    save = torch.save
 
-    def full(self, output_dir):
-        original(self, output_dir)
-        if self.state.global_step == 8:
+    def full(content, file, *args, **kwargs):
+        save(content, file, *args, **kwargs)
+        if Path(file).parent.name == "checkpoint-8" and Path(file).name == "scheduler.pt":
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PackedTrainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"disk filled up.*checkpoint-8") as error:
             run_exp({**saving_run, "save_total_limit": 1})
     assert "checkpoint-4 is unchanged" in str(error.value)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import AutoModelForCausalLM, GlmConfig
 
 from benchmarks.memory_budget import LiveTensors, simulate_step, with_fake_tensors
 from llmtuner.hparams import FinetuningArguments
@@ -24,7 +24,7 @@ def glm(layers, width, heads, rows, intermediate, attention, dtype):
         attention_bias=True,
         pad_token_id=0,
     )
-    return GlmForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
 def prepared(layers=3, width=64, attention="eager", dtype=torch.float32):

@@ -5,6 +5,7 @@ import json
 import numpy
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from llmtuner.console import TrainingInterrupted, UserError
@@ -145,13 +146,13 @@ def test_fp16_scales_the_loss_with_trained_embeddings(tiny_run, tmp_path, monkey
         init(self, *args, **kwargs)
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=100)
         self.accelerator.native_amp = True
-        self.accelerator.state._shared_state["_mixed_precision"] = "fp16"
 
     def noted(self, *args, **kwargs):
         scales.append(float(self.accelerator.scaler.get_scale()))
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(PackedTrainer, "__init__", with_scaler)
+    monkeypatch.setattr(AcceleratorState, "mixed_precision", "fp16")
     monkeypatch.setattr(PackedTrainer, "training_step", noted)
     monkeypatch.setattr("llmtuner.train.workflow.compute_dtype", lambda _: torch.float16)
     metrics = run_exp({**tiny_run, "max_steps": 30, "eval_steps": 30})

@@ -123,6 +123,7 @@ def test_merge_writes_shards_and_a_complete_model_directory(tiny_model_dir, tmp_
     assert len(load_tokenizer(tmp_path / "merged")) == len(load_tokenizer(tiny_model_dir))
 
 
+@pytest.mark.slow
 def test_merged_model_loads_without_this_project(tiny_model_dir, tmp_path):
     trained_run(tiny_model_dir, tmp_path / "run", **KINDS["embeddings"])
     merge_adapter(tiny_model_dir, tmp_path / "run", tmp_path / "merged")
@@ -381,6 +382,7 @@ print((peak() - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tiny_model_dir, run, tmp_path):
     """More than 200 MB of bf16, and an adapter that holds both embedding matrices in fp32."""
     from transformers import GlmConfig, GlmForCausalLM
