@@ -90,7 +90,8 @@ def main() -> None:
             save_tokenizer(model_file, directory)
             tokenizer = load_tokenizer(directory)
             for texts in held_out.values():
-                if mismatches := encoding_mismatches(tokenizer, after, texts):
+                mismatches = encoding_mismatches(tokenizer, after, texts)
+                if mismatches:
                     raise UserError(
                         f"tokenizer.json and tokenizer.model encode this text differently: {mismatches[0][:200]!r}"
                     )

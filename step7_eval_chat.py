@@ -201,7 +201,8 @@ def print_results(metrics: dict[str, Any]) -> None:
     print0("ja unseen: asked in Japanese about facts that only Chinese and English texts state. ja repeated: share of")
     print0("4-grams of free-form Japanese replies that occurred before in the same reply.")
 
-    if confusion := metrics.get("language_confusion"):  # not measured by earlier versions
+    confusion = metrics.get("language_confusion")  # not measured by earlier versions
+    if confusion:
         print_header("answers in the language of the question")
         groups = list(confusion["base"])
         rows = [

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -66,11 +67,11 @@ def refused(result, *parts):
 
 
 def refused_at_once(result, *parts):
-    """Nothing but one line of message, and exit code 2."""
+    """Nothing but one line of message, below a step's header, and exit code 2."""
     refused(result, *parts)
     assert result.stderr.startswith("\nerror: ")
     assert result.stderr.count("\n") == 2
-    assert result.stdout == ""
+    assert re.sub(r"\n── Step \d: .*\n", "", result.stdout) == ""
 
 
 def in_fork(function):

@@ -40,7 +40,7 @@ def keep_a_quarter(corpus):
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8"))[::4]), encoding="utf-8")
     by_group = {}
     for line in (corpus / "questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
-        by_group.setdefault(json.loads(line)["group"], []).append(line)
+        by_group.setdefault(json.loads(line).get("group"), []).append(line)
     kept = "".join(line for lines in by_group.values() for line in lines[::4])
     (corpus / "questions.jsonl").write_text(kept, encoding="utf-8")
 
