@@ -1,4 +1,4 @@
-# make demo    steps 1 to 7 on the embedded miniature, going on where it stopped; then the results
+# make demo    steps 1 to 7 on the bundled miniature; resumes where it stopped, then shows the results
 # make test    all tests, in two processes (TEST_PROCESSES=4: in four); make test-fast: the unit tests that are quick
 # make check   lint, formatting, types
 # make clean   delete the results of the demo, after asking

@@ -69,7 +69,7 @@ VARIANTS: dict[str, Values] = {
     "new tokens only": dict(train_new_tokens_only=True),
     "LoRA only": LORA_ONLY,
 }
-HELD_OUT = dict(val_size=0.02, max_eval_samples=10**9)  # all of it is evaluated after a run
+EVALUATE_LATER = dict(val_size=0.02, max_eval_samples=10**9)  # all of it is evaluated after a run
 NUM_BATCHES = 4  # of ablation_step_time, all different
 WINDOW, SEQUENCES = 1024, 2  # of long dialogues: as many tokens a step as the miniature's 8 sequences of 256
 NUM_DRAWN, MEDIAN_BYTES, SIGMA = 3_000, 400, 1.0  # answers of lognormal length, made of the miniature's own
@@ -359,7 +359,7 @@ def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
 def measure_packing(options: argparse.Namespace, scratch: Path) -> Values:
     """Packed against padded, one dialogue per row, as many dialogues a step on average; on two kinds of dialogues."""
     what, varied = varied_dialogues(options.corpora, scratch)
-    step6 = step_settings("sft") | HELD_OUT
+    step6 = step_settings("sft") | EVALUATE_LATER
     results: Values = {}
     for name, settings in (("the miniature's sets", step6), (what, {**step6, **varied})):
         data_args = get_train_args({**settings, "output_dir": str(scratch)}).data
@@ -401,7 +401,7 @@ def varied_dialogues(corpora: Path | None, scratch: Path) -> tuple[str, Values]:
 def measure_embeddings(options: argparse.Namespace, scratch: Path) -> Values:
     """LoRA with both embedding matrices, or their new rows, against LoRA only, on the same batches."""
     variants = {"LoRA": LORA_ONLY, "LoRA + new tokens": dict(train_new_tokens_only=True), "LoRA + embeddings": {}}
-    settings = step_settings("sft") | HELD_OUT
+    settings = step_settings("sft") | EVALUATE_LATER
     results = train_in_turn(settings, variants, options, "seconds_per_step", scratch)
     print_results("embeddings beside LoRA", results)
     return results

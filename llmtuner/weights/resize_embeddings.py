@@ -52,7 +52,7 @@ def open_model(directory: Path) -> LazyCheckpoint:
     if is_original_chatglm(read_json(directory / "config.json")):
         return open_chatglm(directory)
 
-    # Takes seconds: a published checkpoint with an unusable config.json is rejected before.
+    # Takes seconds: a published checkpoint with an invalid config.json is rejected before.
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 

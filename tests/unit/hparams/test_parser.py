@@ -50,7 +50,7 @@ def parts(problems):
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
-HELD_OUT = "nothing is held out: give val_size or eval_dataset"
+NO_EVAL_DATA = "nothing is held out: give val_size or eval_dataset"
 SINGLE_VALUES = [
     ("lora_rank", "abc", "lora_rank is 'abc'; it must be a whole number"),
     ("lora_rank", "8", "lora_rank is '8'; it must be a whole number"),
@@ -144,10 +144,10 @@ CONTRADICTIONS = [
     ({"mix_strategy": "interleave_over", "interleave_probs": "1.5,-0.5"}, "ratios are not negative"),
     ({"eval_dataset": "c", "val_size": 0.1}, "eval_dataset and val_size are both given"),
     ({"eval_dataset": "c,b"}, "b is in dataset and in eval_dataset"),
-    ({"eval_strategy": "steps"}, f"eval_strategy is steps, but {HELD_OUT}"),
-    ({"evaluation_strategy": "epoch"}, f"eval_strategy is epoch, but {HELD_OUT}"),
-    ({"do_eval": True}, f"do_eval is true, but {HELD_OUT}"),
-    ({"eval_on_start": True}, f"eval_on_start is true, but {HELD_OUT}"),
+    ({"eval_strategy": "steps"}, f"eval_strategy is steps, but {NO_EVAL_DATA}"),
+    ({"evaluation_strategy": "epoch"}, f"eval_strategy is epoch, but {NO_EVAL_DATA}"),
+    ({"do_eval": True}, f"do_eval is true, but {NO_EVAL_DATA}"),
+    ({"eval_on_start": True}, f"eval_on_start is true, but {NO_EVAL_DATA}"),
     ({"do_train": False}, "there is nothing to do"),
     ({"packing": False, "neat_packing": True}, "neat_packing is true, but packing is false"),
     ({"fp16": True, "bf16": True}, "fp16 and bf16 are both true"),
@@ -158,7 +158,7 @@ CONTRADICTIONS = [
     ({"freeze_extra_modules": "norm"}, "name them in additional_target"),
     ({"finetuning_type": "full", "loraplus_lr_ratio": 16}, "loraplus_lr_ratio is given, but finetuning_type full"),
     ({"finetuning_type": "full", "create_new_adapter": True}, "create_new_adapter is given, but finetuning_type full"),
-    ({"eval_on_each_dataset": True}, f"eval_on_each_dataset is true, but {HELD_OUT}"),
+    ({"eval_on_each_dataset": True}, f"eval_on_each_dataset is true, but {NO_EVAL_DATA}"),
     ({"early_stopping_steps": 3, "val_size": 0.1}, "early_stopping_steps is given, but nothing is evaluated"),
     (
         {"early_stopping_steps": 3, "val_size": 0.1, "eval_strategy": "steps", "metric_for_best_model": "accuracy"},
