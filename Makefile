@@ -23,7 +23,7 @@ SOURCES := constants.py pipeline.py $(STEPS) llmtuner mini tests benchmarks
 
 demo: .venv/installed
 	@for step in $(STEPS); do \
-		printf '\n\033[1m$$ python %s\033[0m\n' "$$step"; \
+		printf '\n\033[1m$$ %s %s\033[0m\n' "$(PYTHON)" "$$step"; \
 		SKIP_COMPLETED=1 $(PYTHON) "$$step" </dev/null || exit $$?; \
 	done
 

@@ -21,7 +21,7 @@ STEPS = {
         Step(
             "step2",
             "step2_merge_tokenizer.py",
-            "Merge it into the base tokenizer",
+            "Merge the Japanese tokens into the base tokenizer",
             ("base tokenizer", "ja_bpe.model"),
             "merged tokenizer",
         ),

@@ -39,7 +39,13 @@ def main() -> None:
     pipeline.start_step("step1")
     base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
     pipeline.require_corpus()
-    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, check_sentencepiece_spec, read_sentencepiece, to_processor
+    from llmtuner.tokenizer.fast import (
+        SPECIAL_TOKENS,
+        check_sentencepiece_spec,
+        display_tokens,
+        read_sentencepiece,
+        to_processor,
+    )
     from llmtuner.tokenizer.merge_vocab import count_scripts, merge_as_original, merge_vocab, new_candidates
     from llmtuner.tokenizer.sentencepiece_bpe import short_sentences, split_sentences, train_bpe
 
@@ -107,7 +113,8 @@ def main() -> None:
     rows = [[name, f"{added:,}", f"{per_character[name]:.3f}"] for name, (_, added) in splits.items()]
     print0(format_table(["tokenizer", "new tokens", "tokens per character"], rows))
     for example in short_sentences(held_out, count=3):
-        print0("\n" + "\n".join(f"{' | '.join(split.encode(example, out_type=str))}" for split, _ in splits.values()))
+        lines = (" | ".join(display_tokens(split.encode(example, out_type=str))) for split, _ in splits.values())
+        print0("\n" + "\n".join(lines))
 
     if options.method == "continued" and len(tokens) < PROFILE.num_new_tokens:
         print0(f"note: this text yields {len(tokens):,} of the {PROFILE.num_new_tokens:,} tokens asked for")

@@ -49,6 +49,8 @@ def main() -> None:
     print_header("the same questions, base and Zero model")
     metrics: dict[str, dict] = {}
     for group in ("zh", "en", "ja"):
+        if metrics:
+            print0()
         indices = [index for index, question in enumerate(questions) if question.group == group]
         identical = sum(answers["base"][index] == answers["zero"][index] for index in indices)
         correct = sum(is_correct(questions[index], answers["zero"][index]) for index in indices)
@@ -59,7 +61,7 @@ def main() -> None:
         for index in indices[:NUM_EXAMPLES]:
             print0(f"{group}  Q     {questions[index].question}")
             print0(f"    base  {answers['base'][index]}\n    zero  {answers['zero'][index]}")
-        print0(f"{group}: {identical} of {len(indices)} answers identical, {correct} correct\n")
+        print0(f"{group}: {identical} of {len(indices)} answers identical, {correct} correct")
     print_header("held-out text (lower is better)")
     print0(format_bpb_table(bits))
     rows = [

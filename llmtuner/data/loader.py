@@ -174,6 +174,8 @@ def format_mixture(stats: dict[str, dict[str, Any]], data_args: "DataArguments")
         line += [f"{data_args.interleave_probs[number]:.1%}"] if data_args.interleave_probs else []
         lines.append(line + ([f"{counts['held_out_elsewhere']:,}"] if excluded else []))
     table = format_table(header, lines)
+    if any(counts["duplicates"] for counts in stats.values()):
+        table += "\nduplicates: rows whose text occurs earlier in the same dataset; they are trained on, too"
     if excluded:
         table += f"\n{excluded:,} rows are not trained on: the same text is held out of another dataset"
     return table
