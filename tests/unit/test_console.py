@@ -3,6 +3,8 @@
 import ast
 import sys
 
+import pytest
+
 from tests.helpers import ROOT
 from tests.scripts import refused_at_once, start
 
@@ -56,6 +58,7 @@ def explained(error):
     return start(["-c", code])
 
 
+@pytest.mark.slow
 def test_error_of_the_system_is_a_message(tmp_path):
     refused_at_once(
         explained("import os; raise PermissionError(13, os.strerror(13), '/a/b')"), "/a/b: Permission denied"

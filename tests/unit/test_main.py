@@ -46,6 +46,7 @@ def test_doors_of_the_command_line(tmp_path, monkeypatch):
             call(door, tmp_path / "missing.yaml")
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up(tmp_path):
     """For real: the process may not write a file of more than 300 kB."""
     room = tmp_path / "room"

@@ -22,6 +22,7 @@ def test_page_names_the_benchmark(script):
     assert f"`{script}" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", PARTS)
 def test_page_names_every_part(script):
     command = [sys.executable, "-m", f"benchmarks.{script}", "--help"]

@@ -16,6 +16,8 @@ from llmtuner.train import checkpointing
 from llmtuner.train.tuner import run_exp
 from tests.training import ended_at, log_of, losses_of
 
+pytestmark = pytest.mark.slow  # whole runs, stopped and resumed
+
 
 @pytest.mark.parametrize("logging_steps", [1, 3])
 def test_stopped_run_goes_on_as_if_it_never_had(saving_run, tmp_path, monkeypatch, capsys, logging_steps):

@@ -127,6 +127,7 @@ def whole_model(dtype, **beside):
 BOTH = dict(additional_target=["embed_tokens", "lm_head"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("beside", "checkpointing", "dtype", "above"),
     [

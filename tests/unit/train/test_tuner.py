@@ -147,6 +147,7 @@ def test_bad_targets_and_data_are_refused(tiny_run, tmp_path, change, message):
 
 
 # --------------------------------------------------------------------------------------------------- create_new_adapter
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [{}, {"use_dora": True, "additional_target": None}], ids=["embeddings", "dora"])
 def test_a_new_adapter_is_merged_after_the_one_it_was_trained_on(tiny_run, tiny_model_dir, tmp_path, earlier):
     first, second = str(tmp_path / "adapter"), str(tmp_path / "second")

@@ -153,6 +153,7 @@ def test_frozen_weights_are_held_as_they_are_multiplied(precision, dtype):
     assert compute_dtype(SimpleNamespace(bf16=precision == "bf16", fp16=precision == "fp16")) == dtype
 
 
+@pytest.mark.slow
 def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, monkeypatch, capsys):
     """And another GPU, for which it decides otherwise, may go on with the run."""
     out = tmp_path / "adapter"
