@@ -58,8 +58,9 @@ def files_of_first_step(script: str) -> set[Path]:
         pass
 
     def record(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
-            seen.add(Path(frame.f_code.co_filename))
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(str(ROOT)) and "site-packages" not in file:  # .venv lies in ROOT, too
+            seen.add(Path(file))
 
     original = PackedDataset.__getitem__
 
