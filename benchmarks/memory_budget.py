@@ -73,7 +73,7 @@ class LiveTensors(TorchDispatchMode):
 def simulate_step(model: Any, batch_size: int, seq_len: int, checkpointing: bool, dtype: torch.dtype) -> dict[str, int]:
     """Peak bytes of live tensors in each phase of a step of `MICRO_BATCHES`, without the optimizer's state.
 
-    Loss and autocast are the trainer's own: accelerate puts the model's forward pass under autocast.
+    The loss is the trainer's own, under autocast as there.
 
     Args:
         model: prepared for training, with real tensors or, under `FakeTensorMode`, with fake ones.
@@ -88,16 +88,16 @@ def simulate_step(model: Any, batch_size: int, seq_len: int, checkpointing: bool
     model.train()
     decoder = model.get_base_model().base_model
     hook = decoder.register_forward_hook(lambda *_: setattr(live, "phase", "loss"))
-    under_autocast = mock.patch.object(model, "forward", autocast(model.forward))
     # On a GPU the loss forms more logits at once.
     as_on_a_gpu = mock.patch.object(loss, "CHUNK_NUMEL_CPU", loss.CHUNK_NUMEL)
     compute_loss = loss_function(model, FinetuningArguments())
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    with under_autocast, as_on_a_gpu, live:
+    with as_on_a_gpu, live:
         for _ in range(MICRO_BATCHES):
             live.phase = "forward"
-            summed, _ = compute_loss(batch)
+            with autocast:
+                summed, _ = compute_loss(batch)
             live.phase = "backward"
             summed.backward()
             del summed

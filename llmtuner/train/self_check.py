@@ -109,7 +109,7 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
 
 
 def _matmul_dtype(trainer: PackedTrainer) -> torch.dtype:
-    """Returns the dtype of the model's matrix products; accelerate's autocast is on only inside `model.forward`."""
+    """Returns the dtype of the matrix products of model and loss."""
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
     return mixed or next(trainer.model.parameters()).dtype
 

@@ -5,7 +5,7 @@ One optimizer step, from transformers/trainer.py; what is marked with * is defin
     train -> _inner_training_loop -> _run_epoch
         get_batch_samples             gradient_accumulation_steps batches of PackedDataCollator, and num_items_in_batch,
                                       the number of their target tokens on all ranks
-        training_step                 for each of these micro-batches
+        training_step                 for each of these micro-batches, under autocast_smart_context_manager *
             compute_loss *            loss sum of the micro-batch / num_items_in_batch
                 _compute_loss_sum *   forward pass, linear_cross_entropy_sum (loss.py)
                 _record_micro_batch * counts tokens, remembers loss and documents
@@ -26,6 +26,7 @@ To stop at a breakpoint, put `breakpoint()` into `compute_loss`; in several proc
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +120,14 @@ class PackedTrainer(Trainer):
         self.embedding_lr: float | None = None  # of the current step
 
     # ------------------------------------------------------------------------------------------------------------ step
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Returns autocast to the dtype of the run; `compute_loss_context_manager` enters it, in training and evaluation.
+
+        accelerate's own autocast covers the forward pass of a model that it has prepared: it leaves out the output layer's
+        product in the loss, and every evaluation without training.
+        """
+        return self.accelerator.autocast()
+
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -142,7 +142,7 @@ def test_documents_that_may_see_each_other_are_not_compared(family_run):
 @pytest.mark.parametrize("plain", [{}, {"fused_ops": False, "chunked_loss": False, "flash_attn": "sdpa"}])
 def test_glm_with_lora_and_embeddings_passes(tiny_run, monkeypatch, capsys, stage, bf16, plain):
     monkeypatch.setattr("llmtuner.hparams.transformers_args.cpu_supports_bf16", lambda: True)
-    other = torch.float32 if bf16 else torch.bfloat16  # accelerate's autocast is in model.forward alone
+    other = torch.float32 if bf16 else torch.bfloat16
     monkeypatch.setitem(self_check.TOLERANCES, other, (-1, -1))
     dataset = {"pt": "documents", "sft": "dialogues"}[stage]
     short = dict(max_steps=1, eval_strategy="no", eval_on_start=False, plot_loss=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtuner.console import TrainingInterrupted, UserError
 from llmtuner.data.loader import get_dataset
@@ -160,6 +161,74 @@ def test_fp16_scales_the_loss_with_trained_embeddings(tiny_run, tmp_path, monkey
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in saved.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------- bf16
+class Products(TorchDispatchMode):
+    """Collects the dtypes of the matrix products that are computed, forward and backward, by the name of their operator."""
+
+    NAMES = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear")
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in self.NAMES or "attention" in name:
+            inputs = args[:4]  # behind them attention's backward takes the logsumexp, in fp32
+            self.found.setdefault(name, set()).update(value.dtype for value in inputs if isinstance(value, torch.Tensor))
+        return result
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Settings of a run in bf16, which PyTorch computes on any CPU, slowly where it has no instructions for it."""
+    monkeypatch.setattr("llmtuner.hparams.transformers_args.cpu_supports_bf16", lambda: True)
+    return {**NO_FIGURES, "bf16": True}
+
+
+@pytest.mark.parametrize("how", [{}, {"chunked_loss": False}])
+@pytest.mark.parametrize(("stage", "dataset"), STAGES)
+def test_every_matrix_product_of_a_bf16_run_is_in_bf16(tiny_run, bf16, monkeypatch, stage, dataset, how):
+    """Of training and evaluation, the output layer's included; what is trained stays in fp32."""
+    products, dtypes = Products(), set()
+    training_step, evaluate = PackedTrainer.training_step, PackedTrainer.evaluate
+
+    def watched_step(self, *args, **kwargs):
+        with products:
+            loss = training_step(self, *args, **kwargs)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        dtypes.update(tensor.dtype for parameter in trained for tensor in (parameter, parameter.grad))
+        dtypes.add(loss.dtype)
+        return loss
+
+    def watched_evaluation(self, *args, **kwargs):
+        with products:
+            return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedTrainer, "training_step", watched_step)
+    monkeypatch.setattr(PackedTrainer, "evaluate", watched_evaluation)
+    texts = {"zh": ["小镇的东边是一条河。"]} if stage == "pt" else {}
+    metrics = run_exp({**tiny_run, **bf16, **how, "stage": stage, "dataset": dataset, "eval_on_start": True}, texts)
+    assert {"mm"} < products.found.keys()
+    assert any("attention" in name for name in products.found)
+    assert {dtype for found in products.found.values() for dtype in found} == {torch.bfloat16}, products.found
+    assert dtypes == {torch.float32}
+    assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
+
+
+@pytest.mark.parametrize(("stage", "dataset"), STAGES)
+def test_evaluation_alone_computes_in_bf16_as_training_does(tiny_run, bf16, stage, dataset):
+    settings = {**tiny_run, **bf16, "stage": stage, "dataset": dataset}
+    trained = run_exp({**settings, "eval_on_start": True, "max_steps": 1})
+    alone = run_exp({**settings, "do_eval": True, "do_train": False, "output_dir": settings["output_dir"] + "2"})
+    assert round(alone["eval_loss"], 4) == trained["eval_loss"]["first"]
+    in_fp32 = {**settings, "bf16": False, "do_eval": True, "do_train": False}
+    exact = run_exp({**in_fp32, "output_dir": settings["output_dir"] + "3"})["eval_loss"]
+    assert alone["eval_loss"] != exact
+    assert alone["eval_loss"] == pytest.approx(exact, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------- eval_on_each_dataset
