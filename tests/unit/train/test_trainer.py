@@ -178,7 +178,9 @@ class Products(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in self.NAMES or "attention" in name:
             inputs = args[:4]  # behind them attention's backward takes the logsumexp, in fp32
-            self.found.setdefault(name, set()).update(value.dtype for value in inputs if isinstance(value, torch.Tensor))
+            self.found.setdefault(name, set()).update(
+                value.dtype for value in inputs if isinstance(value, torch.Tensor)
+            )
         return result
 
 
