@@ -3,11 +3,12 @@
     python -m benchmarks.compare_trainers --install DIR        virtual environments of the three others, once
     python -m benchmarks.compare_trainers --environments DIR --work-dir runs/mini --corpora DIR
 
-`make demo` must have finished step 3 in the work directory. Same model, fp32, trained parameters (LoRA of rank 32 on all
-linear layers and both embedding matrices), learning rate and tokens a step for all. The others get rows of token ids, so
-that tokenizing and packing cost them nothing; each runs with its defaults and with the settings that make it fastest. Runs
-take turns, A B C ... A B C ...; a ratio is the median over the rounds. The first steps of a run are not timed. All trained
-models are evaluated on the same held-out rows by the same code.
+`make demo` must have finished step 3 in the work directory. Same model, trained parameters (LoRA of rank 32 on all linear
+layers and both embedding matrices), learning rate and tokens a step for all. The others get rows of token ids, so that
+tokenizing and packing cost them nothing; each runs with its defaults and with the settings that make it fastest, in bf16
+and in fp32 where the CPU has bf16 instructions; ours runs as the steps run by default there. Runs take turns, A B C ...
+A B C ...; a ratio is the median over the rounds. The first steps of a run are not timed. All trained models are evaluated
+on the same held-out rows by the same code.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from llmtuner.data.packing import PackedDataset, PackIndex, one_per_sequence, pa
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import get_train_args
+from llmtuner.hparams.transformers_args import cpu_supports_bf16
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
 
@@ -68,6 +70,14 @@ ENTRIES: dict[str, dict[str, tuple[str, str, Values]]] = {
         "TRL, no checkpointing, packed": ("trl", "packed", WITHOUT_CHECKPOINTING),
     },
 }
+FASTEST = {  # the entries of --fastest: ours, and each of the others with the settings that make it fastest
+    "pt": ("Trainer + peft", "LLaMA-Factory, no checkpointing", "TRL, no checkpointing"),
+    "sft": (
+        "Trainer + peft, packed apart",
+        "LLaMA-Factory, neat packing, no checkpointing",
+        "TRL, no checkpointing, packed",
+    ),
+}
 # Settings of the steps that the others lack or that are set for all alike.
 DROPPED = ("embedding_learning_rate", "warmup_ratio", "num_train_epochs", "eval_steps", "eval_strategy", "bf16")
 DROPPED += ("save_steps", "eval_on_start")
@@ -78,7 +88,14 @@ def main() -> None:
     parser.add_argument("--install", type=Path, metavar="DIR", help="create the virtual environments there, and exit")
     parser.add_argument("--environments", type=Path, metavar="DIR", help="where --install has created them")
     parser.add_argument("--jobs", nargs="+", choices=("pt", "pt-1024", "sft"), default=["pt", "pt-1024", "sft"])
-    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="some entries of the table only")
+    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="ours and some entries of the table only")
+    parser.add_argument("--fastest", action="store_true", help="each trainer with its fastest settings only")
+    parser.add_argument(
+        "--baseline", metavar="COMMIT", help="an earlier commit of this repository, which takes its turn too"
+    )
+    precisions = ["bf16", "fp32"] if cpu_supports_bf16() else ["fp32"]
+    text = "of the other trainers; ours computes in bf16 if it is among them (default: bf16 where the CPU has it, and fp32)"
+    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=precisions, help=text)
     options = parser.parse_args()
     if options.install:
         return install(options.install)
@@ -104,37 +121,99 @@ def install(directory: Path) -> None:
 
 
 def compare(job_name: str, options: argparse.Namespace, scratch: Path) -> Values:
-    """Runs every entry of a job in turn, several times: medians, and our speed relative to theirs within each round."""
+    """Runs every entry of a job in turn, several times: medians, and our speed relative to theirs within each round.
+
+    `speedup` is relative to a run, `best_speedup` to the faster one of an entry's precisions; the faster one shows it.
+    """
     stage = job_name.split("-")[0]
     job, rows = prepare(job_name, options, scratch)
-    chosen = ("ours", *(options.only or ENTRIES[stage]))
-    entries = {name: entry for name, entry in ENTRIES[stage].items() if name in chosen}
+    entries = choose_entries(stage, options)
+    runs = plan_runs(entries, options.precisions)
     versions: Values = {}
     rate = "tokens_per_second" if stage == "pt" else "target_tokens_per_second"
+    if options.baseline:
+        check_out(options.baseline, scratch / "baseline")
 
-    def run(name: str, _: int) -> Values:
+    def run(label: str, _: int) -> Values:
+        name, precision = runs[label]
         trainer, kind, variant = entries[name]
-        run_job = {**job, **rows[kind], "variant": variant}
+        run_job = {**job, **rows[kind], "variant": variant, "bf16": precision == "bf16"}
         result = run_trainer(trainer, run_job, options.environments.resolve(), scratch)
-        versions[name] = result.pop("versions")
+        versions[label] = result.pop("versions")
         seconds = result.pop("seconds")
         return result | {f"{what}_per_second": rows[kind][what] / seconds for what in ("tokens", "target_tokens")}
 
     def relate(together: list[Values]) -> None:
         for values in together:
             values["speedup"] = together[0][rate] / values[rate]
+        for labels in by_entry(runs):
+            of_entry = [values for label, values in zip(runs, together, strict=True) if label in labels]
+            best = min(values["speedup"] for values in of_entry)
+            for values in of_entry:
+                values["best_speedup"] = best
 
-    results = common.run_in_turn(entries, options.repeats, run, relate)
-    common.print_results(f"{job_name}: {rows['what']}; speedup = ours / theirs", results)
-    return {"what": rows["what"], "results": results, "peers": versions}
+    results = common.run_in_turn(runs, options.repeats, run, relate)
+    for labels in by_entry(runs):
+        for label in sorted(labels, key=lambda label: results[label][rate])[:-1]:
+            del results[label]["best_speedup"], results[label]["best_speedup_per_round"]
+    title = f"{job_name}: {rows['what']}; speedup = ours / theirs, best_speedup = ours / their faster precision"
+    common.print_results(title, results)
+    return {"what": rows["what"], "precision": runs["ours"][1], "results": results, "peers": versions}
+
+
+def choose_entries(stage: str, options: argparse.Namespace) -> dict[str, tuple[str, str, Values]]:
+    """Ours first, then the earlier commit, then what the options choose of a stage's table.
+
+    Raises:
+        UserError: for a name that is in no stage's table.
+    """
+    known, names = ENTRIES[stage], {name for entries in ENTRIES.values() for name in entries}
+    chosen = options.only or (FASTEST[stage] if options.fastest else known)
+    if unknown := [name for name in chosen if name not in names]:
+        raise UserError(f"--only {unknown[0]!r} names no entry. Known: {', '.join(map(repr, sorted(names)))}.")
+    entries = {"ours": known["ours"]}
+    if options.baseline:
+        entries[f"ours at {options.baseline}"] = ("baseline", "packed", {})
+    return entries | {name: entry for name, entry in known.items() if name in chosen}
+
+
+def plan_runs(entries: dict[str, tuple[str, str, Values]], precisions: list[str]) -> dict[str, tuple[str, str]]:
+    """Label of a run -> its entry and precision: ours once, as the steps run, the others once per precision."""
+    default = "bf16" if "bf16" in precisions else "fp32"
+    runs = {}
+    for name, (trainer, *_) in entries.items():
+        if trainer in ("ours", "baseline"):
+            runs[name] = (name, default)
+        else:
+            runs |= {f"{name}, {precision}": (name, precision) for precision in precisions}
+    return runs
+
+
+def by_entry(runs: dict[str, tuple[str, str]]) -> list[list[str]]:
+    """The labels of each entry's runs."""
+    names = dict.fromkeys(name for name, _ in runs.values())
+    return [[label for label, run in runs.items() if run[0] == name] for name in names]
+
+
+def check_out(commit: str, directory: Path) -> None:
+    """Writes the files of an earlier commit into a new directory.
+
+    Raises:
+        UserError: if git knows no such commit.
+    """
+    archive = directory.with_suffix(".tar")
+    run_process(["git", "archive", "--format=tar", f"--output={archive}", commit])
+    shutil.unpack_archive(archive, directory)
 
 
 def run_trainer(trainer: str, job: Values, environments: Path, scratch: Path) -> Values:
     """One run in a process and an environment of its own."""
-    python = sys.executable if trainer == "ours" else environments / trainer / "bin" / "python"
+    python = sys.executable if trainer in ("ours", "baseline") else environments / trainer / "bin" / "python"
+    root = scratch / "baseline" if trainer == "baseline" else ROOT
     atomic_write_json(scratch / "job.json", job)
     shutil.rmtree(job["output"], ignore_errors=True)
-    command = [python, ROOT / "benchmarks" / "trainer_job.py", trainer, scratch / "job.json"]
+    function = "ours" if trainer == "baseline" else trainer
+    command = [python, root / "benchmarks" / "trainer_job.py", function, scratch / "job.json"]
     run_process(command, HF_HUB_OFFLINE=1, TOKENIZERS_PARALLELISM="false", PYTHONWARNINGS="ignore")
     result = common.read_results(Path(job["result"]))
     losses, norms = result.pop("losses"), result.pop("gradient_norms")
@@ -146,7 +225,7 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     """The settings of a job, and its rows for the others: packed and, for sft, padded."""
     import constants
 
-    model = scratch / "model"  # in fp32: LLaMA-Factory trains in the precision of the files
+    model = scratch / "model"  # in fp32: without bf16 LLaMA-Factory trains in the precision of the files
     load_model(constants.ZERO_DIR, torch.float32).save_pretrained(model)
     copy_tokenizer(constants.ZERO_DIR, model)
     window = 256 if name == "pt" else 1024
@@ -187,7 +266,7 @@ def prepare(name: str, options: argparse.Namespace, scratch: Path) -> tuple[Valu
     job |= dict(
         result=str(scratch / "result.json"), steps=options.steps, untimed=WARMUP_STEPS, lora=LORA, ours=settings
     )
-    job |= dict(learning_rate=LEARNING_RATE, cpu=True, bf16=False, cutoff_len=window, threads=torch.get_num_threads())
+    job |= dict(learning_rate=LEARNING_RATE, cpu=True, cutoff_len=window, threads=torch.get_num_threads())
     return job, rows
 
 

@@ -66,9 +66,12 @@ def make_table(results: dict[str, Values], columns: str) -> str:
 
     Args:
         columns: "header=key:format" of each column, an underscore in a header being a space, after a header of the names.
-            A missing value is an empty cell; a ratio without a format is shown with its range over the rounds.
+            A missing value is an empty cell, a column without values is left out; a ratio without a format is shown with
+            its range over the rounds.
     """
     first, *specs = columns.split()
+    keys = {key for values in results.values() for key in values}
+    specs = [spec for spec in specs if spec.partition("=")[2].partition(":")[0] in keys]
     lines = []
     for name, values in results.items():
         cells = [name]
@@ -89,7 +92,7 @@ LOSSES = "first_loss=first_loss:.3f last_5=last_loss:.3f first_norm=first_norm:.
 TIMES = "seconds=seconds:.0f peak_MB=peak_mb:,.0f "
 # The first word is the header of the names; "-" is none.
 COLUMNS = {
-    "compare_trainers": f"- ours_/_theirs=speedup {SPEEDS} GB=peak_memory_gb:.2f held-out_loss=held_out_loss:.3f {LOSSES}",
+    "compare_trainers": f"- ours_/_theirs=speedup ours_/_theirs_at_best=best_speedup {SPEEDS} GB=peak_memory_gb:.2f held-out_loss=held_out_loss:.3f {LOSSES}",
     "train_throughput": f"- times_as_fast=ratio {SPEEDS} utilization=utilization:.0% GB=peak_memory_gb:.2f {LOSSES}"
     "data_/_forward_/_backward_/_optimizer=parts",
     "ablation_step_time": "- times_as_fast=ratio:.2f ms_per_step=milliseconds:.0f first_loss=loss:.5f",

@@ -46,10 +46,10 @@ def test_a_table_is_rewritten_and_the_rest_is_left_alone(tmp_path, monkeypatch):
         update_readme.main()
 
 
-def test_ratio_column_has_median_and_range_and_missing_values_are_empty_cells():
+def test_ratio_column_has_median_and_range_and_missing_values_are_empty_cells_or_no_column():
     results = {"ours": {"speedup": 1.0, "speedup_per_round": [1.0]}}
     results["theirs"] = {"speedup": 2.0, "speedup_per_round": [1.5, 2.0, 3.25], "seconds": 1234.5}
-    table = update_readme.make_table(results, "- ours_/_theirs=speedup held-out_time=seconds:,.1f")
+    table = update_readme.make_table(results, "- ours_/_theirs=speedup loss=loss:.1f held-out_time=seconds:,.1f")
     assert table.splitlines() == [
         "|  | ours / theirs | held-out time |",
         "| --- | ---: | ---: |",
