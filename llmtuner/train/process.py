@@ -1,5 +1,6 @@
 """The one place where a run touches its process: environment variables, the group of processes, the GPU."""
 
+import gc
 import os
 import socket
 from dataclasses import replace
@@ -37,6 +38,13 @@ def join_processes(args: TrainArgs) -> TrainArgs:
     if training.n_gpu > 1:  # a process trains on one GPU; Trainer would split each batch among all that it sees
         training._n_gpu = 1
     return replace(args, training=training)
+
+
+def release_memory() -> None:
+    """Frees the model and the optimizer of a finished run, which reference cycles of Trainer keep in memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _set_single_process_env() -> None:

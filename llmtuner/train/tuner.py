@@ -22,6 +22,8 @@ def run_exp(
         before_training: called on rank 0 once settings, data and model have been checked, before anything of an earlier
             run is deleted.
 
+    Afterwards nothing of model and optimizer is left in memory.
+
     Returns:
         metrics: steps, tokens, tokens_per_second, padding_ratio, trainable_parameters, train_loss, eval_loss, data and,
         for the sft stage, initial_loss of each dataset.
@@ -29,7 +31,7 @@ def run_exp(
     Raises:
         UserError: for invalid settings, data or models.
     """
-    from llmtuner.train.process import join_processes
+    from llmtuner.train.process import join_processes, release_memory
 
     train_args = join_processes(_checked(args))
     # Only now: with Trainer comes DeepSpeed, which reads the environment when it is imported.
@@ -37,9 +39,10 @@ def run_exp(
     from llmtuner.train.workflow import run_pt, run_sft
 
     with lock_output_dir(Path(str(train_args.training.output_dir))):
-        if train_args.finetuning.stage == "pt":
-            return run_pt(train_args, texts, before_training)
-        return run_sft(train_args, before_training)
+        is_pt = train_args.finetuning.stage == "pt"
+        metrics = run_pt(train_args, texts, before_training) if is_pt else run_sft(train_args, before_training)
+    release_memory()
+    return metrics
 
 
 def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) -> Path:

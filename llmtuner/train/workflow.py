@@ -124,7 +124,9 @@ def _train(
         atomic_write_json(output_dir / "training_args.json", settings)
         if args.finetuning.plot_loss:
             plot_losses(trainer.state.log_history, output_dir)
-    return _collect_metrics(args.training, trainer, dataset)
+    metrics = _collect_metrics(args.training, trainer, dataset)
+    trainer.accelerator.free_memory()  # DeepSpeed's hooks would keep the model in memory
+    return metrics
 
 
 def _prepare_model(args: TrainArgs) -> torch.nn.Module:

@@ -103,6 +103,32 @@ def test_checkpoint_of_weights_alone_is_not_resumed_under_deepspeed(saving_run, 
     checkpointing.check_resumable(out / "checkpoint-4")
 
 
+def test_nothing_of_a_run_is_left_in_memory_under_deepspeed(tiny_run, tmp_path):
+    """The hooks of its engine would keep the model alive in each process."""
+    settings = {**tiny_run, "deepspeed": str(ROOT / "ds_config_zero2.json"), "per_device_train_batch_size": 1}
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import weakref
+from llmtuner.train.trainer import PackedTrainer
+from llmtuner.train.tuner import run_exp
+
+def watched(self, dataset):
+    references.extend(map(weakref.ref, (self.model_wrapped, self.optimizer, *self.model.parameters())))
+    return evaluate_loss(self, dataset)
+
+references, evaluate_loss = [], PackedTrainer.evaluate_loss
+PackedTrainer.evaluate_loss = watched
+run_exp({settings!r})
+print("left of", len(references) > 20, sum(reference() is not None for reference in references))
+""",
+        encoding="utf-8",
+    )
+    codes, output, errors = in_two_processes([script], tmp_path)
+    assert codes == [0, 0], errors[-10000:]
+    assert output.count("left of True 0") == 2
+
+
 def test_all_processes_end_if_one_refuses(tiny_run, tmp_path):
     """Under ZeRO-2 in two processes; a rank that waited for the other would run into the time limit."""
     settings = {**tiny_run, "deepspeed": str(ROOT / "ds_config_zero2.json"), "per_device_train_batch_size": 1}

@@ -1,8 +1,11 @@
 """run_exp and export_model: runs of a few steps learn, merge to the same logits, and refuse bad input."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,6 +14,7 @@ import torch
 from llmtuner.console import UserError
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import export_model, run_exp
 from llmtuner.weights.merge_lora import merge_adapter
 from tests.checkpoints import truncate
@@ -125,6 +129,39 @@ def test_evaluation_alone_writes_no_adapter(tiny_run, tmp_path):
     metrics = run_exp({**tiny_run, "do_eval": True, "do_train": False, "eval_on_start": False})
     assert metrics.keys() == {"eval_loss", "data"}
     assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("how", [{}, {"bf16": True}, {"do_train": False, "do_eval": True}])
+def test_nothing_of_a_run_is_left_in_memory(tiny_run, monkeypatch, how):
+    """The next model has the GPU for itself: reference cycles are collected, then the cache is returned to the system."""
+    monkeypatch.setattr("llmtuner.hparams.transformers_args.cpu_supports_bf16", lambda: True)
+    run, when_emptied = [], []
+    create_optimizer, evaluate_loss = PackedTrainer.create_optimizer, PackedTrainer.evaluate_loss
+
+    def note_optimizer(self, *args, **kwargs):
+        optimizer = create_optimizer(self, *args, **kwargs)
+        run.append(weakref.ref(optimizer))
+        return optimizer
+
+    def note_model(self, dataset):
+        run.extend(weakref.ref(thing) for thing in (self, self.model, *self.model.parameters()))
+        return evaluate_loss(self, dataset)
+
+    def empty_cache():
+        when_emptied.append([reference() is None for reference in run])
+
+    monkeypatch.setattr(PackedTrainer, "create_optimizer", note_optimizer)
+    monkeypatch.setattr(PackedTrainer, "evaluate_loss", note_model)
+    settings = {**tiny_run, **NO_FIGURES, **how}
+    on_gpu = SimpleNamespace(is_available=lambda: True, empty_cache=empty_cache)
+    monkeypatch.setattr("llmtuner.train.process.torch", SimpleNamespace(cuda=on_gpu))
+    gc.disable()
+    try:
+        run_exp(settings)
+    finally:
+        gc.enable()
+    assert len(run) > 20
+    assert when_emptied == [[True] * len(run)]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
