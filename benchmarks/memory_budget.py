@@ -108,9 +108,9 @@ def simulate_step(model: Any, batch_size: int, seq_len: int, checkpointing: bool
     return {phase: live.peak[phase] for phase in PHASES}
 
 
-def chatglm3(finetuning: Values) -> Any:
-    """ChatGLM3-6B with resized embeddings, prepared for training, in memory that is allocated and never touched."""
-    config = GlmConfig(**CHATGLM3_6B, attention_bias=True, pad_token_id=0, tie_word_embeddings=False)
+def chatglm3(finetuning: Values, shape: Values = CHATGLM3_6B) -> Any:
+    """ChatGLM3-6B with resized embeddings, or another shape, prepared for training, in memory that is never touched."""
+    config = GlmConfig(**shape, attention_bias=True, pad_token_id=0, tie_word_embeddings=False)
     with torch.device("meta"):
         base = GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     setattr(base.config, APPENDED_ROWS, [64_798, 78_554])

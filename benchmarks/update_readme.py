@@ -96,6 +96,10 @@ COLUMNS = {
     "train_throughput": f"- times_as_fast=ratio {SPEEDS} utilization=utilization:.0% GB=peak_memory_gb:.2f {LOSSES}"
     "data_/_forward_/_backward_/_optimizer=parts",
     "ablation_step_time": "- times_as_fast=ratio:.2f ms_per_step=milliseconds:.0f first_loss=loss:.5f",
+    "traffic": "- elementwise_GB=elementwise_gb:.2f of_all_off=elementwise_gb_fraction:.0% "
+    "forward=elementwise_forward_gb:.2f backward=elementwise_backward_gb:.2f kernels=kernels:.0f kept_MB=kept_mb:,.0f "
+    "of_all_off=kept_mb_fraction:.0% attention_GB=attention_gb:.2f products_GB=product_gb:.2f "
+    "outside_the_layers,_GB=elementwise_outside_gb:.0f",
     "training_costs": "- time_against_LoRA=ratio seconds_per_step=seconds_per_step:.3f "
     "trained_parameters=trainable_parameters:,.0f held-out_loss=eval_loss:.3f",
     "full_size_checkpoint": "job GB=gigabytes:.1f seconds=seconds:.0f seconds_per_GB=seconds_per_gigabyte:.1f "
