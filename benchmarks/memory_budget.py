@@ -110,11 +110,16 @@ def simulate_step(model: Any, batch_size: int, seq_len: int, checkpointing: bool
 
 def chatglm3(finetuning: Values, shape: Values = CHATGLM3_6B) -> Any:
     """ChatGLM3-6B with resized embeddings, or another shape, prepared for training, in memory that is never touched."""
+    return glm(FinetuningArguments(lora_rank=LORA_RANK, **finetuning), "meta", shape).to_empty(device="cpu")
+
+
+def glm(finetuning: FinetuningArguments, device: str, shape: Values) -> Any:
+    """A Glm of a shape under GlmConfig's names, prepared for training, made on a device with random weights in bf16."""
     config = GlmConfig(**shape, attention_bias=True, pad_token_id=0, tie_word_embeddings=False)
-    with torch.device("meta"):
+    setattr(config, APPENDED_ROWS, [64_798, 78_554])
+    with torch.device(device):
         base = GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    setattr(base.config, APPENDED_ROWS, [64_798, 78_554])
-    return init_adapter(base, FinetuningArguments(lora_rank=LORA_RANK, **finetuning)).to_empty(device="cpu")
+        return init_adapter(base, finetuning)
 
 
 def with_fake_tensors(model: Any) -> FakeTensorMode:

@@ -71,10 +71,10 @@ def trained_parameters() -> dict[str, int]:
     }
 
 
-def flop_per_token(lora: int, checkpointing: bool) -> float:
+def flop_per_token(lora: int, checkpointing: bool, attended: float = MEAN_ATTENDED) -> float:
     """FLOP of a token with `lora` parameters of LoRA and the output layer trained."""
-    flop = 4 * BODY + 6 * (lora + ROWS * WIDTH) + 12 * LAYERS * WIDTH * MEAN_ATTENDED
-    return flop + (2 * (BODY + lora) + 4 * LAYERS * WIDTH * MEAN_ATTENDED if checkpointing else 0)
+    flop = 4 * BODY + 6 * (lora + ROWS * WIDTH) + 12 * LAYERS * WIDTH * attended
+    return flop + (2 * (BODY + lora) + 4 * LAYERS * WIDTH * attended if checkpointing else 0)
 
 
 def sent(parameters: int, gpus: int, accumulation: int) -> float:
@@ -86,33 +86,43 @@ def measure(accumulation: int) -> Values:
     """Bytes per step on the loopback of a small run, and what the formula says: the median of three differences."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        texts = [{"text": f"从前有一座山，山上住着第{number}位木匠。" * 8} for number in range(2_000)]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
-        (directory / "texts.jsonl").write_text(lines, encoding="utf-8")
-        info = {"texts": {"file_name": "texts.jsonl", "columns": {"prompt": "text"}}}
-        (directory / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+        settings = small_run(directory, ROOT / "mini" / "base")
         counted, trained = [], 0
         for repeat in range(3):
-            few, many = (run(directory, steps, accumulation, f"{repeat}-{steps}") for steps in STEPS)
+            few, many = (run(settings, directory / f"{repeat}-{steps}", steps, accumulation) for steps in STEPS)
             counted.append((many[0] - few[0]) / (STEPS[1] - STEPS[0]))
             trained = many[1]
     formula = (2 * accumulation + 1) * trained * 4  # two processes, each sending (2 A + 1) / 2 * P * 4 bytes
     return {"accumulation": accumulation, "formula": formula, "counted": statistics.median(counted)}
 
 
-def run(directory: Path, steps: int, accumulation: int, name: str) -> tuple[int, int]:
-    """Bytes that a run of some steps put on the loopback, and its trained parameters."""
-    settings = dict(stage="pt", model_name_or_path=str(ROOT / "mini" / "base"), dataset="texts", cutoff_len=64)
+def small_run(directory: Path, model: Path) -> Values:
+    """Writes 2,000 short texts into a directory; returns settings of a run of step 5 on them."""
+    texts = [{"text": f"从前有一座山，山上住着第{number}位木匠。" * 8} for number in range(2_000)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
+    (directory / "texts.jsonl").write_text(lines, encoding="utf-8")
+    info = {"texts": {"file_name": "texts.jsonl", "columns": {"prompt": "text"}}}
+    (directory / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    settings: Values = dict(stage="pt", model_name_or_path=str(model), dataset="texts", cutoff_len=64)
     settings |= dict(dataset_dir=str(directory), cache_dir=str(directory / "cache"))
     settings["additional_target"] = "embed_tokens,lm_head"
-    settings |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, learning_rate=1e-4)
-    settings |= dict(max_steps=steps, output_dir=str(directory / name), save_strategy="no")
+    return settings | dict(per_device_train_batch_size=1, learning_rate=1e-4, save_strategy="no")
+
+
+def launch(settings: Values, processes: int, **variables: object) -> common.FinishedProcess:
+    """Trains in processes of their own, under torchrun."""
+    file = Path(settings["output_dir"]).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    launcher = f"-m torch.distributed.run --nproc_per_node {processes} --master_port {common.free_port()} -m llmtuner"
+    return common.run_process([sys.executable, *launcher.split(), "train", file], **variables)
+
+
+def run(settings: Values, output_dir: Path, steps: int, accumulation: int) -> tuple[int, int]:
+    """Bytes that a run of some steps put on the loopback, and its trained parameters."""
+    settings = settings | dict(max_steps=steps, output_dir=str(output_dir), gradient_accumulation_steps=accumulation)
     settings["deepspeed"] = str(ROOT / "ds_config_zero2.json")
-    (directory / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    launcher = f"-m torch.distributed.run --nproc_per_node 2 --master_port {common.free_port()} -m llmtuner train"
-    command = [sys.executable, *launcher.split(), directory / "settings.yaml"]
     before = loopback_bytes()
-    done = common.run_process(command, DS_ACCELERATOR="cpu", OMP_NUM_THREADS=1, GLOO_SOCKET_IFNAME="lo")
+    done = launch(settings, 2, DS_ACCELERATOR="cpu", OMP_NUM_THREADS=1, GLOO_SOCKET_IFNAME="lo")
     counted = loopback_bytes() - before
     [parameters] = re.findall(r"(?m)^training ([\d,]+) .*parameters", done.stdout)
     return counted, int(parameters.replace(",", ""))

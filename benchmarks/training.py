@@ -143,7 +143,8 @@ def run_job(file: Path) -> None:
     parts["other"] = seconds - sum(parts.values())
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     losses, norms = steps["loss"], steps["gradient_norm"]
-    padding_ratio, flop = sums["padding"] / sums["tokens"], model_flop(trainer)
+    padding_ratio = sums["padding"] / sums["tokens"]
+    flop = model_flop(trainer.model, trainer.train_dataset.dataset.pack_index.lengths)
     peak = matmul_peak(torch.bfloat16 if trainer.args.bf16 else torch.float32, trainer.args.device)
     result = {
         "seconds_per_step": seconds / count,
@@ -197,7 +198,8 @@ def measure_throughput(options: argparse.Namespace, scratch: Path) -> None:
     full_size = options.size != "mini"
     if full_size and not torch.cuda.is_available() and options.layers > 2:
         raise UserError("the full size is for a GPU. Without one, shorten it: --layers 1.")
-    model = random_model(options.layers, scratch / "model") if full_size else constants.ZERO_DIR
+    shape = dict(num_hidden_layers=options.layers)
+    model = random_model(scratch / "model", constants.ZERO_DIR, **shape) if full_size else constants.ZERO_DIR
     for stage in options.stages:
         for window in options.windows or [1024 if full_size else 256]:
             tokens = options.tokens or (16_384 if full_size else 2_048)
@@ -214,33 +216,34 @@ def measure_throughput(options: argparse.Namespace, scratch: Path) -> None:
             save_results(options.output, {**layers, "results": results}, name)
 
 
-def random_model(layers: int, directory: Path) -> Path:
-    """Writes ChatGLM3-6B's shape with resized embeddings, random weights in bf16 and the miniature's tokenizer."""
+def random_model(directory: Path, base: Path, device: str = "cpu", **shape: int) -> Path:
+    """Writes a model of ChatGLM3-6B's shape, with changes, with random weights in bf16 and the tokenizer of `base`."""
     from transformers import AutoConfig, GlmForCausalLM
 
-    import constants
-
-    config = AutoConfig.from_pretrained(constants.ZERO_DIR)
-    config.update({**common.CHATGLM3_6B, "num_hidden_layers": layers, "max_position_embeddings": 8192})
+    config = AutoConfig.from_pretrained(base)
+    config.update({**common.CHATGLM3_6B, "max_position_embeddings": 8192, **shape})
     torch.manual_seed(0)
-    GlmForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
-    copy_tokenizer(constants.ZERO_DIR, directory)
+    with torch.device(device):
+        GlmForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    copy_tokenizer(base, directory)
     return directory
 
 
-def model_flop(trainer: Any) -> float:
+def model_flop(model: Any, lengths: numpy.ndarray) -> float:
     """Model FLOP per token; recomputation (gradient checkpointing) does not count.
 
     Per frozen parameter of a linear layer 4 (forward, and backward to its input), per trained one 6; and attention:
     12 * layers * width of all heads * the mean number of tokens that a token attends to.
+
+    Args:
+        lengths: of the documents that attention is computed within.
     """
     flop = 0.0
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed_tokens" not in name and not name.endswith("original_module.weight"):
             flop += parameter.numel() * (6 if parameter.requires_grad else 4)
-    lengths = trainer.train_dataset.dataset.pack_index.lengths
     attended = float(numpy.sum(lengths * (lengths + 1) / 2) / lengths.sum())
-    config = trainer.model.config
+    config = model.config
     return flop + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * attended
 
 
@@ -248,12 +251,17 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP per second of a large matrix product, the fastest of ten."""
     side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    return 2 * side**3 / fastest(lambda: left @ right)
+
+
+def fastest(function: Callable[[], Any], repeats: int = 10) -> float:
+    """Seconds of the fastest of several calls."""
     best = float("inf")
-    for _ in range(10):
+    for _ in range(repeats):
         start = clock()
-        left @ right
+        function()
         best = min(best, clock() - start)
-    return 2 * side**3 / best
+    return best
 
 
 def measure_ablation_step_time(options: argparse.Namespace, _: Path) -> None:
