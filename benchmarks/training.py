@@ -247,9 +247,9 @@ def model_flop(model: Any, lengths: numpy.ndarray) -> float:
     return flop + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * attended
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float:
     """FLOP per second of a large matrix product, the fastest of ten."""
-    side = 8192 if device.type == "cuda" else 2048
+    side = side or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     return 2 * side**3 / fastest(lambda: left @ right)
 
