@@ -83,8 +83,8 @@ class Part:
                 values = {"skipped": "out of memory"}
             except Exception as error:
                 values = {"error": last_line(error)}
-        gc.collect()
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         shown = [f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int)]
         shown += [f"{name}: {value}" for name, value in values.items() if isinstance(value, str)]
@@ -214,7 +214,7 @@ def packed_batch(part: Part, batch_size: int, seq_len: int, seed: int = 0) -> tu
 
 
 def measure_step(part: Part, trainee: Trainee, batch_size: int, seq_len: int, recomputed: bool) -> Values:
-    """Speed, utilization of the measured product and peak memory of two steps, after one that is not timed.
+    """Speed, utilization of the measured product and peak memory of steps, after one that is not timed.
 
     A step is that of `ACCUMULATION` micro-batches, clipping and optimizer.
     """
@@ -223,7 +223,7 @@ def measure_step(part: Part, trainee: Trainee, batch_size: int, seq_len: int, re
     steps, updates = [], []
     if part.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for number in range(3):
+    for number in range(2 if part.tiny else 3):
         start = clock()
         losses = [trainee.micro_batch(batch) for _ in range(ACCUMULATION)]
         middle = clock()

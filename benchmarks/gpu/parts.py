@@ -5,12 +5,13 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
-from transformers import AttentionInterface
 
 from benchmarks.common import Values
 from benchmarks.gpu.measuring import (
@@ -29,6 +30,7 @@ from benchmarks.training import ALL_OFF, clock, fastest
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model import attention
 from llmtuner.report.environment import environment
+from llmtuner.train.trainer import forward_packed
 
 ATTENTIONS = ("sdpa", "varlen", "documents", "flex")
 LORA_LAYERS = {"peft": False, "fused": True}  # by fused_ops
@@ -100,11 +102,11 @@ def measure_baseline(part: Part) -> None:
 
 def measure_layer(part: Part) -> None:
     """One decoder layer of full width with 4,096 tokens: each attention, with peft's and the fused LoRA."""
-    AttentionInterface.register("documents", attention.varlen_sdpa)
-    settings = {**ALL_OFF, "chunked_loss": True, "additional_target": []}
-    plain = Trainee(part, settings, num_hidden_layers=1)
+    rows = 1_024  # of the embeddings, which are trained: their gradient is small, and the layer's input is fp32 as in a run
+    plain = Trainee(part, ALL_OFF, num_hidden_layers=1, vocab_size=rows)
     for batch_size, seq_len in part.windows:
         batch, _ = packed_batch(part, batch_size, seq_len)
+        batch["input_ids"] %= rows
         for name in ATTENTIONS:
             for lora, fused in LORA_LAYERS.items():
                 layer = partial(measure_one_layer, part, plain, name, fused, batch)
@@ -117,15 +119,16 @@ def measure_one_layer(part: Part, plain: Trainee, name: str, fused: bool, batch:
         return {"skipped": "flex attention has no backward pass on a CPU"}
     by_settings = {"documents": "varlen", "flex": "sdpa"}.get(name, name)
     layer = plain.twin({**plain.settings, "fused_ops": fused, "flash_attn": by_settings})
-    if by_settings != name:  # no setting selects it
-        layer.model.config._attn_implementation = "flex_attention" if name == "flex" else name
-    ids = batch["input_ids"]
+    config = layer.model.config
+    if name == "flex":  # no setting selects it
+        config._attn_implementation = "flex_attention"
     decoder = layer.model.get_base_model().model
-    options = {"position_ids": batch["position_ids"], "use_cache": False, "seq_lens": batch["seq_lens"]}
+    # Without FlashAttention's kernel, documents are computed one after another.
+    kernel = mock.patch.object(attention, "varlen_attn", None, create=True) if name == "documents" else nullcontext()
 
     def forward() -> torch.Tensor:
-        with torch.autocast(part.device, dtype=torch.bfloat16):
-            return decoder(input_ids=ids, **options).last_hidden_state
+        with torch.autocast(part.device, dtype=torch.bfloat16), kernel:
+            return forward_packed(decoder, config._attn_implementation, batch).last_hidden_state
 
     def allocated() -> int:
         return torch.cuda.memory_allocated() if part.device == "cuda" else 0
