@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from benchmarks import common, memory_budget, scaling
 from benchmarks.common import Values, markdown_table, read_results
+from benchmarks.gpu import tables as gpu
 from llmtuner.console import UserError, print0, run_cli
 
-PAGES = ("benchmarks/README.md", "benchmarks/scaling.md", "docs/memory.md")
+PAGES = ("benchmarks/README.md", "benchmarks/scaling.md", "docs/gpu.md", "docs/memory.md")
 MISSING = "**not measured**"
 MARKER = re.compile(r"(?m)^<!-- ([\w, -]+) -->\n(?:(?!\n).*\n)*")
 
@@ -112,7 +113,7 @@ COLUMNS = {
     "tokenizer_training samples": f"sample {TIMES} tokens_per_character=per_character:.4f against_all_data=more_all:+.1% "
     "literature=more_ja_aozora:+.1% travel_guides=more_ja_guides:+.1% encyclopedia=more_ja_wiki:+.1%",
 }
-TABLES: dict[str, Callable[[Values, str], str]] = {"scaling": scaling.tables, "memory_budget": memory_budget.tables}
+TABLES: dict[str, Callable[[Values, str], str]] = {"scaling": scaling.tables, "memory_budget": memory_budget.tables, "gpu": gpu.tables}
 
 if __name__ == "__main__":
     run_cli(main)

@@ -12,7 +12,7 @@ SCRIPTS = sorted(
     file.stem
     for file in (common.ROOT / "benchmarks").glob("*.py")
     if file.stem not in ("common", "trainer_job", "update_readme")
-)
+) + ["gpu"]
 PARTS = {"training": 6, "tokenizer": 4}
 
 
