@@ -113,7 +113,11 @@ COLUMNS = {
     "tokenizer_training samples": f"sample {TIMES} tokens_per_character=per_character:.4f against_all_data=more_all:+.1% "
     "literature=more_ja_aozora:+.1% travel_guides=more_ja_guides:+.1% encyclopedia=more_ja_wiki:+.1%",
 }
-TABLES: dict[str, Callable[[Values, str], str]] = {"scaling": scaling.tables, "memory_budget": memory_budget.tables, "gpu": gpu.tables}
+TABLES: dict[str, Callable[[Values, str], str]] = {
+    "scaling": scaling.tables,
+    "memory_budget": memory_budget.tables,
+    "gpu": gpu.tables,
+}
 
 if __name__ == "__main__":
     run_cli(main)

@@ -17,7 +17,8 @@ import torch
 from benchmarks import common
 from benchmarks.common import CHATGLM3_6B, LORA_RANK, Values
 from benchmarks.memory_budget import EMBEDDINGS, glm
-from benchmarks.training import ALL_OFF, clock, loss_function, matmul_peak, model_flop
+from benchmarks.traffic import optimizations_in_turn
+from benchmarks.training import clock, loss_function, matmul_peak, model_flop
 from llmtuner.console import print0, print_header
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.data.template import IGNORE_INDEX
@@ -31,14 +32,7 @@ from llmtuner.train.memory import estimate_step_memory
 
 ACCUMULATION = 4  # micro-batches of a step, as in step 5 of chatglm3-6b
 WINDOWS = ((4, 1_024), (1, 4_096))  # sequences and tokens of micro-batches
-OPTIMIZATIONS: dict[str, Values] = {
-    "chunked loss": dict(chunked_loss=True),
-    "varlen attention": dict(flash_attn="varlen"),
-    "fused ops": dict(fused_ops=True),
-}
-STACK = {"all off": ALL_OFF}  # added one by one
-for _name, _change in OPTIMIZATIONS.items():
-    STACK[f"+ {_name}"] = {**list(STACK.values())[-1], **_change}
+STACK = optimizations_in_turn()
 ALL_ON = list(STACK.values())[-1]
 TINY: Values = dict(vocab_size=2_432, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 TINY |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -232,15 +226,21 @@ def measure_step(part: Part, trainee: Trainee, batch_size: int, seq_len: int, re
             updates.append(clock() - middle)
             steps.append(clock() - start)
     tokens_per_second = ACCUMULATION * batch_size * seq_len / median(steps)
-    return {
+    values: Values = {
         "tokens_per_second": tokens_per_second,
         "utilization": tokens_per_second * model_flop(trainee.model, lengths) / part.peak(),
         "milliseconds": 1e3 * median(steps),
         "optimizer_milliseconds": 1e3 * median(updates),
         "loss": float(losses[-1]),
         "peak_gb": peak_memory_gb(),
-        "estimated_gb": trainee.estimated_gb(batch_size, seq_len, recomputed),
     }
+    if part.device == "cuda":
+        values["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    try:
+        values["estimated_gb"] = trainee.estimated_gb(batch_size, seq_len, recomputed)
+    except Exception as error:  # what was measured stays
+        values["estimate_failed"] = last_line(error)
+    return values
 
 
 def kernels(part: Part, function: Callable[[], Any], count: int = 40) -> Values:
@@ -253,7 +253,9 @@ def kernels(part: Part, function: Callable[[], Any], count: int = 40) -> Values:
         seconds = clock() - start
     found = []
     for event in profile.key_averages():
-        if on_gpu and (event.device_type == torch.autograd.DeviceType.CPU or event.is_user_annotation):
+        if on_gpu and (
+            event.device_type == torch.autograd.DeviceType.CPU or getattr(event, "is_user_annotation", False)
+        ):
             continue
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         found.append({"kernel": event.key[:120], "calls": event.count, "milliseconds": spent / 1e3})

@@ -16,7 +16,6 @@ import torch
 from benchmarks.common import Values
 from benchmarks.gpu.measuring import (
     ALL_ON,
-    OPTIMIZATIONS,
     PRODUCT,
     STACK,
     Part,
@@ -26,6 +25,7 @@ from benchmarks.gpu.measuring import (
     measure_step,
     packed_batch,
 )
+from benchmarks.traffic import OPTIMIZATIONS
 from benchmarks.training import ALL_OFF, clock, fastest
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.model import attention
@@ -88,26 +88,29 @@ def measure_baseline(part: Part) -> None:
     trainee = Trainee(part, ALL_OFF)
     batch_size, seq_len = part.windows[0]
 
-    def baseline(sequences: int, recomputed: bool) -> Values:
-        values = measure_step(part, trainee, sequences, seq_len, recomputed)
-        batch, _ = packed_batch(part, sequences, seq_len)
-        return values | kernels(part, lambda: (trainee.micro_batch(batch), trainee.update()))
-
-    for case in ((batch_size, False), (batch_size, True), (1, True)):
-        name = case_name("all off", case[0], seq_len, case[1])
-        if part.measure(name, partial(baseline, *case)).get("skipped") != "out of memory":
-            return
+    for sequences, recomputed in ((batch_size, False), (batch_size, True), (1, True)):
+        step = partial(measure_step, part, trainee, sequences, seq_len, recomputed)
+        values = part.measure(case_name("all off", sequences, seq_len, recomputed), step)
         trainee.optimizer.zero_grad(set_to_none=True)
+        if values.get("skipped") != "out of memory":
+            break
+    measure_kernels(part, trainee, sequences, seq_len)
+
+
+def measure_kernels(part: Part, trainee: Trainee, batch_size: int, seq_len: int) -> None:
+    """The kernels of a micro-batch and of the optimizer."""
+    batch, _ = packed_batch(part, batch_size, seq_len)
+    part.measure("kernels", lambda: kernels(part, lambda: (trainee.micro_batch(batch), trainee.update())))
 
 
 def measure_layer(part: Part) -> None:
     """One decoder layer of full width with 4,096 tokens: each attention, with peft's and the fused LoRA."""
     rows = 1_024  # of the embeddings, which are trained: their gradient is small, and the layer's input is fp32 as in a run
     plain = Trainee(part, ALL_OFF, num_hidden_layers=1, vocab_size=rows)
-    for batch_size, seq_len in part.windows:
-        batch, _ = packed_batch(part, batch_size, seq_len)
-        batch["input_ids"] %= rows
-        for name in ATTENTIONS:
+    for name in ATTENTIONS:  # what is compiled, and may take long, comes last
+        for batch_size, seq_len in part.windows:
+            batch, _ = packed_batch(part, batch_size, seq_len)
+            batch["input_ids"] %= rows
             for lora, fused in LORA_LAYERS.items():
                 layer = partial(measure_one_layer, part, plain, name, fused, batch)
                 part.measure(f"{name}, {lora}, {batch_size} x {seq_len:,}", layer)
@@ -144,7 +147,7 @@ def measure_one_layer(part: Part, plain: Trainee, name: str, fused: bool, batch:
         forwards.append(middle - start)
         backwards.append(clock() - middle)
     values = {"forward_milliseconds": 1e3 * median(forwards), "backward_milliseconds": 1e3 * median(backwards)}
-    values |= {"milliseconds": sum(values.values()), "kept_gb": kept / 1e9}
+    values["kept_gb"] = kept / 1e9
     return values | kernels(part, lambda: forward().backward(gradient), 12)
 
 
@@ -158,8 +161,7 @@ def measure_steps(part: Part) -> None:
                 step = partial(measure_step, part, trainee, batch_size, seq_len, recomputed)
                 part.measure(case_name(name, batch_size, seq_len, recomputed), step)
                 first.optimizer.zero_grad(set_to_none=True)
-    batch, _ = packed_batch(part, *part.windows[0])
-    part.measure("kernels", lambda: kernels(part, lambda: (trainee.micro_batch(batch), trainee.update())))
+    measure_kernels(part, trainee, *part.windows[0])
 
 
 def measure_numerics(part: Part) -> None:

@@ -14,6 +14,13 @@ NOT_MEASURED = "not measured"
 GPUS = {"H100": (790e12, 3.0e12), "RTX 4090": (165e12, 0.9e12)}
 ADAM_BYTES = 28  # per trained parameter and step: parameter and moments read and written, gradient read
 LINES = [(name, *size, recomputed) for recomputed in (False, True) for size in WINDOWS for name in STACK]
+# More steps: their line, part and case.
+MORE_STEPS = {
+    ("all on, LoRA alone", "4 x 1,024", "kept"): ("embeddings", "LoRA"),
+    ("all on, 8-bit Adam", "1 x 1,024", "recomputed"): ("embeddings", "one card of 24 GB"),
+    ("compiled layers instead of fused ops", "4 x 1,024", "kept"): ("compile", "compiled layers"),
+    ("all on, base products in fp8", "4 x 1,024", "kept"): ("compile", "fp8"),
+}
 PRODUCTS = ("query", "gate and up", "down", "output layer", "LoRA A", "LoRA B")
 LOSSES = ("plain autocast", "chunked loss", "varlen attention", "fused ops", "all on")
 PATHS = {
@@ -79,16 +86,19 @@ def computed_speed(gpu: str, optimizations: str, seq_len: int, recomputed: bool)
 
 def steps(results: Values) -> str:
     header = ["optimizations", "micro-batch", "activations", "tokens/s", "utilization", "peak GB (estimate)"]
-    header += [f"computed: {gpu}, tokens/s" for gpu in GPUS] + ["utilization"]
+    header += [f"computed, {gpu}: tokens/s" for gpu in GPUS] + ["computed utilization"]
+    forms = ("{tokens_per_second:,.0f}", "{utilization:.0%}", "{peak_gb:.1f} ({estimated_gb:.1f})")
     lines = []
     for name, batch_size, seq_len, recomputed in LINES:
         values = results.get("steps", {}).get(case_name(name, batch_size, seq_len, recomputed))
         computed = [computed_speed(gpu, name, seq_len, recomputed) for gpu in GPUS]
         lines.append([name, f"{batch_size} x {seq_len:,}", "recomputed" if recomputed else "kept"])
-        forms = ("{tokens_per_second:,.0f}", "{utilization:.0%}", "{peak_gb:.1f} ({estimated_gb:.1f})")
         lines[-1] += [show(values, form) for form in forms]
         lines[-1] += [show(speed, "{tokens_per_second:,.0f}") for speed in computed]
         lines[-1] += [" / ".join(show(speed, "{utilization:.0%}") for speed in computed)]
+    for (name, size, kind), (part, case) in MORE_STEPS.items():
+        values = results.get(part, {}).get(case)
+        lines.append([name, size, kind, *(show(values, form) for form in forms), *[""] * (len(GPUS) + 1)])
     return markdown_table(header, lines)
 
 
@@ -119,18 +129,11 @@ def goals(results: Values) -> str:
 
 
 def layer(results: Values) -> str:
-    header = ["attention"]
-    header += [f"{size} x {length:,}, {lora} LoRA" for size, length in WINDOWS for lora in LORA_LAYERS]
-    cells = "{forward_milliseconds:.1f} + {backward_milliseconds:.1f} ms, {kept_gb:.2f} GB"
-    lines = [
-        [name, *(show(results.get("layer", {}).get(case.replace("attention", name)), cells) for case in layer_cases())]
-        for name in ATTENTIONS
-    ]
-    return markdown_table(header, lines)
-
-
-def layer_cases() -> list[str]:
-    return [f"attention, {lora}, {size} x {length:,}" for size, length in WINDOWS for lora in LORA_LAYERS]
+    columns = [f"{lora}, {size} x {length:,}" for size, length in WINDOWS for lora in LORA_LAYERS]
+    values = results.get("layer", {})
+    form = "{forward_milliseconds:.1f} + {backward_milliseconds:.1f} ms, {kept_gb:.2f} GB"
+    lines = [[name, *(show(values.get(f"{name}, {column}"), form) for column in columns)] for name in ATTENTIONS]
+    return markdown_table(["attention", *(f"LoRA: {column}" for column in columns)], lines)
 
 
 def losses(results: Values) -> str:
@@ -163,12 +166,11 @@ def tera(values: Values | None, key: str = "flop_per_second", form: str = ".0f")
 
 def kernels(results: Values) -> str:
     """The first ten kernels before and after."""
-    before = next((case for case in results.get("baseline", {}).values() if "kernels" in case), {})
-    after = results.get("steps", {}).get("kernels", {})
+    parts = {"all off": results.get("baseline", {}), "all on": results.get("steps", {})}
     lines = [
-        [where, f"`{kernel['kernel'][:60]}`", str(kernel["calls"]), f"{kernel['milliseconds']:.1f}"]
-        for where, values in (("all off", before), ("all on", after))
-        for kernel in values.get("kernels", [])[:10]
+        [name, f"`{kernel['kernel'][:60]}`", str(kernel["calls"]), f"{kernel['milliseconds']:.1f}"]
+        for name, values in parts.items()
+        for kernel in values.get("kernels", {}).get("kernels", [])[:10]
     ]
     return markdown_table(["", "kernel", "calls", "ms"], lines) if lines else NOT_MEASURED
 

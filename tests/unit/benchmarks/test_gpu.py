@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from benchmarks import common, scaling
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import paths, tables
-from benchmarks.gpu.measuring import ALL_OFF, ALL_ON, STACK, Part, Trainee, packed_batch
+from benchmarks.gpu import measuring, paths, tables
+from benchmarks.gpu.measuring import ALL_ON, STACK, Part, Trainee, packed_batch
+from benchmarks.training import ALL_OFF
 from llmtuner.train.tuner import run_exp
 
 SKIPPED = {
@@ -49,9 +51,10 @@ def test_every_part_runs_on_a_cpu_and_fills_its_tables(tmp_path, monkeypatch):
     steps = {case: values for case, values in results["steps"]["results"].items() if case != "kernels"}
     assert len(steps) == len(STACK) * 4
     assert all(values["tokens_per_second"] > 0 < values["utilization"] for values in steps.values())
-    [baseline] = results["baseline"]["results"].values()
-    assert baseline["kernels"][0]["milliseconds"] >= baseline["kernels"][-1]["milliseconds"] > 0
-    assert len(baseline["kernels"]) == 40
+    kernels = results["baseline"]["results"]["kernels"]["kernels"]
+    assert kernels[0]["milliseconds"] >= kernels[-1]["milliseconds"] > 0
+    assert len(kernels) == 40
+    assert "estimated_gb" in results["baseline"]["results"]["all off, 4 x 32, kept"]
     losses = results["numerics"]["results"]
     assert losses["fp32"]["losses"][-1] < losses["fp32"]["losses"][0] - 0.05
     assert 0 < losses["plain autocast"]["largest_difference"] < 0.01
@@ -132,6 +135,20 @@ def test_twin_shares_weights_and_computes_the_same_loss(tmp_path):
     assert twin.micro_batch(batch).item() == pytest.approx(first.micro_batch(batch).item(), abs=1e-3)
 
 
+def test_kernels_are_those_of_the_gpu_without_operators_and_annotations(tmp_path, monkeypatch):
+    on_gpu, on_cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    rows = [("aten::mm", on_cpu, False, 9.0), ("Optimizer.step", on_gpu, True, 9.0)]
+    rows += [("gemm", on_gpu, False, 2.0), ("softmax", on_gpu, False, 3.0), ("copy", on_gpu, False, 1.0)]
+    names = ("key", "device_type", "is_user_annotation", "self_device_time_total")
+    events = [Namespace(**dict(zip(names, row, strict=True)), count=1) for row in rows]
+    profile = Namespace(key_averages=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(profile))
+    part = Part("steps", tmp_path / "gpu.json", "cuda", True, 60)
+    values = measuring.kernels(part, lambda: None, count=2)
+    assert [kernel["kernel"] for kernel in values["kernels"]] == ["softmax", "gemm"]
+    assert values["busy_milliseconds"] == pytest.approx(0.006)
+
+
 def test_full_size_and_missing_gpu_are_refused(tmp_path):
     with pytest.raises(common.UserError, match="add --tiny"):
         command.main(["--device", "cpu", "--output", str(tmp_path / "gpu.json")])
@@ -153,10 +170,26 @@ def test_one_process_trains_under_torchrun(tmp_path):
     assert 5 < values["loss"] < 9
 
 
-def test_tables_without_results_say_so_and_show_what_is_computed():
+def test_tables_without_results_say_so():
     for name in tables.TABLES:
         assert tables.NOT_MEASURED in tables.tables({}, name)
-    [header, _, *lines] = tables.tables({}, "steps").splitlines()
-    assert "computed" in header
-    speeds = [float(line.split("|")[8].replace(",", "")) for line in lines]
-    assert speeds[: len(STACK)] == sorted(speeds[: len(STACK)])  # every optimization adds
+
+
+def test_computed_speed_is_that_of_products_and_elementwise_passes_in_turn(monkeypatch):
+    monkeypatch.setattr(tables, "ADAM_BYTES", 0)
+    monkeypatch.setattr(tables, "elementwise_bytes", lambda *_: 0.0)
+    alone = tables.computed_speed("H100", "+ fused ops", 4_096, False)
+    assert alone["utilization"] == pytest.approx(1)
+    # Behind a mask attention computes the whole square, which is no useful work.
+    assert 0.7 < tables.computed_speed("H100", "all off", 4_096, False)["utilization"] < 0.9
+    seconds = 1 / alone["tokens_per_second"]
+    monkeypatch.setattr(tables, "elementwise_bytes", lambda *_: seconds * 3.0e12)
+    assert tables.computed_speed("H100", "+ fused ops", 4_096, False)["utilization"] == pytest.approx(0.5)
+
+
+def test_recomputed_layers_move_the_bytes_of_their_forward_pass_again(tmp_path, monkeypatch):
+    moved = {"elementwise_gb": 3.0, "elementwise_forward_gb": 1.0, "elementwise_outside_gb": 16.0}
+    (tmp_path / "traffic.json").write_text(json.dumps({"batch_size": 2, "seq_len": 500, "results": {"all off": moved}}))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert tables.elementwise_bytes("all off", False) == (28 * 3 + 16) * 1e6
+    assert tables.elementwise_bytes("all off", True) == (28 * 4 + 16) * 1e6
