@@ -242,10 +242,15 @@ def _describe(adapted: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
-def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) -> None:
+def save_adapter(
+    model: torch.nn.Module, directory: Path, tokenizer_from: Path, trained: dict[str, torch.Tensor] | None = None
+) -> None:
     """Saves what was trained, and the base's tokenizer, in a run's directory beside its logs and checkpoints.
 
     An older adapter of any kind is replaced completely or, if the process is killed, not at all (`publish_files`).
+
+    Args:
+        trained: parameter name -> trained tensor; by default those of the model.
 
     Raises:
         UserError: if it cannot be written; an older adapter is then unchanged.
@@ -257,7 +262,7 @@ def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) 
         with translate_disk_errors(directory):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_adapter(model, partial)
+            _write_adapter(model, partial, trained)
             copy_tokenizer(tokenizer_from, partial)
             publish_files(
                 partial,
@@ -267,11 +272,12 @@ def save_adapter(model: torch.nn.Module, directory: Path, tokenizer_from: Path) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_adapter(model: Any, directory: Path) -> None:
+def _write_adapter(model: Any, directory: Path, trained: dict[str, torch.Tensor] | None) -> None:
     if isinstance(model, PeftModel):
         # Embeddings that are trained are saved as modules_to_save; frozen ones need not be.
-        model.save_pretrained(str(directory), save_embedding_layers=False)
+        model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=trained)
         (directory / "README.md").unlink(missing_ok=True)  # an empty form
     else:
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if trained is None:
+            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         model.save_pretrained(str(directory), state_dict=trained)

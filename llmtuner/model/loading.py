@@ -23,9 +23,12 @@ def device() -> torch.device:
 
 
 def load_model(
-    directory: Path | str, dtype: torch.dtype | str = "auto", attention: str | None = None
+    directory: Path | str,
+    dtype: torch.dtype | str = "auto",
+    attention: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Loads a causal language model onto the CPU, in evaluation mode.
+    """Loads a causal language model onto a device, tensor by tensor, in evaluation mode.
 
     Args:
         dtype: "auto" keeps that of its files.
@@ -45,6 +48,7 @@ def load_model(
                 str(path),
                 dtype=dtype,
                 attn_implementation=attention,
+                device_map={"": torch.device(device)},  # without it host memory would hold all weights first
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -143,9 +147,9 @@ def choose_placement(directory: Path | str) -> EvalPlacement:
 def load_for_evaluation(directory: Path | str) -> tuple[PreTrainedModel, Any]:
     """Loads a model and its tokenizer for evaluation (`choose_placement`)."""
     placement = choose_placement(directory)
-    model, tokenizer = load_model(directory, placement.dtype), load_tokenizer(directory)
+    model, tokenizer = load_model(directory, placement.dtype, device=placement.device), load_tokenizer(directory)
     check_vocab_size(model, tokenizer, directory)
-    return model.to(placement.device), tokenizer  # type: ignore[arg-type]
+    return model, tokenizer
 
 
 def check_vocab_and_context(directory: Path | str, tokenizer: Any, context_length: int) -> None:

@@ -23,7 +23,9 @@ def join_processes(args: TrainArgs) -> TrainArgs:
         UserError: for what transformers or DeepSpeed does not accept.
     """
     assert isinstance(args.training, CheckedTrainingArguments)  # nothing is joined twice
-    settings = args.training.settings
+    settings = dict(args.training.settings)
+    if not settings.get("do_train"):
+        settings.pop("deepspeed", None)  # it casts the weights when it makes its optimizer: an evaluation needs neither
     hide_4_bit_warning()
     if not torch.cuda.is_available():
         os.environ.setdefault(

@@ -346,6 +346,31 @@ class PackedTrainer(Trainer):
             self.state = state
             self.meter.start_time = time.perf_counter()
 
+    def trained_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Returns what is trained by DeepSpeed, in fp32 and on the CPU; None if the model itself holds it.
+
+        DeepSpeed trains fp32 weights of which each rank has a part; the model has 16-bit copies. So all ranks must call this,
+        and only rank 0 gets the tensors.
+        """
+        if getattr(self.accelerator, "deepspeed_engine_wrapped", None) is None:
+            return None
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        trained = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                weight = safe_get_full_fp32_param(parameter)
+                if self.is_world_process_zero():
+                    trained[name] = (parameter.detach() if weight is None else weight).cpu()
+        return trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves what is trained; under DeepSpeed, Trainer would copy the complete model to host memory on every rank."""
+        if self.is_deepspeed_enabled:
+            self._save(output_dir, self.trained_state_dict())
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.output_dir / TMP_DIR)
 

@@ -118,9 +118,10 @@ def _train(
         )
     if step < max_steps and (patience := args.finetuning.early_stopping_steps):
         print0(f"finished early, after step {step:,}: eval_loss has not improved for {patience} evaluations")
+    trained = trainer.trained_state_dict()
     if is_rank_zero():
         base = Path(args.model.model_name_or_path)
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir, base)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), output_dir, base, trained)
         atomic_write_json(output_dir / "training_args.json", settings)
         if args.finetuning.plot_loss:
             plot_losses(trainer.state.log_history, output_dir)
@@ -134,7 +135,8 @@ def _prepare_model(args: TrainArgs) -> torch.nn.Module:
     set_seed(args.training.seed)  # before the adapter draws its first weights
     path, finetuning = args.model.model_name_or_path, args.finetuning
     dtype = torch.float32 if finetuning.finetuning_type == "full" else compute_dtype(args.training)
-    base = load_model(path, dtype, ATTN_IMPLEMENTATIONS[args.model.flash_attn] or default_attention(path))
+    attention = ATTN_IMPLEMENTATIONS[args.model.flash_attn] or default_attention(path)
+    base = load_model(path, dtype, attention, args.training.device)
     base.config.use_cache = False
     adapter = Path(args.model.adapter_name_or_path) if args.model.adapter_name_or_path else None
     model = init_adapter(base, finetuning, adapter, args.model.create_new_adapter)

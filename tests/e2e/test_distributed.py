@@ -1,19 +1,22 @@
 """Training in two processes: the same result as one, stopping together, failing together."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from llmtuner.console import UserError
 from llmtuner.train import checkpointing
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
 from tests.scripts import environment_with, fork_server, free_port
-from tests.training import log_of
+from tests.training import log_of, losses_of
 
 pytestmark = pytest.mark.distributed
 
@@ -101,6 +104,100 @@ def test_checkpoint_of_weights_alone_is_not_resumed_under_deepspeed(saving_run, 
         checkpointing.check_resumable(out / "checkpoint-4")
     (out / "checkpoint-4" / "global_step4").mkdir()  # where DeepSpeed keeps the optimizer's state
     checkpointing.check_resumable(out / "checkpoint-4")
+
+
+RUN_IN_BF16 = """
+import accelerate, torch
+from deepspeed.checkpoint import utils
+from llmtuner.hparams import transformers_args
+from llmtuner.train.trainer import PackedTrainer
+from llmtuner.train.tuner import run_exp
+
+def record(self, *args, **kwargs):
+    loss = training_step(self, *args, **kwargs)
+    if not self.accelerator.sync_gradients and self.is_deepspeed_enabled:
+        sums = [tensor for group in self.optimizer.optimizer.averaged_gradients.values() for tensor in group or []]
+        dtypes.update(tensor.dtype for tensor in sums)
+    return loss
+
+def forbid(*args, **kwargs):
+    raise AssertionError("the complete model is copied")
+
+utils.clone_tensors_for_torch_save = forbid
+transformers_args.cpu_supports_bf16 = lambda: True
+training_step, dtypes = PackedTrainer.training_step, set()
+PackedTrainer.training_step = record
+print(run_exp(SETTINGS))
+print("gradients are summed in", dtypes)
+"""
+
+
+@pytest.fixture
+def bf16_run(saving_run):
+    """Settings of a run in bf16 whose step is two micro-batches of one sequence in each of two processes."""
+    settings = {**saving_run, "bf16": True, "plot_loss": False, "eval_steps": 4, "lora_dropout": 0.0}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 8}
+    return {**settings, "deepspeed": str(ROOT / "ds_config_zero2.json")}
+
+
+def run_in_bf16(settings, directory):
+    script = directory / "train.py"
+    script.write_text(RUN_IN_BF16.replace("SETTINGS", repr(settings)), encoding="utf-8")
+    codes, output, errors = in_two_processes([script], directory)
+    assert codes == [0, 0], output[-2000:] + errors[-10000:]
+    return output
+
+
+def test_zero2_in_bf16_trains_and_saves_fp32_weights(bf16_run, tmp_path):
+    """The model has bf16 copies of them. Gradients are summed in fp32, and nothing that is frozen is saved or copied."""
+    out = tmp_path / "adapter"
+    output = run_in_bf16(bf16_run, tmp_path)
+    assert output.count("gradients are summed in {torch.float32}") == 2
+    adapter, last = (load_file(folder / "adapter_model.safetensors") for folder in (out, out / "checkpoint-8"))
+    assert len(adapter) > 10
+    for name, weight in adapter.items():
+        assert torch.equal(weight, last[name])
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.bfloat16().float()), f"{name} is rounded to bf16"
+    state = torch.load(out / "checkpoint-8" / "global_step8" / "mp_rank_00_model_states.pt", weights_only=False)
+    assert len(state["module"]) == len(adapter)
+    size = sum(file.stat().st_size for file in (out / "checkpoint-8").glob("global_step8/*"))
+    trained = sum(weight.numel() for weight in adapter.values())
+    assert size < 14 * trained + 200_000  # bf16 weights; fp32 weights and two moments of Adam; DeepSpeed's own records
+
+
+def test_zero2_in_bf16_is_resumed_exactly(bf16_run, tmp_path):
+    run_in_bf16(bf16_run, tmp_path)
+    out, log = tmp_path / "adapter", log_of(tmp_path / "adapter")
+    adapter = load_file(out / "adapter_model.safetensors")
+    shutil.rmtree(out / "checkpoint-8")
+    output = run_in_bf16(bf16_run, tmp_path)
+    assert f"resuming from {out}/checkpoint-4" in output
+    assert log_of(out) == log
+    assert all(
+        torch.equal(tensor, adapter[name]) for name, tensor in load_file(out / "adapter_model.safetensors").items()
+    )
+
+
+def test_zero2_in_bf16_learns_what_one_process_does(bf16_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmtuner.hparams.transformers_args.cpu_supports_bf16", lambda: True)
+    settings = {**bf16_run, "max_steps": 20, "save_strategy": "no"}
+    run_in_bf16({**settings, "output_dir": str(tmp_path / "two")}, tmp_path)
+    one = {**settings, "deepspeed": None, "per_device_train_batch_size": 2}
+    run_exp({**one, "output_dir": str(tmp_path / "one")})
+    run_exp({**one, "output_dir": str(tmp_path / "exact"), "bf16": False})
+    two, one, exact = (torch.tensor(losses_of(tmp_path / name)) for name in ("two", "one", "exact"))
+    assert len(exact) == 20
+    assert exact[-1] < exact[0] - 0.3
+    assert float((two - one).abs().max()) < 2e-3
+    assert float((two - exact).abs().max()) < float((one - exact).abs().max()) + 1e-3
+
+
+def test_evaluation_alone_needs_no_deepspeed(bf16_run, tmp_path):
+    """Its engine casts the weights when it makes the optimizer, so nothing would be in one precision."""
+    settings = {**bf16_run, "do_train": False, "do_eval": True, "eval_on_start": False}
+    output = run_in_bf16(settings, tmp_path)
+    assert output.count("'eval_loss': 6.") == 2
 
 
 def test_nothing_of_a_run_is_left_in_memory_under_deepspeed(tiny_run, tmp_path):

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtuner.console import UserError
+from llmtuner.model import loading
 from llmtuner.model.loading import load_for_evaluation, load_model
+from llmtuner.train.tuner import run_exp
 from tests.checkpoints import truncate
 
 
@@ -89,8 +91,6 @@ def test_directory_that_holds_no_model(tmp_path):
 
 
 def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir, monkeypatch):
-    from llmtuner.model import loading
-
     monkeypatch.setattr(loading, "device", lambda: torch.device("cpu"))
     numbers = sum(parameter.numel() for parameter in load_model(tiny_model_dir).parameters())
     for free, dtype, size in (
@@ -103,3 +103,25 @@ def test_a_model_is_evaluated_in_the_precision_that_memory_allows(tiny_model_dir
         assert plan.dtype == dtype
         assert plan.needed == pytest.approx(size * numbers, rel=0.05)  # the header of the file counts too
         assert ("too little" in str(plan)) == (free < plan.needed)
+
+
+# --------------------------------------------------------------------------------------------------------------- device
+def test_weights_go_straight_to_the_device(tiny_model_dir, tiny_run, monkeypatch):
+    """Host memory never holds them all. `cuda:1` stands for the GPU of a second process."""
+    gpu, maps = torch.device("cuda:1"), []
+    from_pretrained = loading.AutoModelForCausalLM.from_pretrained
+
+    def load_on_cpu(*args, device_map, **kwargs):
+        maps.append(device_map)
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load_on_cpu)
+    load_model(tiny_model_dir)
+    load_model(tiny_model_dir, device=gpu)
+    placement = loading.EvalPlacement(gpu, "auto", 0, 0)
+    monkeypatch.setattr(loading, "choose_placement", lambda _: placement)
+    load_for_evaluation(tiny_model_dir)
+    monkeypatch.setattr("transformers.TrainingArguments.device", gpu)
+    with pytest.raises((AssertionError, RuntimeError)):  # without a GPU the run ends when it moves something there
+        run_exp(tiny_run)
+    assert maps == [{"": device} for device in (torch.device("cpu"), gpu, gpu, gpu)]
