@@ -131,7 +131,9 @@ def generate_answers(
     _check_prompt_lengths(model, prompts, questions, max_new_tokens)
     answers: dict[int, GeneratedAnswer] = {}
     start = time.perf_counter()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(
+        devices=[model.device] if model.device.type == "cuda" else []
+    ):  # by default, of all GPUs
         torch.manual_seed(seed)
         for batch in batches_by_length(prompts, batch_size):
             continuations = generate_batch(model, tokenizer, [prompts[index] for index in batch], config)

@@ -186,7 +186,8 @@ def _create_adapter_on_merged(model: PreTrainedModel, finetuning: FinetuningArgu
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     rank = read_json(adapter / ADAPTER_CONFIG).get("r") if (adapter / ADAPTER_CONFIG).is_file() else None
     earlier = replace(finetuning, lora_rank=rank or finetuning.lora_rank)
-    with torch.random.fork_rng():  # the new adapter is initialized as it would be on the exported model
+    # The new adapter is initialized, on the CPU, as it would be on the exported model.
+    with torch.random.fork_rng(devices=[]):
         merged: Any = _load_adapter(model, earlier, adapter).merge_and_unload()
     for name, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])

@@ -12,6 +12,9 @@ from llmtuner.console import UserError, hide_4_bit_warning
 from llmtuner.hparams import TrainArgs
 from llmtuner.hparams.transformers_args import CheckedTrainingArguments
 
+# The present name and the earlier one of the CUDA allocator's settings.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
 
 def join_processes(args: TrainArgs) -> TrainArgs:
     """Joins the other processes of a run and starts DeepSpeed.
@@ -27,10 +30,7 @@ def join_processes(args: TrainArgs) -> TrainArgs:
     if not settings.get("do_train"):
         settings.pop("deepspeed", None)  # it casts the weights when it makes its optimizer: an evaluation needs neither
     hide_4_bit_warning()
-    if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else DeepSpeed, which Trainer imports, warns of the missing GPU
+    _set_environment()
     if settings.get("deepspeed") and "RANK" not in os.environ:
         _set_single_process_env()
     try:
@@ -40,6 +40,17 @@ def join_processes(args: TrainArgs) -> TrainArgs:
     if training.n_gpu > 1:  # a process trains on one GPU; Trainer would split each batch among all that it sees
         training._n_gpu = 1
     return replace(args, training=training)
+
+
+def _set_environment() -> None:
+    """Sets what PyTorch and DeepSpeed read before they first use a GPU."""
+    if {*ALLOCATOR_VARIABLES}.isdisjoint(os.environ):
+        # Blocks that grow instead of being searched for: micro-batches of unequal size would leave gaps between fixed ones.
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    if not torch.cuda.is_available():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, which Trainer imports, warns of the missing GPU
 
 
 def release_memory() -> None:

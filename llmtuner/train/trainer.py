@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy
@@ -119,6 +119,20 @@ class PackedTrainer(Trainer):
         self.lr_groups: list[str] = []  # the entry of LR_GROUPS of each parameter group, where they differ
         self.embedding_lr: float | None = None  # of the current step
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Lets batches be copied while the GPU computes, and DDP reduce gradients in place and without a search.
+
+        Trainer has DDP search each step for parameters without gradients, since peft's wrapper is none of its own models. Here
+        all that are trained have one, even if a batch has no targets.
+        """
+        args = super()._build_accelerator_args(**kwargs)
+        args["dataloader_config"].non_blocking = True
+        for handler in args["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.find_unused_parameters = bool(self.args.ddp_find_unused_parameters)
+                handler.gradient_as_bucket_view = True
+        return args
+
     # ------------------------------------------------------------------------------------------------------------ step
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         """Returns autocast to the dtype of the run; `compute_loss_context_manager` enters it, in training and evaluation.
@@ -140,7 +154,8 @@ class PackedTrainer(Trainer):
             loss = loss_sum / num_target_tokens.clamp(min=1)
         else:
             # Gradients are averaged over ranks afterwards; the factor turns the mean into a sum.
-            loss = loss_sum / max(num_items_in_batch, 1) * self.accelerator.num_processes  # 0 if a batch has no targets
+            num_targets = torch.as_tensor(num_items_in_batch).clamp(min=1)  # a batch may have none
+            loss = loss_sum / num_targets * self.accelerator.num_processes
         self._record_micro_batch(loss, num_target_tokens, inputs)
         if self.accelerator.sync_gradients:
             self._finish_step()

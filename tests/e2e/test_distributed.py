@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llmtuner.console import UserError
+from llmtuner.data.packing import PackedDataset
 from llmtuner.train import checkpointing
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
@@ -104,6 +105,48 @@ def test_checkpoint_of_weights_alone_is_not_resumed_under_deepspeed(saving_run, 
         checkpointing.check_resumable(out / "checkpoint-4")
     (out / "checkpoint-4" / "global_step4").mkdir()  # where DeepSpeed keeps the optimizer's state
     checkpointing.check_resumable(out / "checkpoint-4")
+
+
+def test_ddp_learns_what_one_process_does_also_from_batches_without_targets(tiny_run, tmp_path, monkeypatch):
+    """In a step one rank has a micro-batch without a target: its parameters have gradients of 0, and nobody waits for them."""
+    settings = {**tiny_run, "plot_loss": False, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    settings |= {"train_sampling_strategy": "sequential"}
+    patch = """
+from llmtuner.data.packing import PackedDataset
+
+def without_targets(self, number):
+    sequence = original(self, number)
+    if number in (4, 7, 10):
+        sequence["labels"][:] = -100
+    return sequence
+
+original = PackedDataset.__getitem__
+"""
+    script = tmp_path / "train.py"
+    run = f"""{patch}
+from llmtuner.train.trainer import PackedTrainer
+from llmtuner.train.tuner import run_exp
+
+def training_step(self, model, *args, **kwargs):
+    print(type(model).__name__, model.find_unused_parameters, model.gradient_as_bucket_view)
+    return original_step(self, model, *args, **kwargs)
+
+original_step, PackedTrainer.training_step = PackedTrainer.training_step, training_step
+PackedDataset.__getitem__ = without_targets
+run_exp({settings!r})
+"""
+    script.write_text(run, encoding="utf-8")
+    codes, output, errors = in_two_processes([script], tmp_path)
+    assert codes == [0, 0], output[-2000:] + errors[-10000:]
+    assert output.count("DistributedDataParallel False True\n") == 2 * 2 * 6
+    names = {}
+    exec(patch, names)
+    monkeypatch.setattr(PackedDataset, "__getitem__", names["without_targets"])
+    run_exp({**settings, "gradient_accumulation_steps": 4, "output_dir": str(tmp_path / "one")})
+    wanted = log_of(tmp_path / "one")
+    assert len([line for line in wanted if "loss" in line]) == 6
+    for own, line in zip(log_of(tmp_path / "adapter"), wanted, strict=True):
+        assert own == pytest.approx(line, abs=1e-5)
 
 
 RUN_IN_BF16 = """

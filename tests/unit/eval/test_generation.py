@@ -27,7 +27,7 @@ def test_an_answer_ends_at_an_end_mark_and_costs_what_came_before(tiny_tokenizer
     river, mountain = (encode(tokenizer, text)[-1] for text in ("河", "山"))
     written = torch.tensor([[river, user, 0, 0], [mountain, river, mountain, river]])
     model = SimpleNamespace(
-        device="cpu",
+        device=torch.device("cpu"),
         config=SimpleNamespace(max_position_embeddings=99),
         generate=lambda input_ids, **_: torch.cat([input_ids, written], dim=1),
     )
@@ -35,7 +35,8 @@ def test_an_answer_ends_at_an_end_mark_and_costs_what_came_before(tiny_tokenizer
     assert told == [GeneratedAnswer("河", 2, True), GeneratedAnswer("山河山河", 4, False)]
 
 
-def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir):
+def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # none of which is touched
     model, tokenizer = load_model(tiny_model_dir, torch.float32), load_tokenizer(tiny_model_dir)
     sampled = {"do_sample": True, "temperature": 1.0}
 

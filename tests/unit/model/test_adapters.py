@@ -138,6 +138,19 @@ def test_training_goes_on_from_an_adapter(grown_dir, tmp_path, kind, capsys):
     merge_adapter(grown_dir, tmp_path / "run", tmp_path / "merged")
 
 
+def test_a_new_adapter_on_a_merged_one_starts_as_on_the_exported_model(grown_dir, tmp_path, monkeypatch):
+    first, merged = tmp_path / "first", tmp_path / "merged"
+    trained_run(grown_dir, first, **KINDS["embeddings"])
+    merge_adapter(grown_dir, first, merged)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # none of which is touched
+    torch.manual_seed(1)
+    at_once = init_adapter(load_model(grown_dir), FinetuningArguments(**KINDS["lora"]), first, create_new=True)
+    for (name, own), wanted in zip(
+        at_once.named_parameters(), prepare(merged, **KINDS["lora"]).parameters(), strict=True
+    ):
+        torch.testing.assert_close(own, wanted, atol=0 if "lora" in name else 1e-5, rtol=0, msg=name)
+
+
 def test_adapter_that_cannot_be_trained_further(tiny_model_dir, grown_dir, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):

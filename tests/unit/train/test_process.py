@@ -56,6 +56,29 @@ def test_deepspeed_under_torchrun_keeps_its_environment(tmp_path, started, monke
     assert "MASTER_PORT" not in os.environ
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("value", [None, "max_split_size_mb:128"])
+def test_gpu_memory_is_allocated_in_segments_that_grow_unless_told_otherwise(
+    tmp_path, started, monkeypatch, name, value
+):
+    for variable in process.ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    if value:
+        monkeypatch.setenv(name, value)
+    process.join_processes(get_train_args(settings(tmp_path)))
+    found = {variable: os.environ[variable] for variable in process.ALLOCATOR_VARIABLES if variable in os.environ}
+    assert found == ({name: value} if value else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_evaluation_alone_starts_no_deepspeed(tmp_path, started):
+    alone = {"do_train": False, "do_eval": True, "val_size": 0.1, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    args = get_train_args(settings(tmp_path, **alone))
+    process.join_processes(args)
+    assert "deepspeed" not in started[0]
+    assert "RANK" not in os.environ
+
+
 def test_the_other_arguments_and_settings_are_kept(tmp_path):
     given = get_train_args(settings(tmp_path, learning_rate=1e-3, warmup_ratio=0.1, use_cpu=True))
     joined = process.join_processes(given)

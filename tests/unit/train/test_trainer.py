@@ -163,6 +163,17 @@ def test_fp16_scales_the_loss_with_trained_embeddings(tiny_run, tmp_path, monkey
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in saved.values())
 
 
+@pytest.mark.parametrize("setting", [None, True])
+def test_batches_are_copied_while_computing_and_ddp_searches_only_if_asked(tiny_run, monkeypatch, setting):
+    accelerators = []
+    monkeypatch.setattr(PackedTrainer, "evaluate_loss", lambda self, _: accelerators.append(self.accelerator) or 1.0)
+    run_exp({**tiny_run, "do_train": False, "do_eval": True, "ddp_find_unused_parameters": setting})
+    [accelerator] = accelerators
+    assert accelerator.non_blocking
+    assert accelerator.ddp_handler.gradient_as_bucket_view
+    assert accelerator.ddp_handler.find_unused_parameters == bool(setting)
+
+
 # ----------------------------------------------------------------------------------------------------------------- bf16
 class Products(TorchDispatchMode):
     """Collects the dtypes of the matrix products that are computed, forward and backward, by the name of their operator."""
