@@ -10,6 +10,7 @@ does not fit is skipped, and the rest goes on.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from benchmarks.gpu import parts, paths
 from benchmarks.gpu.measuring import Part
 from llmtuner.console import UserError, print0, run_cli
 from llmtuner.files import atomic_write_json
+from llmtuner.train.process import ALLOCATOR_VARIABLES
 
 # In this order; share of the time, and function.
 PARTS = {
@@ -87,9 +89,11 @@ def run_parts(names: list[str], options: argparse.Namespace) -> None:
 
 
 def start_process(name: str, options: argparse.Namespace) -> subprocess.Popen:
-    """Starts the process of a part, which reads the number of its seconds from standard input."""
+    """Starts the process of a part, with the trainer's allocator; it reads the number of its seconds from standard input."""
+    environ = {ALLOCATOR_VARIABLES[0]: "expandable_segments:True", **os.environ}
     command = [sys.executable, "-m", "benchmarks.gpu", "--run", name, "--output", str(options.output.resolve())]
-    return subprocess.Popen(command + ["--tiny"] * options.tiny, cwd=ROOT, stdin=subprocess.PIPE, text=True)
+    command += ["--tiny"] * options.tiny
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdin=subprocess.PIPE, text=True)
 
 
 if __name__ == "__main__":
