@@ -1,12 +1,16 @@
 """Saves checkpoints atomically, with size and checksum of every file, and verifies them before they are used."""
 
 import json
+import platform
 import shutil
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
 
 from llmtuner.aliases import locate
 from llmtuner.console import UserError, is_rank_zero, print0
@@ -56,6 +60,30 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     finally:
         if is_new and not any(output_dir.iterdir()):
             output_dir.rmdir()
+
+
+def check_shared(output_dir: Path, checkpoint: Path | None) -> None:
+    """Makes sure that all ranks see output_dir, into which each writes its part of a checkpoint, and one to resume from.
+
+    Raises:
+        UserError: names machines that do not see what rank 0 sees.
+    """
+    probe = [f".probe-{uuid.uuid4()}"]
+    try:
+        if is_rank_zero():
+            (output_dir / probe[0]).touch()
+        broadcast_object_list(probe)
+        sees_all = (output_dir / probe[0]).exists() and (checkpoint is None or checkpoint.is_dir())
+        machines = gather_object([None if sees_all else platform.node()])
+    finally:
+        if is_rank_zero():
+            (output_dir / probe[0]).unlink(missing_ok=True)
+    if blind := sorted({machine for machine in machines if machine}):
+        raise UserError(
+            f"{' and '.join(blind)} cannot see {checkpoint or output_dir} as rank 0 does, and each process writes its part of "
+            "a checkpoint there. Set output_dir (steps: WORK_DIR) to a directory that all machines share, such as NFS; or "
+            "set save_strategy: no, with which rank 0 saves the result alone and an interrupted run starts over."
+        )
 
 
 def _check_output_dir(output_dir: Path) -> None:

@@ -30,6 +30,7 @@ from llmtuner.train.callbacks import GracefulStopSignal, InitialLossCallback, Tr
 from llmtuner.train.checkpointing import (
     check_resumable,
     check_resume_settings,
+    check_shared,
     latest_valid_checkpoint,
     prepare_output_dir,
     verify_checkpoint,
@@ -85,6 +86,8 @@ def _train(
     output_dir, overwrite = Path(args.training.output_dir or "."), args.finetuning.overwrite_output_dir
     settings = run_fingerprint(args, dataset.train)
     checkpoint = find_resume_checkpoint(args, settings)
+    if args.training.world_size > 1 and (checkpoint or args.training.save_strategy != "no"):
+        check_shared(output_dir, checkpoint)
     if args.training.save_only_model and args.training.save_strategy != "no":
         print0("save_only_model: true: checkpoints hold weights only; a run that stops early cannot be resumed")
     model = _prepare_model(args)

@@ -149,6 +149,37 @@ run_exp({settings!r})
         assert own == pytest.approx(line, abs=1e-5)
 
 
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_machines_without_a_common_directory_save_no_checkpoints(saving_run, tmp_path, save_strategy):
+    """Two processes with directories of their own: the part of the second would never come into the checkpoint."""
+    settings = {**saving_run, "plot_loss": False, "per_device_train_batch_size": 2, "save_strategy": save_strategy}
+    settings |= {"max_steps": 6, "deepspeed": str(ROOT / "ds_config_zero2.json")}
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os
+from llmtuner.console import run_cli
+from llmtuner.train.tuner import run_exp
+
+settings = {settings!r}
+settings["output_dir"] += os.environ["RANK"]
+run_cli(lambda: run_exp(settings))
+""",
+        encoding="utf-8",
+    )
+    codes, _, errors = in_two_processes([script], tmp_path)
+    written = {path.name for path in tmp_path.glob("adapter*/*")}
+    if save_strategy == "no":
+        assert codes == [0, 0], errors[-10000:]
+        assert "adapter_model.safetensors" in written
+    else:
+        assert codes == [2, 2]
+        assert f"cannot see {tmp_path}/adapter" in errors
+        assert "Set output_dir (steps: WORK_DIR) to a directory that all machines share" in errors
+        assert not written - {".lock", ".llmtuner.json"}
+    assert not any(name.startswith(".probe") for name in written)
+
+
 RUN_IN_BF16 = """
 import accelerate, torch
 from deepspeed.checkpoint import utils
