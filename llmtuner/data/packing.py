@@ -39,8 +39,10 @@ class PackedBatch(TypedDict):
     loss_indices: torch.Tensor
     """int64 [target tokens]: positions in the flattened batch whose next token is a target. The CPU finds them, so counting
     them needs no synchronization with the GPU."""
-    seq_lens: list[list[int]]
-    """Of each sequence, the lengths of its attention blocks, padding included."""
+    seq_lens: list[int]
+    """Lengths of the attention blocks of the flattened batch, in order, padding included."""
+    cu_seqlens: torch.Tensor
+    """int32 [blocks + 1]: where they begin, and the end of the last."""
     doc_ids: list[numpy.ndarray]
     """Of each sequence, its documents, by their index in the ConcatTokenDataset."""
     num_padding: int
@@ -359,6 +361,8 @@ class PackedDataCollator:
             labels[row, :length] = torch.from_numpy(sequence["labels"])
             position_ids[row, :length] = torch.from_numpy(sequence["position_ids"])
             position_ids[row, length:] -= length
+        starts = (position_ids.flatten() == 0).nonzero().flatten()
+        cu_seqlens = torch.cat([starts, torch.tensor([position_ids.numel()])])
         loss_indices = (labels[:, 1:].flatten() != IGNORE_INDEX).nonzero().flatten()
         loss_indices += loss_indices // (seq_len - 1)  # a row has one position more than it has next tokens
         return {
@@ -366,11 +370,8 @@ class PackedDataCollator:
             "labels": labels,
             "position_ids": position_ids,
             "loss_indices": loss_indices,
-            "seq_lens": [_block_lengths(positions) for positions in position_ids.numpy()],
+            "seq_lens": cu_seqlens.diff().tolist(),
+            "cu_seqlens": cu_seqlens.int(),
             "doc_ids": [sequence["doc_ids"] for sequence in sequences],
             "num_padding": input_ids.numel() - sum(lengths),
         }
-
-
-def _block_lengths(position_ids: numpy.ndarray) -> list[int]:
-    return numpy.diff(numpy.append(numpy.flatnonzero(position_ids == 0), len(position_ids))).tolist()

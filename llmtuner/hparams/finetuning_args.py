@@ -42,7 +42,7 @@ class FinetuningArguments:
     embedding_learning_rate: float | None = setting(
         None, "Learning rate of the embedding matrices; by default that of everything else.", NOT_NEGATIVE
     )
-    fused_ops: bool = setting(True, "On a CPU in fp32: LoRA as one product, RMSNorm in fewer passes.")
+    fused_ops: bool = setting(True, "LoRA, norms, attention and MLP in fewer passes: in bf16, and in fp32 on a CPU.")
     chunked_loss: bool = setting(True, "Compute logits and their gradients in chunks instead of all at once.")
     early_stopping_steps: int | None = setting(
         None, "Stop once eval_loss has not improved for so many evaluations.", AT_LEAST_1, resume_safe=True

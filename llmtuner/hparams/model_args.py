@@ -22,7 +22,8 @@ class ModelArguments:
 
     model_name_or_path: str = setting(REQUIRED, "Directory of the model to train: config, safetensors and tokenizer.")
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "varlen"] = setting(
-        "auto", "Attention: varlen needs no mask; disabled is plain; auto: sdpa on a GPU, on a CPU varlen for Glm."
+        "auto",
+        "Attention: varlen needs no mask; disabled is plain; auto: varlen for Glm where the GPU has it, or on a CPU.",
     )
     disable_gradient_checkpointing: bool | None = setting(
         None, "Keep all activations for the backward pass; left out: unless memory is short.", resume_safe=True

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import UserError
-from llmtuner.model.attention import VARLEN, register_varlen
+from llmtuner.model.attention import VARLEN, flash_varlen_available, register_varlen
 from llmtuner.model.model_dir import check_not_quantized, check_weight_files, is_original_chatglm, read_json
 from llmtuner.tokenizer.fast import load_tokenizer
 
@@ -77,7 +77,7 @@ def default_attention(directory: Path | str) -> str | None:
     """
     is_glm = _read_config(directory).model_type == "glm"
     if torch.cuda.is_available():
-        return "sdpa" if is_glm else None
+        return (VARLEN if flash_varlen_available() else "sdpa") if is_glm else None
     return VARLEN if is_glm else "eager"
 
 

@@ -43,7 +43,7 @@ from llmtuner.data.packing import PackedDataCollator, PadToMultiple
 from llmtuner.eval.bits_per_byte import Windows, document_bits
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
-from llmtuner.model.attention import VARLEN
+from llmtuner.model.attention import VARLEN, Documents
 from llmtuner.train.callbacks import (
     EarlyStopping,
     GracefulStopCallback,
@@ -65,7 +65,7 @@ class MicroBatch(NamedTuple):
     """What is remembered of a micro-batch until the end of its step."""
 
     loss: torch.Tensor
-    num_target_tokens: torch.Tensor
+    num_target_tokens: int
     doc_ids: list[numpy.ndarray]
     """Document ids of each sequence."""
 
@@ -151,7 +151,7 @@ class PackedTrainer(Trainer):
         """
         loss_sum, num_target_tokens = self._compute_loss_sum(model, inputs)
         if num_items_in_batch is None:
-            loss = loss_sum / num_target_tokens.clamp(min=1)
+            loss = loss_sum / max(num_target_tokens, 1)
         else:
             # Gradients are averaged over ranks afterwards; the factor turns the mean into a sum.
             num_targets = torch.as_tensor(num_items_in_batch).clamp(min=1)  # a batch may have none
@@ -161,7 +161,7 @@ class PackedTrainer(Trainer):
             self._finish_step()
         return (loss, None) if return_outputs else loss
 
-    def _compute_loss_sum(self, model: Any, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_loss_sum(self, model: Any, inputs: dict) -> tuple[torch.Tensor, int]:
         """Returns the cross-entropy summed over the target tokens of a micro-batch, and their number."""
         indices = inputs["loss_indices"]
         targets = inputs["labels"].flatten().index_select(0, indices + 1)
@@ -175,9 +175,9 @@ class PackedTrainer(Trainer):
         else:
             logits = forward_packed(model, self.attention, inputs).logits.flatten(0, 1).index_select(0, indices)
             loss_sum = cross_entropy(logits.float(), targets, reduction="sum")
-        return loss_sum, indices.new_tensor(len(indices))
+        return loss_sum, len(indices)
 
-    def _record_micro_batch(self, loss: torch.Tensor, num_target_tokens: torch.Tensor, inputs: dict) -> None:
+    def _record_micro_batch(self, loss: torch.Tensor, num_target_tokens: int, inputs: dict) -> None:
         """Counts the tokens of a micro-batch, and remembers it until the end of the step."""
         self.meter.tokens += inputs["input_ids"].numel()
         self.meter.padding += inputs["num_padding"]
@@ -186,12 +186,12 @@ class PackedTrainer(Trainer):
     def _finish_step(self) -> None:
         """All-reduces loss, target tokens and stop requests of a step, before the backward pass of its last micro-batch."""
         losses = torch.stack([batch.loss for batch in self.micro_batches])
-        counts = torch.stack([batch.num_target_tokens for batch in self.micro_batches])
         # fp16's loss scaling skips steps with infinite gradients by itself.
         not_finite = torch.zeros_like(losses) if self.args.fp16 else (~losses.isfinite()).float()
-        stop = torch.full_like(losses[0], self.stop_signal.received is not None)
-        sums = torch.stack([losses.sum(), counts.sum(), not_finite.sum(), stop])
-        loss, num_target_tokens, num_not_finite, stop_requests = self.accelerator.reduce(sums, reduction="sum").tolist()
+        count = sum(batch.num_target_tokens for batch in self.micro_batches)
+        known = losses.new_tensor([count, self.stop_signal.received is not None])
+        sums = torch.cat([losses.sum()[None], not_finite.sum()[None], known])
+        loss, num_not_finite, num_target_tokens, stop_requests = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._check_finite(not_finite, num_not_finite)
         self.should_stop = stop_requests > 0
         self.meter.loss += loss / self.accelerator.num_processes
@@ -334,7 +334,7 @@ class PackedTrainer(Trainer):
             for batch in self.get_eval_dataloader(padded):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     loss_sum, num_target_tokens = self._compute_loss_sum(model, self._prepare_inputs(batch))
-                totals += torch.stack([loss_sum.double().cpu(), num_target_tokens.double().cpu()])
+                totals += torch.tensor([float(loss_sum), num_target_tokens], dtype=torch.float64)
             totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").cpu()
         return float(totals[0] / totals[1].clamp(min=1))
 
@@ -419,7 +419,7 @@ def forward_packed(model: Any, attention: str, inputs: dict, **options: Any) -> 
     if attention.startswith("flash"):
         ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
     if attention == VARLEN:
-        options["seq_lens"] = inputs["seq_lens"]
+        options["documents"] = Documents(inputs["seq_lens"], inputs["cu_seqlens"])
     return model(input_ids=ids, position_ids=positions, use_cache=False, **options)
 
 

@@ -32,7 +32,9 @@ def test_a_batch_tells_its_documents_and_trained_places():
 
     empty = {name: numpy.zeros(0, dtype=numpy.int64) for name in ("input_ids", "labels", "position_ids", "doc_ids")}
     batch = PackedDataCollator(0)([sequence([3, 2], [0, 3]), sequence([7], [0, 1, 5]), empty])
-    assert batch["seq_lens"] == [[3, 2, 2], [7], [7]]
+    assert batch["seq_lens"] == [3, 2, 2, 7, 7]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5, 7, 14, 21]
+    assert batch["cu_seqlens"].dtype == torch.int32
     wanted = batch["labels"][:, 1:] != IGNORE_INDEX
     places = torch.arange(21).view(3, 7)
     assert batch["loss_indices"].tolist() == places[:, :-1][wanted].tolist() == [0, 1, 3, 8, 9, 10, 12]
