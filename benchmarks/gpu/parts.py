@@ -127,7 +127,8 @@ def measure_one_layer(part: Part, plain: Trainee, name: str, fused: bool, batch:
         config._attn_implementation = "flex_attention"
     decoder = layer.model.get_base_model().model
     # Without FlashAttention's kernel, documents are computed one after another.
-    kernel = mock.patch.object(attention, "varlen_attn", None, create=True) if name == "documents" else nullcontext()
+    is_off = mock.patch.object(attention, "flash_varlen_available", return_value=False)
+    kernel = is_off if name == "documents" else nullcontext()
 
     def forward() -> torch.Tensor:
         with torch.autocast(part.device, dtype=torch.bfloat16), kernel:

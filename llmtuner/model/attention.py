@@ -7,18 +7,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from llmtuner.console import UserError
 from llmtuner.model.bucketed_attention import BucketedAttention, PaddedRows
-
-try:  # not in every version of torch
-    from torch.nn.attention import varlen
-
-    varlen_attn: Any = varlen.varlen_attn
-except ImportError:
-    varlen_attn = None
 
 VARLEN = "varlen"
 UNSUPPORTED_KWARGS = ("sliding_window", "softcap", "s_aux")  # of attention that is more than softmax(q k) v
@@ -30,8 +24,8 @@ def register_varlen() -> None:
 
 
 def flash_varlen_available() -> bool:
-    """Whether this torch and this GPU have FlashAttention for documents of different lengths."""
-    return varlen_attn is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    """Whether there is a GPU that FlashAttention supports: Ampere or newer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -103,7 +97,7 @@ def varlen_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_16_bit = dtype.itemsize == 2 and not dropout
     with torch.autocast(query.device.type, enabled=False):  # it passes custom operators by, and takes softmax to fp32
-        if is_16_bit and q.is_cuda and varlen_attn is not None:
+        if is_16_bit and q.is_cuda and flash_varlen_available():
             output = _flash_attention(q, k, v, documents, scaling)
         elif is_16_bit and q.device.type == "cpu":
             output = BucketedAttention.apply(q, k, v, documents.padded_rows(q.shape[1], k.shape[1]), scaling)
@@ -133,7 +127,8 @@ def _flash_attention(
             f"a micro-batch of {len(q):,} tokens is too large for FlashAttention. Lower per_device_train_batch_size."
         )
     bounds, longest = documents.cu_seqlens, documents.max_length
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **_causal_options())
+    output: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **_causal_options())
+    return output
 
 
 def _causal_options() -> dict[str, Any]:
