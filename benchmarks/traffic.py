@@ -28,6 +28,7 @@ from benchmarks.training import ALL_OFF, loss_function
 from llmtuner.console import run_cli
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.hparams import ATTN_IMPLEMENTATIONS, FinetuningArguments
+from llmtuner.model import pointwise
 from llmtuner.model.attention import register_varlen
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.train import loss
@@ -39,8 +40,7 @@ OPTIMIZATIONS: dict[str, Values] = {
     "varlen attention": dict(flash_attn="varlen"),
     "fused ops": dict(fused_ops=True),
 }
-# Modules whose decorated functions `torch.compile` makes one kernel each of on a GPU.
-COMPILED: tuple[ModuleType, ...] = ()
+COMPILED: tuple[ModuleType, ...] = (pointwise, loss)  # their decorated functions are compiled on a GPU
 PHASES, KINDS = ("forward", "backward"), ("product", "attention", "elementwise")
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "_scaled_mm"}
 ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "flex_attention", "varlen_attn")

@@ -1,14 +1,20 @@
 """The counter of memory traffic: bytes and kernels of single operations, phases, a layer's share of a step."""
 
+import inspect
+import shutil
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
+from torch._inductor.graph import GraphLowering
 from torch.nn.functional import embedding
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import traffic
 from benchmarks.common import CHATGLM3_6B
 from benchmarks.traffic import ALL_OFF, TrafficCounter
+from llmtuner.model import pointwise
 
 A = torch.zeros(100, 10)  # 4,000 bytes
 B = torch.zeros(10, 20)  # 800 bytes
@@ -94,3 +100,89 @@ def test_lines_of_the_table_add_one_optimization_each():
     assert lines[0] == ALL_OFF
     assert all(sum(line[name] != other[name] for name in line) == 1 for line, other in pairwise(lines))
     assert lines[-1] == dict(flash_attn="varlen", fused_ops=True, chunked_loss=True)
+
+
+def test_optimizations_leave_a_quarter_of_the_traffic_and_half_of_what_is_kept():
+    plain, fast = (
+        traffic.layer_traffic(settings, CHATGLM3_6B, 4, 1024)
+        for settings in list(traffic.optimizations_in_turn().values())[::3]
+    )
+    assert fast["elementwise_gb"] < plain["elementwise_gb"] / 4
+    assert fast["kept_mb"] < plain["kept_mb"] / 2
+    assert fast["kernels"] < plain["kernels"] / 2
+
+
+@pytest.fixture(scope="module")
+def compiled_calls():
+    """Name -> a function that is compiled on a GPU, and shape, strides and dtype of the arguments it gets in a step."""
+    calls = {}
+
+    class Recorder(TrafficCounter):
+        def as_one_kernel(self, function):
+            call = super().as_one_kernel(function)
+
+            def record(*args):
+                kinds = [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in args]
+                calls.setdefault(function.__name__, (function, kinds))
+                return call(*args)
+
+            return record
+
+    shape = {
+        **CHATGLM3_6B,
+        "hidden_size": 512,
+        "intermediate_size": 1_712,
+        "num_attention_heads": 4,
+        "vocab_size": 4_096,
+    }
+    settings = list(traffic.optimizations_in_turn().values())[-1]
+    with mock.patch.object(traffic, "TrafficCounter", Recorder):
+        traffic.layer_traffic(settings, shape, 2, 256)
+    return calls
+
+
+def compiled_functions():
+    return [
+        name
+        for module in traffic.COMPILED
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if hasattr(function, "__wrapped__")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", compiled_functions())
+def test_compiler_makes_one_kernel_that_reads_inputs_and_writes_outputs_once(name, compiled_calls, monkeypatch):
+    function, kinds = compiled_calls[name]
+    kernels, generate = [], GraphLowering.codegen
+
+    def codegen(self):
+        code = generate(self)
+        kernels.append([4 * size for _, size in self.count_bytes()[1] if size])  # of elements that count as four bytes
+        return code
+
+    monkeypatch.setattr(GraphLowering, "codegen", codegen)
+    monkeypatch.setattr(pointwise, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    for length in (1, 2):  # of the tokens: the second time they are known to vary
+        args = [make_argument(kind, length) if isinstance(kind, tuple) else kind for kind in kinds]
+        with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
+            results, expected = function(*args), function.__wrapped__(*args)
+        size = sum(map(traffic.region_bytes, (traffic.tensors_of(args), traffic.tensors_of(results))))
+        assert kernels == [[pytest.approx(size, rel=0.1)]] * len(kernels)
+        assert kernels or length == 2
+        kernels.clear()
+        for result, wanted in zip(tree_leaves(results), tree_leaves(expected), strict=True):
+            torch.testing.assert_close(result, wanted, rtol=2e-2, atol=2e-2)
+
+
+def make_argument(kind, length):
+    """A random tensor of a kind whose first dimension, if it has several, is `length` times as long."""
+    shape, stride, dtype = kind
+    if len(shape) > 1 or not dtype.is_floating_point:
+        shape = (length * shape[0], *shape[1:])
+    tensor = torch.empty_strided(shape, stride, dtype=dtype)
+    return tensor.uniform_(-1, 1) if dtype.is_floating_point else tensor.random_(0, 100)
