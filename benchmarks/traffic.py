@@ -28,7 +28,7 @@ from benchmarks.training import ALL_OFF, loss_function
 from llmtuner.console import run_cli
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.hparams import ATTN_IMPLEMENTATIONS, FinetuningArguments
-from llmtuner.model import pointwise
+from llmtuner.model import attention, pointwise
 from llmtuner.model.attention import register_varlen
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.train import loss
@@ -160,6 +160,7 @@ def as_on_a_gpu(counter: TrafficCounter) -> Iterator[None]:
                 if hasattr(function, "__wrapped__"):
                     stack.enter_context(mock.patch.object(module, name, counter.as_one_kernel(function)))
         stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True))
+        stack.enter_context(mock.patch.object(attention, "flash_varlen_available", return_value=True))
         stack.enter_context(mock.patch.object(loss, "CHUNK_NUMEL_CPU", loss.CHUNK_NUMEL))
         yield
 
