@@ -3,10 +3,11 @@
     python -m benchmarks.scaling              prints the tables of benchmarks/scaling.md
     python -m benchmarks.scaling --measure    also checks the formula of the traffic by counting bytes on the loopback
 
-Per step each of N GPUs sends (2 A + 1) * (N - 1) / N * P * b bytes: after each of A micro-batches DeepSpeed averages the
-gradients of the P trained parameters by all-reduce (twice their size), and once it gathers the updated parameters; b bytes
-each. `--measure` trains in two processes on the CPU (gloo), 10 and 30 steps, and takes the difference of the loopback's
-counters, so nothing else may use the loopback meanwhile. Nothing else here is measured.
+Per step each of N GPUs sends (A + 1) * (N - 1) / N * P * 2 bytes under ZeRO-2 in bf16: after each of A micro-batches the
+gradients of the P trained parameters go to the GPUs that update them, and once the updated parameters come back. Under DDP it
+is 2 * (N - 1) / N * P * 4 bytes: one all-reduce, in fp32, of the gradients summed over the micro-batches. `--measure` trains in
+two processes on the CPU in fp32, 10 and 30 steps, and takes the difference of the loopback's counters, so nothing else may use
+the loopback meanwhile. There gloo reduces: (N + 1) / N times what NCCL's ring sends. Nothing else here is measured.
 """
 
 import json
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="count bytes on the loopback, some minutes")
     options = parser.parse_args()
     if options.measure:
-        measured = {"trained": trained_parameters(), "measured": [measure(1), measure(4)]}
+        measured = {"trained": trained_parameters(), "measured": [measure(1), measure(4), measure(4, deepspeed=False)]}
         common.save_results(options.output, measured)
     else:
         measured = common.read_results(options.output)
@@ -78,22 +79,38 @@ def flop_per_token(lora: int, checkpointing: bool, attended: float = MEAN_ATTEND
 
 
 def sent(parameters: int, gpus: int, accumulation: int) -> float:
-    """GB that each GPU sends in a step, in bf16."""
-    return (2 * accumulation + 1) * (gpus - 1) / gpus * parameters * 2 / 1e9
+    """GB that each GPU sends in a step under ZeRO-2, in bf16."""
+    return (accumulation + 1) * (gpus - 1) / gpus * parameters * 2 / 1e9
 
 
-def measure(accumulation: int) -> Values:
+def seconds_sending(parameters: int, gpus: int, accumulation: int, bandwidth: float) -> float:
+    """Seconds of a step in which ZeRO-2 sends at `bandwidth` GB/s, if it never sends while the GPU computes.
+
+    A gradient passes all GPUs of NCCL's ring on its way to one of them, so the last one's idle link costs time as well.
+    """
+    return (accumulation + (gpus - 1) / gpus) * parameters * 2 / 1e9 / bandwidth if gpus > 1 else 0.0
+
+
+def sent_by_ddp(parameters: int, gpus: int) -> float:
+    """GB that each GPU sends in a step under DDP, in fp32."""
+    return 2 * (gpus - 1) / gpus * parameters * 4 / 1e9
+
+
+def measure(accumulation: int, deepspeed: bool = True) -> Values:
     """Bytes per step on the loopback of a small run, and what the formula says: the median of three differences."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         settings = small_run(directory, ROOT / "mini" / "base")
         counted, trained = [], 0
         for repeat in range(3):
-            few, many = (run(settings, directory / f"{repeat}-{steps}", steps, accumulation) for steps in STEPS)
+            runs = (run(settings, directory / f"{repeat}-{steps}", steps, accumulation, deepspeed) for steps in STEPS)
+            few, many = runs
             counted.append((many[0] - few[0]) / (STEPS[1] - STEPS[0]))
             trained = many[1]
-    formula = (2 * accumulation + 1) * trained * 4  # two processes, each sending (2 A + 1) / 2 * P * 4 bytes
-    return {"accumulation": accumulation, "formula": formula, "counted": statistics.median(counted)}
+    # Of two processes: gloo reduces 3/2 of half, and gathers half; DDP sends all once.
+    formula = (1.5 * accumulation + 1 if deepspeed else 2) * trained * 4
+    kind = "ZeRO-2" if deepspeed else "DDP"
+    return {"kind": kind, "accumulation": accumulation, "formula": formula, "counted": statistics.median(counted)}
 
 
 def small_run(directory: Path, model: Path) -> Values:
@@ -117,10 +134,11 @@ def launch(settings: Values, processes: int, **variables: object) -> common.Fini
     return common.run_process([sys.executable, *launcher.split(), "train", file], **variables)
 
 
-def run(settings: Values, output_dir: Path, steps: int, accumulation: int) -> tuple[int, int]:
+def run(settings: Values, output_dir: Path, steps: int, accumulation: int, deepspeed: bool) -> tuple[int, int]:
     """Bytes that a run of some steps put on the loopback, and its trained parameters."""
     settings = settings | dict(max_steps=steps, output_dir=str(output_dir), gradient_accumulation_steps=accumulation)
-    settings["deepspeed"] = str(ROOT / "ds_config_zero2.json")
+    if deepspeed:
+        settings["deepspeed"] = str(ROOT / "ds_config_zero2.json")
     before = loopback_bytes()
     done = launch(settings, 2, DS_ACCELERATOR="cpu", OMP_NUM_THREADS=1, GLOO_SOCKET_IFNAME="lo")
     counted = loopback_bytes() - before
@@ -141,33 +159,34 @@ def tables(measured: Values, name: str) -> str:
     speeds = {gpu: UTILIZATION * tflops * 1e12 / flop[True] for gpu, (tflops, _) in GPUS.items()}
     gpus = [f"{count} GPU{'s' * (count > 1)}" for count in COUNTS]
     if name == "loopback":
-        header = ["micro-batches per step", "MB by the formula", "MB counted"]
+        header = ["", "micro-batches per step", "MB by the formula", "MB counted"]
         lines = [
-            [str(case["accumulation"]), *(f"{case[key] / 1e6:.2f}" for key in ("formula", "counted"))]
+            [case["kind"], str(case["accumulation"]), *(f"{case[key] / 1e6:.2f}" for key in ("formula", "counted"))]
             for case in measured["measured"]
         ]
     elif name == "flop":
         header = ["GFLOP per token", "without gradient checkpointing", "with it"]
         lines = [["LoRA + embeddings", *(f"{value / 1e9:.1f}" for value in flop)]]
     elif name == "traffic":
-        cases = [(accumulation, count) for accumulation in (1, 4) for count in (2, 4, 8, 64)]
-        header = ["trained", "P", *(f"A = {accumulation}, N = {count}" for accumulation, count in cases)]
-        lines = [
-            [recipe, f"{parameters / 1e6:,.0f} M", *(f"{sent(parameters, n, a):.2f}" for a, n in cases)]
-            for recipe, parameters in trained.items()
-        ]
+        cases = [(accumulation, count) for accumulation in (1, 4, 16) for count in (4, 8)]
+        header = ["trained", "P", *(f"A = {a}, N = {n}" for a, n in cases), *(f"DDP, N = {n}" for n in (4, 8))]
+        lines = []
+        for recipe, parameters in trained.items():
+            gigabytes = [*(sent(parameters, n, a) for a, n in cases), *(sent_by_ddp(parameters, n) for n in (4, 8))]
+            lines.append([recipe, f"{parameters / 1e6:,.0f} M", *(f"{value:.2f}" for value in gigabytes)])
     elif name == "optimizer":
         header = ["trained", *gpus[:3]]
         lines = [[recipe, *(f"{12 * size / n / 1e9:.2f}" for n in COUNTS[:3])] for recipe, size in trained.items()]
     elif name == "overlap":  # computation takes 19 times as long as communication
         header, lines = ["", *trained], []
         for gpu, (_, bandwidth) in GPUS.items():
-            seconds = [19 * sent(size, 8, 1) / bandwidth for size in trained.values()]
+            seconds = [19 * seconds_sending(size, 8, 1, bandwidth) for size in trained.values()]
             lines.append([gpu, *(f"{time * speeds[gpu]:,.0f}" for time in seconds)])
     else:
         header, lines = ["", "tokens/s and GPU, computation alone", *gpus], []
         for gpu, (_, bandwidth) in GPUS.items():
-            seconds = [TOKENS / speeds[gpu] + sent(trained["LoRA + embeddings"], n, 4) / bandwidth for n in COUNTS]
+            sending = [seconds_sending(trained["LoRA + embeddings"], n, 4, bandwidth) for n in COUNTS]
+            seconds = [TOKENS / speeds[gpu] + time for time in sending]
             hours = [f"{1e9 / n * step / TOKENS / 3600:,.1f}" for n, step in zip(COUNTS, seconds, strict=True)]
             lines.append([gpu, f"{speeds[gpu]:,.0f}", *hours])
         original = [f"{1e9 / n / 1_160 / 3600:,.1f}" if n <= 4 else "" for n in COUNTS]
