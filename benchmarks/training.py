@@ -4,6 +4,7 @@
     python -m benchmarks.training throughput --work-dir runs/mini --size chatglm3-6b   full size, random weights: for a GPU
     python -m benchmarks.training ablation_step_time --work-dir runs/mini              step by step in one process
     python -m benchmarks.training ablation_loss --work-dir runs/mini                   the loss curve of all of step 5
+    python -m benchmarks.training precision --work-dir runs/mini                       losses in bf16 against fp32
     python -m benchmarks.training packing --work-dir runs/mini --corpora DIR           against padding
     python -m benchmarks.training embeddings --work-dir runs/mini                      trained beside LoRA or not
     python -m benchmarks.training second_start --work-dir runs/mini --corpora DIR      once token ids are cached
@@ -336,16 +337,7 @@ def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
     curves = {}
     for name, changes in {"on": {}, "off": ALL_OFF}.items():
         print0(f"all optimizations {name}")
-        atomic_write_json(file := scratch / f"{name}.json", {**settings, **changes, "output_dir": str(scratch / name)})
-        run_process([sys.executable, "-m", "llmtuner", "train", file])
-        lines = (scratch / name / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
-        log = [json.loads(line) for line in lines]
-        steps = [line for line in log if "loss" in line]
-        curves[name] = {
-            "loss": [line["loss"] for line in steps],
-            "eval_loss": [line["eval_loss"] for line in log if "eval_loss" in line],
-            "tokens_per_second": float(numpy.median([line["tokens_per_second"] for line in steps])),
-        }
+        curves[name] = loss_curve({**settings, **changes}, scratch)
     on, off = (numpy.array(curve["loss"]) for curve in curves.values())
     difference = numpy.abs(on - off) / off
     for step in numpy.linspace(0, len(on) - 1, 10, dtype=int):
@@ -362,6 +354,40 @@ def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
     axes.set(xlabel="step", ylabel="training loss", yscale="log", title="Step 5 on the miniature")
     axes.legend(frameon=False)
     figure.savefig(options.output.with_suffix(".png"), dpi=120)
+
+
+def loss_curve(settings: Values, scratch: Path) -> Values:
+    """Training and eval losses of a run, and the median of its throughput."""
+    directory = Path(tempfile.mkdtemp(dir=scratch))
+    atomic_write_json(directory / "settings.json", {**settings, "output_dir": str(directory / "run")})
+    run_process([sys.executable, "-m", "llmtuner", "train", directory / "settings.json"])
+    lines = (directory / "run" / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    steps = [line for line in log if "loss" in line]
+    return {
+        "loss": [line["loss"] for line in steps],
+        "eval_loss": [line["eval_loss"] for line in log if "eval_loss" in line],
+        "tokens_per_second": float(numpy.median([line["tokens_per_second"] for line in steps])),
+    }
+
+
+def measure_precision(options: argparse.Namespace, scratch: Path) -> None:
+    """How far losses in bf16 are from those of fp32, with each optimization alone; a mean over seeds."""
+    quiet = dict(save_strategy="no", plot_loss=False, logging_steps=1, eval_strategy="no", eval_on_start=False)
+    settings = {**step_settings("pt"), **quiet, "max_steps": options.steps}
+    alone = {name: {key: value for key, value in ALL_OFF.items() if key != name} for name in ALL_OFF}
+    variants = {"plain autocast": ALL_OFF, **alone, "all on": {}}
+    results: dict[str, Values] = {name: {"largest": [], "mean": [], "bias": []} for name in variants}
+    for seed in tqdm(range(42, 42 + options.repeats), unit="seed"):
+        exact = numpy.array(loss_curve({**settings, **ALL_OFF, "bf16": False, "seed": seed}, scratch)["loss"])
+        for name, changes in variants.items():
+            errors = numpy.array(loss_curve({**settings, **changes, "seed": seed}, scratch)["loss"]) - exact
+            found = {"largest": numpy.abs(errors).max(), "mean": numpy.abs(errors).mean(), "bias": errors.mean()}
+            for key, value in found.items():
+                results[name][key].append(float(value))
+    means = {name: {key: float(numpy.mean(values)) for key, values in found.items()} for name, found in results.items()}
+    print_results(f"loss in bf16 - loss in fp32 over {options.steps} steps", means)
+    save_results(options.output, {"steps": options.steps, "repeats": options.repeats, "results": results})
 
 
 def measure_packing(options: argparse.Namespace, scratch: Path) -> Values:
@@ -468,6 +494,7 @@ def main() -> None:
         command.add_argument("--windows", type=int, nargs="+", help="tokens in a sequence (default: the profile's)")
         command.add_argument("--tokens", type=int, help="of a step (default: 2,048, of the full size 16,384)")
     add(measure_ablation_loss, "ZERO_DIR", "ablation_loss", steps=None)
+    add(measure_precision, "ZERO_DIR", "precision", steps=20, repeats=3)
     add(measure_packing, "PT_MERGED_DIR", "training_costs", steps=60, repeats=5, corpora=None)
     add(measure_embeddings, "PT_MERGED_DIR", "training_costs", steps=60, repeats=5)
     add(measure_second_start, "PT_MERGED_DIR", "training_costs", steps=60, repeats=5, corpora=None)
