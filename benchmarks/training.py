@@ -331,7 +331,7 @@ def loss_function(model: Any, finetuning: FinetuningArguments) -> Callable[[Valu
 
 def measure_ablation_loss(options: argparse.Namespace, scratch: Path) -> None:
     """The whole of step 5 twice on the same batches; in fp32 on a CPU only the order of additions differs."""
-    settings = {**step_settings("pt"), "save_strategy": "no", "plot_loss": False, "logging_steps": 1}
+    settings = {**step_settings("pt"), "bf16": False, "save_strategy": "no", "plot_loss": False, "logging_steps": 1}
     if options.steps:
         settings["max_steps"] = options.steps
     curves = {}
