@@ -412,13 +412,15 @@ def forward_packed(model: Any, attention: str, inputs: dict, **options: Any) -> 
 
     Args:
         attention: transformers' name of the attention implementation. FlashAttention gets the batch [sequences, tokens]
-            as one sequence, because it reads the bounds of documents from the position ids of one sequence only.
+            as one sequence, and the bounds of documents; it would find them itself, but make the GPU wait in every layer.
         options: further arguments of the model.
     """
     ids, positions = inputs["input_ids"], inputs["position_ids"]
     if attention.startswith("flash"):
         ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
-    if attention == VARLEN:
+        bounds, longest = inputs["cu_seqlens"], max(inputs["seq_lens"])
+        options |= dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest)
+    elif attention == VARLEN:
         options["documents"] = Documents(inputs["seq_lens"], inputs["cu_seqlens"])
     return model(input_ids=ids, position_ids=positions, use_cache=False, **options)
 

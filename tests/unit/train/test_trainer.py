@@ -18,7 +18,7 @@ from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.callbacks import EarlyStopping
-from llmtuner.train.trainer import PackedTrainer
+from llmtuner.train.trainer import PackedTrainer, forward_packed
 from llmtuner.train.tuner import run_exp
 from tests.training import NO_FIGURES, STAGES, log_of, losses_of
 
@@ -249,6 +249,23 @@ def test_evaluation_alone_computes_in_bf16_as_training_does(tiny_run, bf16, stag
     exact = run_exp({**in_fp32, "output_dir": settings["output_dir"] + "3"})["eval_loss"]
     assert alone["eval_loss"] != exact
     assert alone["eval_loss"] == pytest.approx(exact, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+def test_attention_gets_the_bounds_of_documents():
+    positions = torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]])
+    batch = {"input_ids": positions + 7, "position_ids": positions}
+    batch |= {"seq_lens": [3, 1, 2, 2], "cu_seqlens": torch.tensor([0, 3, 4, 6, 8], dtype=torch.int32)}
+    calls = {
+        name: forward_packed(lambda **given: given, name, batch) for name in ("sdpa", "flash_attention_2", "varlen")
+    }
+    assert calls["sdpa"].keys() == {"input_ids", "position_ids", "use_cache"}
+    flash = calls["flash_attention_2"]
+    assert flash["input_ids"].shape == flash["position_ids"].shape == (1, 8)
+    assert flash["cu_seq_lens_q"] is flash["cu_seq_lens_k"] is batch["cu_seqlens"]
+    assert flash["max_length_q"] == flash["max_length_k"] == 3
+    documents = calls["varlen"]["documents"]
+    assert (documents.lengths, documents.cu_seqlens, documents.max_length) == ([3, 1, 2, 2], batch["cu_seqlens"], 3)
 
 
 # ------------------------------------------------------------------------------------------------- eval_on_each_dataset
