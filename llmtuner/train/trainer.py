@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy
@@ -380,11 +381,17 @@ class PackedTrainer(Trainer):
         return trained
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves what is trained; under DeepSpeed, Trainer would copy the complete model to host memory on every rank."""
-        if self.is_deepspeed_enabled:
-            self._save(output_dir, self.trained_state_dict())
-        else:
+        """Saves the adapter, or the model if there is none.
+
+        Under DeepSpeed, Trainer would copy the complete model to host memory on every rank, and save 16-bit weights.
+        """
+        weights = self.trained_state_dict()
+        if weights is None:
             super().save_model(output_dir, _internal_call)
+        else:
+            self._save(
+                output_dir, weights if isinstance(self.model, PeftModel) else {**self.model.state_dict(), **weights}
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.output_dir / TMP_DIR)

@@ -240,6 +240,18 @@ def test_zero2_in_bf16_trains_and_saves_fp32_weights(bf16_run, tmp_path):
     assert size < 14 * trained + 200_000  # bf16 weights; fp32 weights and two moments of Adam; DeepSpeed's own records
 
 
+def test_zero2_in_bf16_saves_a_complete_model_where_no_adapter_is_trained(bf16_run, tiny_model_dir, tmp_path):
+    run_in_bf16({**bf16_run, "finetuning_type": "freeze", "max_steps": 4}, tmp_path)
+    base = load_file(tiny_model_dir / "model.safetensors")
+    saved = load_file(tmp_path / "adapter" / "checkpoint-4" / "model.safetensors")
+    assert saved.keys() == base.keys()
+    trained = load_file(tmp_path / "adapter" / "model.safetensors")
+    assert trained.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, weight in saved.items():
+        assert (weight.dtype == torch.float32) == (name in trained)
+        assert torch.equal(weight, trained[name] if name in trained else base[name].bfloat16()), name
+
+
 def test_zero2_in_bf16_is_resumed_exactly(bf16_run, tmp_path):
     run_in_bf16(bf16_run, tmp_path)
     out, log = tmp_path / "adapter", log_of(tmp_path / "adapter")
