@@ -77,6 +77,7 @@ BY_PROFILE = {
         num_train_epochs=2,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
+        auto_find_batch_size=True,  # 2 x 8 or 1 x 16 where 4 x 4 does not fit
         eval_steps=200,
         save_steps=200,
         max_eval_samples=256,

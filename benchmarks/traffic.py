@@ -10,28 +10,23 @@ that are compiled on a GPU count as one kernel, which tests/unit/benchmarks/test
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import CHATGLM3_6B, Values, make_parser, print_results, save_results
-from benchmarks.memory_budget import EMBEDDINGS, LiveTensors, chatglm3, with_fake_tensors
+from benchmarks.memory_budget import EMBEDDINGS, chatglm3
 from benchmarks.training import ALL_OFF, loss_function
 from llmtuner.console import run_cli
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.hparams import ATTN_IMPLEMENTATIONS, FinetuningArguments
-from llmtuner.model import attention, pointwise
 from llmtuner.model.attention import register_varlen
 from llmtuner.model.fused import apply_fused_ops
-from llmtuner.train import loss
+from llmtuner.train.memory import LiveTensors, as_on_a_gpu, fake_copy
 
 BATCH_SIZE, SEQ_LEN = 4, 1_024
 DOCUMENTS = (0.4, 0.3, 0.3)  # a sequence's tokens by document
@@ -40,7 +35,6 @@ OPTIMIZATIONS: dict[str, Values] = {
     "varlen attention": dict(flash_attn="varlen"),
     "fused ops": dict(fused_ops=True),
 }
-COMPILED: tuple[ModuleType, ...] = (pointwise, loss)  # their decorated functions are compiled on a GPU
 PHASES, KINDS = ("forward", "backward"), ("product", "attention", "elementwise")
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "_scaled_mm"}
 ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "flex_attention", "varlen_attn")
@@ -80,7 +74,7 @@ class TrafficCounter(TorchDispatchMode):
         def call(*args: Any, **kwargs: Any) -> Any:
             self.paused, before = True, self.paused
             try:
-                results = function(*args, **kwargs)
+                results = inspect.unwrap(function)(*args, **kwargs)  # as it is before it is compiled
             finally:
                 self.paused = before
             if not self.paused:
@@ -151,25 +145,11 @@ def region_bytes(tensors: list[torch.Tensor]) -> int:
     return sum(regions.values())
 
 
-@contextmanager
-def as_on_a_gpu(counter: TrafficCounter) -> Iterator[None]:
-    """Makes fake tensors of a CPU take the ways of a GPU; autograd follows those of a GPU only where there is one."""
-    with ExitStack() as stack:
-        for module in COMPILED:
-            for name, function in inspect.getmembers(module, inspect.isfunction):
-                if hasattr(function, "__wrapped__"):
-                    stack.enter_context(mock.patch.object(module, name, counter.as_one_kernel(function)))
-        stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True))
-        stack.enter_context(mock.patch.object(attention, "flash_varlen_available", return_value=True))
-        stack.enter_context(mock.patch.object(loss, "CHUNK_NUMEL_CPU", loss.CHUNK_NUMEL))
-        yield
-
-
 def follow(model: Any, settings: Values, batch: Any) -> tuple[TrafficCounter, int]:
     """Follows a micro-batch that finds the gradients of an earlier one.
 
     Args:
-        model: prepared for training, with real tensors; they are replaced by fake ones.
+        model: prepared for training. Its attention and operations are changed as the settings say.
         settings: `flash_attn`, `fused_ops` and `chunked_loss`.
 
     Returns:
@@ -181,7 +161,8 @@ def follow(model: Any, settings: Values, batch: Any) -> tuple[TrafficCounter, in
     if finetuning.fused_ops:
         apply_fused_ops(model)
     counter, kept = TrafficCounter(), 0
-    with with_fake_tensors(model):
+    model, mode = fake_copy(model)
+    with mode:
         for parameter in model.train().parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -193,7 +174,7 @@ def follow(model: Any, settings: Values, batch: Any) -> tuple[TrafficCounter, in
             kept = live.now - before
 
         model.get_base_model().base_model.register_forward_hook(end_forward)
-        with as_on_a_gpu(counter), live, counter:
+        with as_on_a_gpu(counter.as_one_kernel), live, counter:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 summed, _ = loss_function(model, finetuning)(batch)
             summed.backward()

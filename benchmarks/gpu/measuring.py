@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import CHATGLM3_6B, LORA_RANK, Values
-from benchmarks.memory_budget import EMBEDDINGS, glm
+from benchmarks.memory_budget import EMBEDDINGS, glm, make_args
 from benchmarks.traffic import optimizations_in_turn
 from benchmarks.training import clock, loss_function, matmul_peak, model_flop
 from llmtuner.console import print0, print_header
@@ -28,7 +28,7 @@ from llmtuner.hparams.transformers_args import GRADIENT_CHECKPOINTING
 from llmtuner.model.attention import register_varlen
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.train.callbacks import peak_memory_gb
-from llmtuner.train.memory import estimate_step_memory
+from llmtuner.train.memory import StepEstimator
 
 ACCUMULATION = 4  # micro-batches of a step, as in step 5 of chatglm3-6b
 WINDOWS = ((4, 1_024), (1, 4_096))  # sequences and tokens of micro-batches
@@ -122,7 +122,7 @@ class Trainee:
         if dtype == torch.float32:
             self.model.float()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer_bytes = 2 if optimizer == "adamw_8bit" else 8
+        self.optim = "adamw_8bit" if optimizer == "adamw_8bit" else "adamw_torch_fused"
         if optimizer == "adamw_8bit":
             from bitsandbytes.optim import AdamW8bit
 
@@ -172,10 +172,17 @@ class Trainee:
 
     def estimated_gb(self, batch_size: int, seq_len: int, recomputed: bool) -> float:
         """The trainer's own estimate of a step, made of tensors without content."""
-        model = glm(self._finetuning(self.settings), "meta", self.shape).to_empty(device="cpu")
+        model = glm(self._finetuning(self.settings), "meta", self.shape)
         prepare(model, self.settings)
-        estimate = estimate_step_memory(model, batch_size, seq_len, recomputed, self.dtype, self.optimizer_bytes)
-        return estimate.total / 1e9
+        args = make_args(
+            **{"lora_rank": self.rank, **EMBEDDINGS, **self.settings},
+            cutoff_len=seq_len,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=ACCUMULATION,
+            optim=self.optim,
+        )
+        args.training.bf16 = self.dtype == torch.bfloat16
+        return StepEstimator(model, args).estimate(batch_size, recomputed).total / 1e9
 
 
 def prepare(model: Any, settings: Values) -> None:

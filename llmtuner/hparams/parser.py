@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ MODULE_ALIASES = {
     "word_embeddings": ["embed_tokens"],
     "output_layer": ["lm_head"],
 }
+# Their product is the number of sequences of a step in one process.
+MICRO_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 USAGE = "a settings file, then settings: FILE.yaml --learning_rate 5e-5 --plot_loss (also --name=value or name=value)"
 
 
@@ -219,15 +222,23 @@ def _validate_values(settings: dict[str, Any], known: dict[str, Field]) -> Itera
 
 
 def _zero_stage(deepspeed: dict[str, Any] | str | None) -> Any:
-    """zero_optimization.stage of a DeepSpeed configuration: a dict, JSON or a JSON file; 0 where it has none."""
+    """zero_optimization.stage of a DeepSpeed configuration; 0 where it has none."""
     try:
-        if isinstance(deepspeed, str):
-            text = deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8")
-            deepspeed = json.loads(text)
-        stage = deepspeed.get("zero_optimization", {}).get("stage", 0)  # type: ignore[union-attr]
+        stage = read_deepspeed_config(deepspeed).get("zero_optimization", {}).get("stage", 0)
     except (OSError, ValueError, AttributeError):
         return 0  # transformers says what is wrong with the file
     return int(stage) if str(stage).isdigit() else stage
+
+
+def read_deepspeed_config(deepspeed: dict[str, Any] | str | None) -> Any:
+    """A DeepSpeed configuration from a dict, JSON or a JSON file.
+
+    Raises:
+        OSError, ValueError: if the file cannot be read, or holds no JSON.
+    """
+    if not isinstance(deepspeed, str):
+        return deepspeed
+    return json.loads(deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8"))
 
 
 def _validate_combinations(settings: dict[str, Any], for_export: bool) -> Iterator[ValidationIssue]:
@@ -328,10 +339,12 @@ def diff_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """
     before, _ = rename_settings(before)
     before = {name: OWN_DEFAULTS[name] for name in after if OWN_DEFAULTS.get(name) is not None} | before
+    # How the sequences of a step are split into micro-batches changes nothing, and depends on the GPU.
+    same_step = len({math.prod(settings.get(name, 0) for name in MICRO_BATCH) for settings in (before, after)}) == 1
     return [
         f"{name}: {before.get(name, 'not set')} -> {after.get(name, 'not set')}"
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name) and not _is_resume_safe(name)
+        if before.get(name) != after.get(name) and not _is_resume_safe(name) and not (same_step and name in MICRO_BATCH)
     ]
 
 

@@ -12,7 +12,7 @@ RESUME_SAFE = (
     *("report_to", "run_name", "project", "trackio_*", "hub_*", "push_to_hub", "skip_memory_metrics", "output_dir"),
     *("resume_from_checkpoint", "do_train", "do_eval", "local_rank", "use_cpu", "ddp_timeout", "ddp_backend"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("dataloader_multiprocessing_context", "*_checkpointing*", "torch_empty_cache_steps"),
+    *("dataloader_multiprocessing_context", "*_checkpointing*", "torch_empty_cache_steps", "auto_find_batch_size"),
 )
 
 
@@ -26,6 +26,9 @@ class TrainerArguments:
     per_device_train_batch_size: int = setting(8, "Sequences in one forward pass of one process.", AT_LEAST_1)
     per_device_eval_batch_size: int = setting(8, "The same when evaluating.", AT_LEAST_1)
     gradient_accumulation_steps: int = setting(1, "Forward and backward passes before each update.", AT_LEAST_1)
+    auto_find_batch_size: bool = setting(
+        False, "On a GPU: halve per_device_train_batch_size until a step fits, and double gradient_accumulation_steps."
+    )
     num_train_epochs: float = setting(3.0, "Passes through the training set.", ABOVE_0)
     max_steps: int = setting(-1, "Updates to make, instead of num_train_epochs.", MAX_STEPS)
     learning_rate: float = setting(5e-5, "The peak learning rate.", NOT_NEGATIVE)

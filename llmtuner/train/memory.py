@@ -1,114 +1,550 @@
-"""Estimates the memory of a training step: weights, gradients and optimizer by their sizes, activations by tracing."""
+"""Memory of a training step: follows every tensor of one on tensors without content, and chooses settings that fit.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+Nothing is computed and no GPU is needed: a micro-batch's forward pass, loss and backward pass run on fake tensors, which have
+shapes and no content, and `LiveTensors` adds up those that are alive at the same time. What lasts through the step (weights,
+gradients, optimizer state) follows from its sizes and from how processes share it.
+"""
 
+import copy
+import inspect
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from llmtuner.train.loss import CHUNK_NUMEL
+from llmtuner.console import UserError
+from llmtuner.data.packing import PackedDataCollator
+from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments, TrainArgs
+from llmtuner.hparams.parser import read_deepspeed_config
+from llmtuner.hparams.transformers_args import GRADIENT_CHECKPOINTING
+from llmtuner.model import attention, pointwise
+from llmtuner.model.adapters import init_adapter
+from llmtuner.model.attention import VARLEN, register_varlen
+from llmtuner.model.fused import apply_fused_ops
+from llmtuner.model.model_dir import APPENDED_ROWS
+from llmtuner.train import loss
+from llmtuner.train.trainer import PackedTrainer
 
-MEMORY_FRACTION = 0.85  # of free memory; the rest is left to fragmentation, kernel workspaces and the estimate's errors
+MEMORY_FRACTION = 0.9  # of a GPU's memory; the rest is left to fragmentation and to the kernels' own buffers
+
+COMPILED = (pointwise, loss)  # modules whose decorated functions are compiled on a GPU
 
 
 def free_memory() -> int | None:
-    """Returns the free bytes of the GPU, or None without one: a CPU's memory is seldom what is short."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    """Returns the bytes of the GPU that this process can use beside its tensors, or None without a GPU.
+
+    A CPU's memory is seldom what is short.
+    """
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes at the peak of a training step."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    """What one micro-batch saves for its backward pass."""
-    loss: int
-    """A chunk of logits and its gradients, and the output layer's gradient."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
-
-    def __str__(self) -> str:
-        parts = ("weights", "gradients", "optimizer", "activations", "loss")
-        return ", ".join(f"{part} {getattr(self, part) / 1e9:.1f}" for part in parts) + " GB"
+def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """Returns the dtype of matrix products, in which frozen weights are held too."""
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 
 
-def estimate_step_memory(
+# ------------------------------------------------------------------------------------------------------ following a step
+class LiveTensors(TorchDispatchMode):
+    """Adds up the bytes of all tensors alive at the same time, each storage once, and keeps the peak of each phase."""
+
+    def __init__(self, existing: Any) -> None:
+        """`existing`: tensors that are alive already."""
+        super().__init__()
+        self.now, self.phase, self.peak = 0, "before", Counter[str]()
+        self.known: set[int] = set()
+        self.paused = False
+        for tensor in existing:
+            self._add(tensor)
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = operation(*args, **(kwargs or {}))
+        self._add_results(results)
+        return results
+
+    def as_one_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that computes the same, of which only the results are added up."""
+
+        def call(*args: Any) -> Any:
+            self.paused, before = True, self.paused
+            try:
+                results = inspect.unwrap(function)(*args)  # as it is before it is compiled
+            finally:
+                self.paused = before
+            self._add_results(results)
+            return results
+
+        return call
+
+    def _add_results(self, results: Any) -> None:
+        if self.paused:
+            return
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        self.peak[self.phase] = max(self.peak[self.phase], self.now)
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.known:
+            self.known.add(address)
+            self.now += size
+            weakref.finalize(storage, self._remove, address, size)
+
+    def _remove(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+
+class GradientBuckets:
+    """Collects gradients as ZeRO-2 does (deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19).
+
+    Args:
+        numel: elements of a bucket.
+        count: 2 if one is filled while the other is reduced (`overlap_comm`), else 1; 0 if there is memory for them already.
+        to_all: whether all processes get what is reduced (`use_multi_rank_bucket_allreduce`), not only the one that needs it.
+    """
+
+    def __init__(self, numel: int, count: int, to_all: bool = True) -> None:
+        self.numel, self.count, self.to_all = numel, count, to_all
+        self.buffers: list[torch.Tensor] = []
+        self.filled: list[int] = []
+
+    def collect(self, parameter: torch.nn.Parameter) -> None:
+        """Moves a gradient that is ready into a bucket; one that is too large for it stays with its parameter."""
+        if not self.buffers:  # setup_buckets, before the first gradient of each backward pass
+            self.buffers = [torch.empty(self.numel, dtype=parameter.dtype) for _ in range(self.count)]
+        if sum(self.filled) + parameter.numel() > self.numel:
+            self.reduce()
+        self.filled.append(parameter.numel())
+        if parameter.numel() <= self.numel:
+            parameter.grad = None
+
+    def reduce(self) -> None:
+        """Forms the copy that is sent (allreduce_bucket); a part of a single gradient needs none."""
+        if self.buffers and (self.to_all or len(self.filled) > 1):
+            torch.empty(sum(self.filled), dtype=self.buffers[0].dtype)
+        self.filled = []
+
+    def release(self) -> None:
+        """Reduces what is left at the end of a backward pass, and frees the buckets."""
+        self.reduce()
+        self.buffers = []
+
+
+class MicroBatchMemory(NamedTuple):
+    """Bytes that a micro-batch needs beside weights and the gradients of earlier micro-batches."""
+
+    kept: int
+    """At the end of the decoder's forward pass: what is kept for the backward pass."""
+    forward: int
+    """The peak of forward pass and loss."""
+    backward: int
+    """The peak of the backward pass."""
+
+
+def follow_micro_batch(
     model: Any,
+    finetuning_args: FinetuningArguments,
     batch_size: int,
     seq_len: int,
     checkpointing: bool,
-    dtype: torch.dtype = torch.float32,
-    optimizer_bytes: int = 8,
-    processes: int = 1,
-) -> MemoryEstimate:
-    """Estimates the memory of a step of a model that is prepared for training, without computing anything.
+    dtype: torch.dtype,
+    accumulates: bool = True,
+    buckets: GradientBuckets | None = None,
+    on_gpu: bool = True,
+) -> MicroBatchMemory:
+    """Follows the tensors of a micro-batch with the trainer's own collator and loss.
 
     Args:
-        batch_size, seq_len: of a micro-batch.
+        model: prepared for training, with real tensors or with fake ones, under their mode. Its mode is changed to
+            training, and its gradients are deleted.
         checkpointing: whether layers save only their input and are recomputed one at a time.
         dtype: of autocast; fp32 means none.
-        optimizer_bytes: per trained parameter; Adam keeps two fp32 values.
-        processes: number of those that share gradients, optimizer state and, in 16 bits, its fp32 master weights (ZeRO-2).
+        accumulates: whether there are gradients of earlier micro-batches already.
+        buckets: where gradients go as soon as they are ready; None: they stay with their parameters.
+        on_gpu: whether to go the ways of a GPU; real tensors go those of their device.
     """
-    parameters = list(model.parameters())
-    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    config = model.config
-    num_layers, hidden_size, vocab_size = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    activations = saved_activation_bytes(model, batch_size, seq_len, dtype)
+    sequence = dict.fromkeys(("input_ids", "labels", "position_ids"), numpy.arange(seq_len)) | {"doc_ids": [0]}
+    with unset_fake_temporarily():
+        batch: Any = PackedDataCollator(0)([sequence] * batch_size)  # type: ignore[list-item]
+    implementation = model.config._attn_implementation or ""
+    trainer: Any = SimpleNamespace(model=model, finetuning_args=finetuning_args, attention=implementation)
+    model.train()
     if checkpointing:
-        activations = activations // num_layers + num_layers * batch_size * seq_len * hidden_size * 4
-    num_logits = min(batch_size * seq_len * vocab_size, CHUNK_NUMEL)
-    # In full or in rows, a trained output layer is cast to the product's dtype, and its gradient is formed in fp32.
-    trains_output = any(parameter.requires_grad for name, parameter in model.named_parameters() if "lm_head" in name)
-    return MemoryEstimate(
-        weights=sum(parameter.nbytes for parameter in parameters),
-        gradients=4 * num_trained // processes,
-        optimizer=optimizer_bytes * num_trained // processes,
-        activations=activations,
-        loss=num_logits * (8 + dtype.itemsize) + trains_output * (4 + dtype.itemsize) * vocab_size * hidden_size,
-    )
+        getattr(model, f"{GRADIENT_CHECKPOINTING}_enable")({"use_reentrant": False})
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if accumulates and parameter.requires_grad else None
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    live = LiveTensors([*model.parameters(), *model.buffers(), *gradients])
+    del gradients
+    before, kept = live.now, 0
 
+    def end_forward(*_: Any) -> None:
+        nonlocal kept
+        kept, live.phase = live.now - before, "loss"
 
-def saved_activation_bytes(model: Any, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:
-    """Returns the bytes that autograd saves in a forward pass, without the weights; each storage counts once.
-
-    The forward pass runs on fake tensors, which have shapes but no content.
-    """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-    weights = {fake.untyped_storage()._cdata for fake in fakes.values()}
-    saved: dict[int, torch.Tensor] = {}  # holds the tensors, so that no address is reused
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    with mode, _training_mode(model), autocast, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
-        batch = {"input_ids": ids, "position_ids": torch.arange(seq_len).expand(batch_size, -1), "use_cache": False}
-        batch["logits_to_keep"] = torch.zeros(0, dtype=torch.long)
-        torch.func.functional_call(model, fakes, (), batch)
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in weights)
+    language_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    hooks = [language_model.base_model.register_forward_hook(end_forward)]
+    if buckets is not None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        hooks += [parameter.register_post_accumulate_grad_hook(buckets.collect) for parameter in trained]
+    autocast = torch.autocast("cpu", dtype=dtype, cache_enabled=False) if dtype != torch.float32 else nullcontext()
+    with as_on_a_gpu(live.as_one_kernel) if on_gpu else nullcontext(), live:
+        with autocast:
+            loss_sum, _ = PackedTrainer._compute_loss_sum(trainer, model, batch)
+        live.phase = "backward"
+        loss_sum.backward()
+        if buckets is not None:
+            buckets.release()
+    for hook in hooks:
+        hook.remove()
+    if checkpointing:
+        getattr(model, f"{GRADIENT_CHECKPOINTING}_disable")()
+    model.zero_grad()
+    forward = max(live.peak[phase] for phase in ("before", "loss"))
+    return MicroBatchMemory(kept, forward - before, live.peak["backward"] - before)
 
 
 @contextmanager
-def _training_mode(model: Any) -> Iterator[None]:
-    """Enters training mode; FlashAttention, which needs a GPU, is traced as SDPA, which saves the same."""
-    training, attention = model.training, model.config._attn_implementation
-    model.train()
-    if attention.startswith("flash"):
-        model.config._attn_implementation = "sdpa"
-    try:
+def as_on_a_gpu(as_one_kernel: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Makes fake tensors of a CPU take the ways of a GPU; autograd follows those of a GPU only where there is one.
+
+    Args:
+        as_one_kernel: what becomes of functions that are compiled on a GPU.
+    """
+    with ExitStack() as stack:
+        for module in COMPILED:
+            for name, function in inspect.getmembers(module, inspect.isfunction):
+                if hasattr(function, "__wrapped__"):
+                    stack.enter_context(mock.patch.object(module, name, as_one_kernel(function)))
+        stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", property(lambda _: True), create=True))
+        if not torch.cuda.is_available():
+            stack.enter_context(mock.patch.object(attention, "flash_varlen_available", return_value=True))
         yield
-    finally:
-        model.train(training)
-        model.config._attn_implementation = attention
+
+
+def fake_copy(model: Any, dtype: torch.dtype | None = None) -> tuple[Any, FakeTensorMode]:
+    """Copies a model with fake tensors, which have shapes and no content; returns the mode under which it computes, too.
+
+    The copy is on the CPU, whatever the model is on.
+
+    Args:
+        model: its tensors may be on any device, also meta.
+        dtype: that of all parameters, as DeepSpeed casts them; None: each keeps its own.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[int, Any] = {}
+    with mode:
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if isinstance(tensor, torch.nn.Parameter):
+                fake = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+                fakes[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad)
+            else:
+                fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    twin = copy.deepcopy(model, fakes)
+    if (twin.config._attn_implementation or "").startswith("flash"):  # has no operation for a CPU, and saves the same
+        register_varlen()
+        twin.config._attn_implementation = VARLEN
+    return twin, mode
+
+
+# -------------------------------------------------------------------------------------------------------------- estimate
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of each process at the peak of a training step; the parts add up to it."""
+
+    weights: int
+    gradients: int
+    """Of earlier micro-batches of the step."""
+    optimizer: int
+    """Its state, and the fp32 weights that DeepSpeed keeps of 16-bit ones."""
+    buckets: int
+    """Of gradients on their way to other processes: what they add to the peak."""
+    activations: int
+    """What a micro-batch keeps of the decoder's forward pass for its backward pass."""
+    workspace: int
+    """What loss or backward pass hold beside them: logits, gradients, a layer that is recomputed."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in vars(self).items() if size)
+        return f"{self.total / 1e9:.1f} GB ({parts})"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the processes of a run share gradients and optimizer; sizes are bytes of each process."""
+
+    gradients: int
+    optimizer: int
+    accumulates: bool
+    """Whether gradients of earlier micro-batches stay with their parameters."""
+    ddp_buckets: int = 0
+    """Through the complete step."""
+    buckets: GradientBuckets | None = None
+    """Where gradients go as soon as they are ready."""
+
+
+class StepEstimator:
+    """Estimates a training step of a model that is prepared for training; each kind of micro-batch is followed once.
+
+    Args:
+        model: its tensors may be on any device, also meta. It is not changed.
+        args: settings of the run; `estimate` replaces those of the micro-batch.
+        processes: number of those that train together.
+    """
+
+    def __init__(self, model: Any, args: TrainArgs, processes: int = 1) -> None:
+        self.args, self.processes, self.dtype = args, processes, compute_dtype(args.training)
+        self.deepspeed = read_deepspeed_config(args.training.deepspeed) if args.training.deepspeed else None
+        # DeepSpeed casts all parameters, where accelerate casts the operands of each operation.
+        self.model, self.mode = fake_copy(model, None if self.deepspeed is None else self.dtype)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.num_trained = sum(parameter.numel() for parameter in self.trained)
+        self.followed: dict[tuple[int, bool, bool, bool], MicroBatchMemory] = {}
+
+    def estimate(self, batch_size: int, checkpointing: bool) -> MemoryEstimate:
+        """Estimates a step of micro-batches of `batch_size` sequences, as many as make the global batch of the settings."""
+        sharing = self._share(accumulates=sequences_per_step(self.args.training) > batch_size)
+        key = (batch_size, checkpointing, sharing.accumulates, sharing.buckets is not None)
+        if key not in self.followed:
+            dtype = self.dtype if self.deepspeed is None else torch.float32
+            settings = (batch_size, self.args.data.cutoff_len, checkpointing, dtype)
+            with self.mode:
+                self.followed[key] = follow_micro_batch(
+                    self.model, self.args.finetuning, *settings, sharing.accumulates, sharing.buckets
+                )
+        step, buckets = self.followed[key], 0
+        if sharing.buckets is not None and step.backward > step.forward:  # else there are none at the peak
+            buckets = sharing.buckets.numel * sharing.buckets.count * self.dtype.itemsize
+        peak = max(step.forward, step.backward) - buckets
+        kept, buckets = min(step.kept, peak), buckets + sharing.ddp_buckets
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        return MemoryEstimate(weights, sharing.gradients, sharing.optimizer, buckets, kept, peak - kept)
+
+    def variant(self, optim: str | None = None, processes: int | None = None) -> "StepEstimator":
+        """Returns the estimator of the same run with another optimizer or number of processes."""
+        twin = copy.copy(self)
+        twin.processes = processes or self.processes
+        twin.args = replace(self.args, training=copy.copy(self.args.training))
+        twin.args.training.optim = optim or self.args.training.optim
+        return twin
+
+    def _share(self, accumulates: bool) -> Sharing:
+        if self.deepspeed is not None:
+            return self._share_by_zero(self.deepspeed)
+        gradients = 4 * self.num_trained
+        if self.processes == 1:
+            return Sharing(gradients * accumulates, self._optimizer_state(), accumulates)
+        # DDP's Reducer has buckets for all gradients (torch/csrc/distributed/c10d/reducer.cpp). With gradient_as_bucket_view
+        # a gradient is made a view of them when it is reduced; those of a step's earlier micro-batches, which are not, are
+        # beside them, for Trainer deletes gradients after each step.
+        moved = None if accumulates else GradientBuckets(numel=self.num_trained, count=0)
+        return Sharing(gradients * accumulates, self._optimizer_state(), accumulates, gradients, moved)
+
+    def _share_by_zero(self, config: dict[str, Any]) -> Sharing:
+        """ZeRO, as deepspeed/runtime/zero/stage_1_and_2.py of DeepSpeed 0.19 allocates it."""
+        zero, size = config.get("zero_optimization") or {}, self.dtype.itemsize
+        stage, numel = int(zero.get("stage", 0)), self.num_trained
+        share = -(-numel // self.processes) if stage else numel
+        # The optimizer updates this process's share of the weights in fp32, as one vector of each parameter group.
+        optimizer = 4 * share + self._optimizer_state() * share // max(numel, 1)
+        if ((zero.get("offload_optimizer") or {}).get("device") or "none") != "none":
+            optimizer = 0
+        if stage < 2:
+            return Sharing(size * numel, optimizer, accumulates=True)
+        in_fp32 = "32" in str((config.get("data_types") or {}).get("grad_accum_dtype"))
+        gradients = (4 if in_fp32 else size) * share
+        bucket = zero.get("reduce_bucket_size", 5e8)
+        bucket = self.model.config.hidden_size**2 if bucket == "auto" else int(bucket)
+        to_all = zero.get("use_multi_rank_bucket_allreduce", True)
+        buckets = GradientBuckets(bucket, 2 if zero.get("overlap_comm") else 1, to_all)
+        return Sharing(gradients, optimizer, accumulates=False, buckets=buckets)
+
+    def _optimizer_state(self) -> int:
+        """Returns the bytes of the optimizer's state of all trained parameters."""
+        training, finetuning, in_32_bits = self.args.training, self.args.finetuning, 0
+        per_parameter = state_bytes_per_parameter(training, flat=self.deepspeed is not None)
+        own_groups = (finetuning.embedding_learning_rate, finetuning.loraplus_lr_ratio) != (None, None)
+        if "8bit" in training.optim and "torch" not in training.optim and not own_groups and self.deepspeed is None:
+            # Trainer.create_optimizer keeps what bitsandbytes stores of nn.Embedding in 32 bits; our own groups do not.
+            embeddings = [module for module in self.model.modules() if isinstance(module, torch.nn.Embedding)]
+            matrices = [matrix for module in embeddings for matrix in module.parameters() if matrix.requires_grad]
+            in_32_bits = sum(matrix.numel() for matrix in matrices)
+        return int(per_parameter * (self.num_trained - in_32_bits) + 4 * round(per_parameter) * in_32_bits)
+
+
+def state_bytes_per_parameter(training_args: TrainingArguments, flat: bool = False) -> float:
+    """Returns the bytes of optimizer state per trained parameter: what the optimizer makes for a small matrix.
+
+    Args:
+        flat: whether it sees a vector instead, as under DeepSpeed; Adafactor keeps less of a matrix.
+    """
+    name = training_args.optim
+    if "paged" in name:  # the driver moves it to the CPU's memory where the GPU's is short
+        return 0.0
+    small = torch.nn.Parameter(torch.zeros(2**18 if flat else (2**9, 2**9), device=training_args.device))
+    small.grad = torch.zeros_like(small)
+    try:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args)
+        optimizer = optimizer_class([small], **options)
+        optimizer.step()
+        state = optimizer.state[small]
+    except Exception:  # not installed, as may be what an error message proposes, or made for a complete model only
+        return 2.0 if "8bit" in name else 8.0
+    return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor)) / small.numel()
+
+
+def sequences_per_step(training_args: TrainingArguments) -> int:
+    """Returns the number of sequences of a step of one process."""
+    return training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+
+
+# ------------------------------------------------------------------------------------------------------------- what fits
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings that change memory and speed of a step, but not what is learned."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+
+    def changes(self, training_args: TrainingArguments) -> dict[str, Any]:
+        """Returns those that differ from a run's."""
+        return {name: value for name, value in vars(self).items() if (getattr(training_args, name) or False) != value}
+
+    def __str__(self) -> str:
+        size = f"micro-batch {self.per_device_train_batch_size} x {self.gradient_accumulation_steps}"
+        return f"{size}, gradient checkpointing {'on' if self.gradient_checkpointing else 'off'}"
+
+
+def choose_step_settings(estimator: StepEstimator, available: int) -> tuple[StepSettings, MemoryEstimate]:
+    """Returns `find_step_settings`.
+
+    Raises:
+        UserError: if no step fits; it names settings with which one would.
+    """
+    if found := find_step_settings(estimator, available):
+        return found
+    settings, estimate = _smallest(estimator)
+    proposals = list(_propose(estimator, available))
+    advice = "\n  - ".join(["This would fit:", *proposals])
+    if not proposals:
+        advice = "Smaller micro-batches and an 8-bit optimizer would not be enough: train on a larger GPU."
+    raise UserError(
+        f"a step with {settings} needs about {estimate}, more than the {available / 1e9:.1f} GB that a GPU has for it. {advice}"
+    )
+
+
+def find_step_settings(estimator: StepEstimator, available: int) -> tuple[StepSettings, MemoryEstimate] | None:
+    """Finds the settings of a step that fits into memory, among those that the run's settings leave open.
+
+    Without a setting that says which, activations are kept if that fits, else recomputed. With `auto_find_batch_size`
+    micro-batches are halved before that, and their number doubled: recomputing repeats half of a LoRA step's products, and
+    smaller micro-batches cost less.
+
+    Args:
+        available: bytes of a GPU for all of it, the model's weights included. A step that needs more than
+            `MEMORY_FRACTION` of it is chosen only where none needs less.
+    """
+    if fitting := _first_fitting(estimator, *_open_choices(estimator), MEMORY_FRACTION * available):
+        return fitting
+    smallest, estimate = _smallest(estimator)
+    return (smallest, estimate) if estimate.total <= available else None
+
+
+def _open_choices(estimator: StepEstimator) -> tuple[list[int], tuple[bool, ...]]:
+    """Returns micro-batch sizes and whether to recompute, as far as the settings leave both open, in order of preference."""
+    training, fixed = estimator.args.training, estimator.args.model.disable_gradient_checkpointing is not None
+    sizes = batch_sizes(training) if training.auto_find_batch_size else [training.per_device_train_batch_size]
+    return sizes, (bool(training.gradient_checkpointing),) if fixed else (False, True)
+
+
+def _smallest(estimator: StepEstimator) -> tuple[StepSettings, MemoryEstimate]:
+    sizes, checkpointing = _open_choices(estimator)
+    return _with_estimate(estimator, sizes[-1], checkpointing[-1])
+
+
+def batch_sizes(training_args: TrainingArguments) -> list[int]:
+    """Returns micro-batch sizes of the same global batch: that of the settings, and its halves."""
+    sizes = [training_args.per_device_train_batch_size]
+    while sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _with_estimate(estimator: StepEstimator, size: int, checkpointing: bool) -> tuple[StepSettings, MemoryEstimate]:
+    settings = StepSettings(size, sequences_per_step(estimator.args.training) // size, checkpointing)
+    return settings, estimator.estimate(size, checkpointing)
+
+
+def _first_fitting(
+    estimator: StepEstimator, sizes: list[int], checkpointing: Iterable[bool], budget: float
+) -> tuple[StepSettings, MemoryEstimate] | None:
+    """Returns the first settings that fit, largest micro-batch first."""
+    for recompute in checkpointing:
+        if estimator.estimate(sizes[-1], recompute).total <= budget:
+            for size in sizes:
+                settings, estimate = _with_estimate(estimator, size, recompute)
+                if estimate.total <= budget:
+                    return settings, estimate
+    return None
+
+
+def _propose(estimator: StepEstimator, available: int) -> Iterator[str]:
+    """Yields settings with which a step fits, as lines of a message: first those with which the same is learned."""
+    args, model, optim = estimator.args, estimator.model, "adamw_8bit"
+    variants: list[tuple[dict[str, Any], StepEstimator]] = [({}, estimator)]
+    if _can_train_new_tokens_only(model, args):
+        finetuning = replace(args.finetuning, train_new_tokens_only=True)
+        skeleton = make_skeleton(model.config, finetuning, estimator.dtype)
+        fewer = StepEstimator(skeleton, replace(args, finetuning=finetuning), estimator.processes)
+        variants.append(({"train_new_tokens_only": True}, fewer))
+    if state_bytes_per_parameter(args.training) > 3:
+        variants += [({"optim": optim, **changes}, variant.variant(optim)) for changes, variant in variants]
+    choices = (batch_sizes(args.training), (False, True))
+    for changes, variant in sorted(variants, key=lambda variant: "train_new_tokens_only" in variant[0]):
+        budgets = (MEMORY_FRACTION * available, available)
+        if fitting := next(filter(None, (_first_fitting(variant, *choices, budget) for budget in budgets)), None):
+            settings, estimate = fitting
+            named = {**changes, **settings.changes(args.training)}
+            text = ", ".join(f"{name}: {str(value).lower()}" for name, value in named.items())
+            yield f"{text} ({estimate.total / 1e9:.1f} GB)"
+
+
+def _can_train_new_tokens_only(model: Any, args: TrainArgs) -> bool:
+    """Whether `train_new_tokens_only` would change a run: embeddings are trained in full, and step 3 appended rows."""
+    finetuning = args.finetuning
+    trains_embeddings = not {*EMBEDDING_MODULES}.isdisjoint(finetuning.additional_target)
+    is_new_lora = finetuning.finetuning_type == "lora" and args.model.adapter_name_or_path is None
+    has_appended = getattr(model.config, APPENDED_ROWS, None) is not None
+    return is_new_lora and trains_embeddings and has_appended and not finetuning.train_new_tokens_only
+
+
+def make_skeleton(config: Any, finetuning_args: FinetuningArguments, dtype: torch.dtype) -> Any:
+    """Prepares a model of this configuration for training, on the meta device: without memory for its weights."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
+    model = init_adapter(base, finetuning_args)
+    if finetuning_args.fused_ops:
+        apply_fused_ops(model)
+    return model

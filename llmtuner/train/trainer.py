@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, gather_object
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
@@ -128,6 +128,9 @@ class PackedTrainer(Trainer):
         """
         args = super()._build_accelerator_args(**kwargs)
         args["dataloader_config"].non_blocking = True
+        # Each weight is used once: a cache would keep the output layer's copy, cast for the call without logits, beside the
+        # loss's own.
+        args["kwargs_handlers"].append(AutocastKwargs(cache_enabled=False))
         for handler in args["kwargs_handlers"]:
             if isinstance(handler, DistributedDataParallelKwargs):
                 handler.find_unused_parameters = bool(self.args.ddp_find_unused_parameters)

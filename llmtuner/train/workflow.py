@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DeepSpeedPlugin, broadcast_object_list, gather_object
 from torch.utils.data import Dataset, Subset
 from transformers import TrainerState, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from llmtuner.aliases import describe_old_names
 from llmtuner.console import TrainingInterrupted, UserError, is_rank_zero, print0
@@ -19,7 +20,7 @@ from llmtuner.data.loader import DatasetModule, format_mixture, get_dataset, mix
 from llmtuner.data.packing import ConcatTokenDataset, PackedDataCollator, PackedDataset, PadToMultiple
 from llmtuner.eval.bits_per_byte import Windows
 from llmtuner.files import atomic_write_json, checksum
-from llmtuner.hparams import ATTN_IMPLEMENTATIONS, DataArguments, TrainArgs, serialize_settings
+from llmtuner.hparams import ATTN_IMPLEMENTATIONS, TrainArgs, serialize_settings
 from llmtuner.model.adapters import init_adapter, save_adapter
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import check_vocab_and_context, default_attention, load_model
@@ -35,7 +36,14 @@ from llmtuner.train.checkpointing import (
     prepare_output_dir,
     verify_checkpoint,
 )
-from llmtuner.train.memory import MEMORY_FRACTION, estimate_step_memory, free_memory
+from llmtuner.train.memory import (
+    MEMORY_FRACTION,
+    StepEstimator,
+    StepSettings,
+    choose_step_settings,
+    compute_dtype,
+    free_memory,
+)
 from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.trainer import PackedTrainer
 
@@ -134,7 +142,7 @@ def _train(
 
 
 def _prepare_model(args: TrainArgs) -> torch.nn.Module:
-    """Loads the model, adds the adapter and decides on gradient checkpointing."""
+    """Loads the model, adds the adapter, and decides on micro-batch and gradient checkpointing."""
     set_seed(args.training.seed)  # before the adapter draws its first weights
     path, finetuning = args.model.model_name_or_path, args.finetuning
     dtype = torch.float32 if finetuning.finetuning_type == "full" else compute_dtype(args.training)
@@ -145,10 +153,9 @@ def _prepare_model(args: TrainArgs) -> torch.nn.Module:
     model = init_adapter(base, finetuning, adapter, args.model.create_new_adapter)
     if finetuning.fused_ops:
         apply_fused_ops(model)
-    if args.model.disable_gradient_checkpointing is None and needs_gradient_checkpointing(
-        model, args.data, args.training
-    ):
-        args.training.gradient_checkpointing = args.training.activation_checkpointing = True
+    if args.training.do_train:
+        fit_into_memory(model, args)
+    args.training.auto_find_batch_size = False  # Trainer would shrink the global batch once memory has run out
     total = sum(parameter.numel() for parameter in model.parameters())
     print0(f"training {count_trainable(model):,} parameters of {total:,}")
     return model
@@ -228,25 +235,50 @@ def _resume_hint(args: TrainArgs) -> str:
     return "The same command resumes from there."
 
 
-def needs_gradient_checkpointing(model: Any, data_args: DataArguments, training_args: TrainingArguments) -> bool:
-    """Tells whether a step without gradient checkpointing would not fit into GPU memory; rank 0 decides for all."""
-    decision = [False]
-    if is_rank_zero() and (free := free_memory()) is not None:
-        estimate = estimate_step_memory(
-            model,
-            training_args.per_device_train_batch_size,
-            data_args.cutoff_len,
-            checkpointing=False,
-            dtype=compute_dtype(training_args),
-            optimizer_bytes=2 if "8bit" in str(training_args.optim) else 8,
-            processes=training_args.world_size if training_args.deepspeed else 1,
+def fit_into_memory(model: torch.nn.Module, args: TrainArgs) -> None:
+    """Sets micro-batch and gradient checkpointing to what fits into GPU memory, as far as the settings leave them open.
+
+    All processes decide alike, by the GPU with the least free memory.
+
+    Raises:
+        UserError: if nothing fits; it names settings that would.
+    """
+    training, free = args.training, free_memory()
+    if free is None:
+        return
+    if training.world_size > 1:
+        gather_object([free])  # the first communication: from here on NCCL's own buffers count as used
+        free = min(gather_object([free_memory()]))
+    available = free + sum(parameter.nbytes for parameter in model.parameters() if parameter.is_cuda)
+    try:
+        settings, estimate = choose_step_settings(StepEstimator(model, args, training.world_size), available)
+    except UserError:
+        raise
+    except Exception as error:  # fake tensors cannot follow what depends on values, as some other model families do
+        print0(f"the memory of a step cannot be estimated for this model ({type(error).__name__}: {error})")
+        recompute = args.model.disable_gradient_checkpointing is None or bool(training.gradient_checkpointing)
+        batch_size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        _apply_step_settings(training, StepSettings(batch_size, accumulation, recompute))
+        return
+    print0(f"estimated step memory: {estimate} of {available / 1e9:.1f} GB: {settings}")
+    if estimate.total > MEMORY_FRACTION * available:
+        print0(
+            "warning: little of the GPU's memory is left; if it runs out, set a smaller per_device_train_batch_size, or "
+            "optim: adamw_8bit"
         )
-        decision = [estimate.total > MEMORY_FRACTION * free]
-        state = "on" if decision[0] else "off"
-        print0(f"estimated step memory: {estimate}; {free / 1e9:.1f} GB are free: gradient checkpointing {state}")
-    if training_args.world_size > 1:
-        broadcast_object_list(decision)
-    return decision[0]
+    _apply_step_settings(training, settings)
+
+
+def _apply_step_settings(training: TrainingArguments, settings: StepSettings) -> None:
+    changes = settings.changes(training)
+    for name, value in changes.items():
+        setattr(training, name, value)
+    training.activation_checkpointing = training.gradient_checkpointing
+    if training.deepspeed and "per_device_train_batch_size" in changes:
+        # "auto" was replaced when the arguments were made.
+        config = training.hf_deepspeed_config = HfTrainerDeepSpeedConfig(training.deepspeed)
+        config.trainer_config_process(training)
+        training.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=config)
 
 
 def length_histogram(train: PackedDataset) -> dict[str, list[int]]:
@@ -306,11 +338,6 @@ def _collect_invalid_rows(token_dataset: ConcatTokenDataset, output_dir: Path) -
         for dataset in token_dataset.datasets:
             with (dataset.directory / "invalid_rows.jsonl").open("rb") as rows:
                 shutil.copyfileobj(rows, collected)
-
-
-def compute_dtype(training_args: TrainingArguments) -> torch.dtype:
-    """Returns the dtype of matrix products, in which frozen weights are held too."""
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 
 
 def global_batch_size(training_args: TrainingArguments) -> int:

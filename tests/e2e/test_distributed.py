@@ -1,5 +1,6 @@
 """Training in two processes: the same result as one, stopping together, failing together."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -338,3 +339,87 @@ run_cli(lambda: run_exp({settings!r}))
         not (tmp_path / "adapter" / "trainer_log.jsonl").exists()
         or "loss" not in (tmp_path / "adapter" / "trainer_log.jsonl").read_text()
     )
+
+
+MEMORY_OF_ZERO = """
+import contextlib
+from types import SimpleNamespace
+
+import deepspeed
+import numpy
+import torch
+
+from llmtuner.data.packing import PackedDataCollator
+from llmtuner.train import memory
+from llmtuner.train.trainer import PackedTrainer
+from tests.unit.train.test_memory import make_args, make_model
+
+deepspeed.init_distributed("gloo")
+config = CONFIG
+settings = dict(additional_target=["embed_tokens", "lm_head"], gradient_accumulation_steps=3, deepspeed=config)
+args = make_args(per_device_train_batch_size=8, cutoff_len=64, **settings)
+model = make_model(args.finetuning, attention="eager")
+memory.as_on_a_gpu = lambda _: contextlib.nullcontext()  # what follows runs on a CPU
+estimate = memory.StepEstimator(model, args, processes=2).estimate(8, checkpointing=False)
+trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)
+trainer = SimpleNamespace(model=model, finetuning_args=args.finetuning, attention="eager")
+sequence = dict.fromkeys(("input_ids", "labels", "position_ids"), numpy.arange(64)) | {"doc_ids": [0]}
+batch = PackedDataCollator(0)([sequence] * 8)
+
+def step():
+    for micro_batch in range(3):
+        engine.set_gradient_accumulation_boundary(micro_batch == 2)
+        loss_sum, _ = PackedTrainer._compute_loss_sum(trainer, engine, batch)
+        engine.backward(loss_sum)
+        del loss_sum
+    engine.step()
+
+step()
+zero = engine.optimizer
+tensors = [*model.parameters(), *model.buffers(), *zero.single_partition_of_fp32_groups, *zero.bit16_groups_flat]
+tensors += [tensor for state in zero.optimizer.state.values() for tensor in state.values()]
+with memory.LiveTensors(tensors) as live:
+    step()
+print("estimate / peak:", estimate.total / max(live.peak.values()), "buckets", estimate.buckets)
+"""
+
+
+@pytest.mark.parametrize(("accumulated", "bucket", "to_all"), [(None, 10_000, True), ("fp32", 1_000_000, False)])
+def test_the_estimate_of_a_step_under_zero_is_what_deepspeed_holds(tmp_path, accumulated, bucket, to_all):
+    """Gradients smaller and larger than a bucket, two buckets in turn, in bf16."""
+    zero = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
+    zero["use_multi_rank_bucket_allreduce"] = to_all
+    config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3, "bf16": {"enabled": True}}
+    config |= {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    config |= {"data_types": {"grad_accum_dtype": accumulated}} if accumulated else {}
+    script = tmp_path / "train.py"
+    script.write_text(MEMORY_OF_ZERO.replace("CONFIG", repr(config)), encoding="utf-8")
+    codes, output, errors = in_two_processes([script], tmp_path)
+    assert codes == [0, 0], errors[-10000:]
+    found = re.findall(r"estimate / peak: (\S+) buckets (\d+)", output)
+    assert [int(buckets) for _, buckets in found] == [4_000_000 if bucket == 1_000_000 else 0] * 2
+    assert [float(ratio) for ratio, _ in found] == pytest.approx([1, 1], abs=0.03)
+
+
+def test_smaller_micro_batches_that_were_chosen_learn_the_same_under_zero(tiny_run, tmp_path):
+    settings = {**tiny_run, "plot_loss": False, "deepspeed": str(ROOT / "ds_config_zero2.json")}
+    train(settings, tmp_path / "large")
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+from llmtuner.train import workflow
+from llmtuner.train.tuner import run_exp
+
+workflow.free_memory = lambda: 10**10
+workflow.choose_step_settings = lambda estimator, _: (workflow.StepSettings(2, 2, False), estimator.estimate(2, False))
+run_exp({ {**settings, "output_dir": str(tmp_path / "small")}!r})
+""",
+        encoding="utf-8",
+    )
+    codes, output, errors = in_two_processes([script], tmp_path)
+    assert codes == [0, 0], errors[-10000:]
+    assert "buckets 0.8" in output  # two of 1e8 fp32 gradients
+    assert "of 10.0 GB: micro-batch 2 x 2, gradient checkpointing off" in output
+    for line, wanted in zip(log_of(tmp_path / "small"), log_of(tmp_path / "large"), strict=True):
+        assert line == pytest.approx(wanted, abs=1e-5)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
+from benchmarks.scaling import flop_per_token
 from llmtuner import hparams
 from llmtuner.hparams import llamafactory
 from llmtuner.hparams.setting import find_problem, settings_of
@@ -485,10 +486,12 @@ def test_hours_on_four_cards_are_those_of_the_formula():
         if line.startswith("| RTX 4090, PCIe") and ".8 |" in line  # the hours
     )
     tokens_per_second = float(row.split("|")[2].replace(",", ""))
-    for name, cells in table_below("docs/multi-gpu.md", "micro-batch x accumulation").items():
-        accumulation = int(name.split()[2])
+    recomputed, kept = (flop_per_token(results("scaling")["trained"]["LoRA"], whether) for whether in (True, False))
+    for name, cells in table_below("docs/multi-gpu.md", "micro-batch x accumulation, activations").items():
+        accumulation = int(name.split()[2].strip(","))
         sent = sent_gb(trained, 4, accumulation)
-        seconds = 16_384 / tokens_per_second + (accumulation + 3 / 4) * trained * 2 / 8e9  # at 8 GB/s, around the ring
+        computing = 16_384 / tokens_per_second * (kept / recomputed if "kept" in name else 1)
+        seconds = computing + (accumulation + 3 / 4) * trained * 2 / 8e9  # at 8 GB/s, around the ring
         hours = 1e9 / 4 * seconds / 16_384 / 3600
         assert cells[0] == f"{sent:.1f} GB"
         assert float(cells[1]) == pytest.approx(hours, abs=0.1)  # the speed is rounded there
@@ -518,9 +521,9 @@ def test_what_chatglm3_takes_is_what_was_measured():
 
 
 def peak(recipe: str) -> float:
-    """GB of a step with one sequence a micro-batch and gradient checkpointing, simulated operation by operation."""
-    kinds = {one["trained"]: one for one in reversed(results("memory_budget")["bytes"])}
-    return max(kinds[recipe]["simulated"].values()) / 1e9
+    """GB of a step with one sequence a micro-batch and gradient checkpointing."""
+    cases = [one for one in results("memory_budget")["recipes"] if one["trained"] == recipe and one["batch_size"] == 1]
+    return next(one["total"] for one in cases if one["recomputed"]) / 1e9
 
 
 def test_real_text_is_learned_as_measured():

@@ -15,6 +15,7 @@ from benchmarks import traffic
 from benchmarks.common import CHATGLM3_6B
 from benchmarks.traffic import ALL_OFF, TrafficCounter
 from llmtuner.model import pointwise
+from llmtuner.train.memory import COMPILED
 
 A = torch.zeros(100, 10)  # 4,000 bytes
 B = torch.zeros(10, 20)  # 800 bytes
@@ -144,7 +145,7 @@ def compiled_calls():
 def compiled_functions():
     return [
         name
-        for module in traffic.COMPILED
+        for module in COMPILED
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if hasattr(function, "__wrapped__")
     ]

@@ -609,6 +609,15 @@ def test_settings_saved_before_one_existed_had_its_default(good):
     assert diff_settings(before, now | {"disable_shuffling": True}) == ["disable_shuffling: False -> True"]
 
 
+@pytest.mark.parametrize(("size", "accumulation", "lines"), [(4, 2, 0), (1, 8, 0), (8, 1, 0), (4, 4, 1), (1, 4, 2)])
+def test_how_a_step_is_split_into_micro_batches_changes_nothing(good, size, accumulation, lines):
+    def saved(size, accumulation):
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        return serialize_settings(get_train_args({**good, **split}))
+
+    assert len(diff_settings(saved(4, 2), saved(size, accumulation))) == lines
+
+
 def test_deepspeed_changes_what_is_learned():
     assert diff_settings({}, {"deepspeed": "zero2.json"}) == ["deepspeed: not set -> zero2.json"]
 
@@ -623,6 +632,7 @@ def test_deepspeed_changes_what_is_learned():
         *(("ddp_timeout", 3), ("output_dir", "x"), ("cache_dir", "x"), ("tokenized_path", "x"), ("corpus_dir", "x")),
         *(("export_size", 3), ("local_rank", 0), ("eval_dataset", "c"), ("gradient_checkpointing", True)),
         *(("per_device_eval_batch_size", 1), ("log_level", "error"), ("max_invalid_ratio", 0.5)),
+        ("auto_find_batch_size", True),
     ],
 )
 def test_a_harmless_change_is_none(good, name, value):

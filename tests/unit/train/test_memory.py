@@ -1,106 +1,78 @@
-"""The estimate of a training step's memory against what a step really keeps."""
+"""The estimate of a training step's memory against what a step really holds, and the settings chosen by it."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GlmConfig
+from transformers.training_args import OptimizerNames
 
-from benchmarks.memory_budget import LiveTensors, simulate_step, with_fake_tensors
-from llmtuner.hparams import FinetuningArguments
+from benchmarks.memory_budget import CARDS, EMBEDDINGS
+from benchmarks.memory_budget import make_estimator as make_chatglm3
+from llmtuner.console import UserError
+from llmtuner.hparams import get_train_args
+from llmtuner.hparams.packages import missing_packages
 from llmtuner.model.adapters import init_adapter
+from llmtuner.model.attention import VARLEN, register_varlen
 from llmtuner.model.model_dir import APPENDED_ROWS
-from llmtuner.train.memory import estimate_step_memory, saved_activation_bytes
+from llmtuner.train import loss, memory
+from llmtuner.train.memory import (
+    GradientBuckets,
+    LiveTensors,
+    MemoryEstimate,
+    StepEstimator,
+    choose_step_settings,
+    fake_copy,
+    follow_micro_batch,
+    make_skeleton,
+    state_bytes_per_parameter,
+)
+from tests.helpers import ROOT
+
+ROWS, WIDTH = 512, 64
+BOTH = dict(additional_target=["embed_tokens", "lm_head"])
+ZERO = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 20_000}, "bf16": {"enabled": "auto"}}
 
 
-def glm(layers, width, heads, rows, intermediate, attention, dtype):
+def make_args(**settings):
+    """Settings of a run in bf16, whatever this CPU supports."""
+    settings = {"model_name_or_path": "model", "dataset": "texts", "output_dir": "out", "cutoff_len": 32, **settings}
+    args = get_train_args(
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lora_rank": 8, **settings}
+    )
+    args.training.bf16 = True
+    return args
+
+
+def make_config(layers=3, attention="sdpa"):
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=WIDTH // 4, attention_bias=True)
     config = GlmConfig(
-        vocab_size=rows,
-        hidden_size=width,
-        intermediate_size=intermediate,
+        vocab_size=ROWS,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        head_dim=width // heads,
-        attention_bias=True,
         pad_token_id=0,
+        **heads,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    config.tie_word_embeddings = False
+    setattr(config, APPENDED_ROWS, [400, 500])
+    config._attn_implementation = attention
+    return config
 
 
-def prepared(layers=3, width=64, attention="eager", dtype=torch.float32):
-    model = glm(layers, width, 4, 256, 2 * width, attention, dtype)
-    targets = dict(
-        target_modules="all-linear", exclude_modules=["lm_head"], modules_to_save=["embed_tokens", "lm_head"]
-    )
-    model = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM", **targets))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
+def make_model(finetuning, layers=3, attention="sdpa", dtype=torch.bfloat16):
+    """A model with random weights, prepared for training."""
+    config = make_config(layers, attention)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    return init_adapter(base, finetuning)
 
 
-def real_saved_bytes(model, batch_size, seq_len, dtype):
-    """Bytes that autograd saves in a real forward pass, without the weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    saved = {}
-
-    def save(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    with autocast, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        ids = torch.randint(0, 256, (batch_size, seq_len))
-        positions = torch.arange(seq_len).expand(batch_size, -1)
-        nothing = torch.zeros(0, dtype=torch.long)
-        outputs = model.train()(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=nothing)
-    assert outputs.logits.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in weights)
+def make_estimator(processes=1, **settings):
+    args = make_args(**{**BOTH, **settings})
+    return StepEstimator(make_skeleton(make_config(1), args.finetuning, torch.bfloat16), args, processes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers", [1, 5])
-@pytest.mark.parametrize(("attention", "tolerance"), [("eager", 0.001), ("sdpa", 0.12)])
-def test_activations_are_counted(layers, attention, tolerance, dtype):
-    model = prepared(layers, attention=attention, dtype=dtype)
-    estimate = saved_activation_bytes(model, 3, 50, dtype)
-    assert estimate == pytest.approx(real_saved_bytes(model, 3, 50, dtype), rel=tolerance)
-    assert all(type(parameter.data) is torch.Tensor for parameter in model.parameters())
-
-
-def test_flash_attention_is_counted_as_the_fused_kernel():
-    model = prepared(attention="sdpa").eval()
-    wanted = saved_activation_bytes(model, 3, 50, torch.float32)
-    model.config._attn_implementation = "flash_attention_2"
-    assert saved_activation_bytes(model, 3, 50, torch.float32) == wanted
-    assert model.config._attn_implementation == "flash_attention_2"
-    assert not model.training
-
-
-def test_parts_have_the_sizes_of_what_is_there():
-    model = prepared(dtype=torch.bfloat16)
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    whole = estimate_step_memory(model, 2, 32, False, torch.bfloat16)
-    assert whole.weights == sum(parameter.nbytes for parameter in model.parameters())
-    assert (whole.gradients, whole.optimizer) == (4 * count, 8 * count)
-    # logits in fp32, their gradients in fp32 and bf16; the output matrix in bf16, its gradient in fp32
-    assert whole.loss == 2 * 32 * 256 * 10 + 256 * 64 * 6
-    assert whole.total == whole.weights + 12 * count + whole.activations + whole.loss
-    shared = estimate_step_memory(model, 2, 32, False, torch.bfloat16, optimizer_bytes=2, processes=4)
-    assert (shared.gradients, shared.optimizer) == (count, count // 2)
-    assert "weights 0.0, gradients 0.0" in str(whole)
-
-
-def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
-    model = prepared(layers=8)
-    whole, few = (estimate_step_memory(model, 2, 64, how) for how in (False, True))
-    assert few.activations == whole.activations // 8 + 8 * 2 * 64 * 64 * 4
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    inputs = real_saved_bytes(model, 2, 64, torch.float32)
-    assert inputs == pytest.approx(8 * 2 * 64 * 64 * 4, rel=0.15)  # and masks, positions, the last norm
-
-
+# ------------------------------------------------------------------------------------------------------ following a step
 def test_living_tensors_are_counted_once_and_forgotten():
     first = torch.zeros(1000)
     with LiveTensors([first]) as live:
@@ -117,32 +89,290 @@ def test_living_tensors_are_counted_once_and_forgotten():
     assert live.now == 4000
 
 
-def whole_model(dtype, **beside):
-    """A Glm wider and deeper than the others here, as the trainer prepares it."""
-    base = glm(6, 256, 8, 2048, 768, "sdpa", dtype)
-    setattr(base.config, APPENDED_ROWS, [1800, 2000])
-    return init_adapter(base, FinetuningArguments(lora_rank=16, **beside))
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "dtype", "tolerance"),
+    [
+        # Without content, transformers cannot see that a mask is not needed; packed documents need one.
+        ("sdpa", torch.bfloat16, 0.1),
+        ("eager", torch.bfloat16, 0.01),
+        (VARLEN, torch.bfloat16, 0.01),
+        (VARLEN, torch.float32, 0.01),
+    ],
+)
+def test_a_step_without_content_holds_what_a_real_one_holds(checkpointing, attention, dtype, tolerance):
+    register_varlen()
+    finetuning = make_args(**BOTH).finetuning
+    model = make_model(finetuning, 4, attention, dtype)
+    copied, mode = fake_copy(model)
+    settings = (finetuning, 2, 64, checkpointing, dtype)
+    with mode:
+        estimate = follow_micro_batch(copied, *settings, on_gpu=False)
+    assert estimate == pytest.approx(follow_micro_batch(model, *settings, on_gpu=False), rel=tolerance)
 
 
-BOTH = dict(additional_target=["embed_tokens", "lm_head"])
+def test_what_is_kept_grows_with_the_layers_and_less_if_they_are_recomputed():
+    finetuning = make_args(**BOTH).finetuning
+    kept = {}
+    for layers in (2, 6):
+        for checkpointing in (False, True):
+            model, mode = fake_copy(make_model(finetuning, layers, VARLEN))
+            with mode:
+                step = follow_micro_batch(model, finetuning, 2, 64, checkpointing, torch.bfloat16)
+            kept[layers, checkpointing] = step.kept
+    per_layer = {recomputed: (kept[6, recomputed] - kept[2, recomputed]) / 4 for recomputed in (False, True)}
+    assert 2 * 64 * WIDTH * 2 <= per_layer[True] < per_layer[False] / 4  # its input, in 16 bits or more
+
+
+def test_a_micro_batch_finds_the_gradients_of_the_one_before():
+    finetuning = make_args(**BOTH).finetuning
+    model, mode = fake_copy(make_model(finetuning))
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with mode:
+        first, second = (
+            follow_micro_batch(model, finetuning, 1, 16, False, torch.bfloat16, accumulates)
+            for accumulates in (False, True)
+        )
+    assert first.forward == second.forward  # both beside gradients that are there already
+    assert first.backward > 0.5 * gradients > second.backward - 4 * ROWS * WIDTH * 4
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_loss_forms_as_many_logits_as_on_a_gpu(monkeypatch):
+    finetuning = make_args(**BOTH).finetuning
+    model, mode = fake_copy(make_model(finetuning))
+    peaks = []
+    for numel in (2**12, 2**20):
+        monkeypatch.setattr(loss, "CHUNK_NUMEL", numel)
+        with mode:
+            peaks.append(follow_micro_batch(model, finetuning, 4, 64, True, torch.bfloat16).forward)
+    tokens, chunk = 4 * 63, loss.CHUNK_ROWS_MULTIPLE
+    assert (
+        peaks[1] - peaks[0] >= 2 * (tokens - chunk) * ROWS
+    )  # 16-bit logits of all tokens instead of the first chunk's
+
+
+def test_flash_attention_is_followed_as_one_document_after_another():
+    finetuning = make_args(**BOTH).finetuning
+    model = make_model(finetuning)
+    model.config._attn_implementation = "flash_attention_2"
+    copied, mode = fake_copy(model)
+    assert copied.config._attn_implementation == VARLEN
+    with mode:
+        follow_micro_batch(copied, finetuning, 1, 16, False, torch.bfloat16)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_the_model_itself_is_left_alone():
+    args = make_args(**BOTH)
+    model = make_model(args.finetuning).eval()
+    StepEstimator(model, args).estimate(2, True)
+    assert not model.training
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert {type(parameter.data) for parameter in model.parameters()} == {torch.Tensor}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------------- sharing
+def test_one_process_holds_everything():
+    estimator = make_estimator(embedding_learning_rate=1e-4)
+    estimate, numel = estimator.estimate(4, False), estimator.num_trained
+    frozen = sum(parameter.numel() for parameter in estimator.model.parameters()) - numel
+    assert estimate.weights == 2 * frozen + 4 * numel
+    assert estimate.gradients == 4 * numel
+    assert estimate.optimizer == pytest.approx(8 * numel, rel=0.001)
+    assert estimate.buckets == 0
+    assert estimate.total == sum(vars(estimate).values())
+    assert estimator.estimate(8, False).gradients == 0  # one micro-batch: its gradients are in the workspace
+    assert "weights 0.0" in str(estimate)
+    assert "buckets" not in str(estimate)
+
+
+def test_ddp_holds_a_copy_of_the_gradients():
+    one, four = (make_estimator(processes) for processes in (1, 4))
+    assert vars(four.estimate(4, True)) == vars(one.estimate(4, True)) | {"buckets": 4 * one.num_trained}
+    assert four.variant(processes=8).estimate(4, True) == four.estimate(4, True)
+    # A single micro-batch: its gradients become views of the buckets as soon as they are ready.
+    alone = four.estimate(8, True)
+    assert (alone.gradients, alone.buckets) == (0, 4 * one.num_trained)
+    assert alone.workspace < one.estimate(8, True).workspace
+
+
+@pytest.mark.parametrize("accumulated", [None, "bf16", "fp32"])
+def test_zero_divides_gradients_and_optimizer(accumulated):
+    config = {**ZERO, **({"data_types": {"grad_accum_dtype": accumulated}} if accumulated else {})}
+    estimator = make_estimator(deepspeed=config)
+    for processes in (1, 2, 8):
+        estimate = estimator.variant(processes=processes).estimate(4, True)
+        share = -(-estimator.num_trained // processes)
+        assert estimate.weights == 2 * sum(parameter.numel() for parameter in estimator.model.parameters())
+        assert estimate.gradients == (4 if accumulated == "fp32" else 2) * share
+        assert estimate.optimizer == pytest.approx(12 * share, rel=0.001)  # with the weights in fp32
+
+
+def test_zero_with_its_optimizer_on_the_cpu_needs_no_memory_for_it():
+    zero = {**ZERO["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+    assert make_estimator(2, deepspeed={**ZERO, "zero_optimization": zero}).estimate(4, True).optimizer == 0
+
+
+@pytest.mark.parametrize(
+    ("bucket", "overlap", "size"),
+    [
+        (200_000, True, 2 * 200_000 * 2),
+        (200_000, False, 200_000 * 2),
+        ("auto", True, 2 * WIDTH**2 * 2),
+        (None, True, 2 * 500_000_000 * 2),
+    ],
+)
+def test_zero_holds_its_buckets_from_the_first_gradient_on(bucket, overlap, size):
+    def estimate(bucket):
+        zero = {"stage": 2, "overlap_comm": overlap} | ({} if bucket is None else {"reduce_bucket_size": bucket})
+        return make_estimator(2, deepspeed={"zero_optimization": zero}).estimate(1, True)
+
+    without, with_buckets = estimate(1), estimate(bucket)
+    assert with_buckets.buckets in (0, size)  # 0 if the peak is before the backward pass
+    if bucket in (200_000, None):
+        assert with_buckets.buckets == size
+        assert with_buckets.total > without.total
+
+
+def test_gradients_fill_buckets_and_leave_their_parameters():
+    buckets, sent = GradientBuckets(numel=100, count=2), []
+    buckets.reduce = lambda: (sent.append(sum(buckets.filled)), GradientBuckets.reduce(buckets))
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (60, 30, 20, 300, 40)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+        buckets.collect(parameter)
+    assert [buffer.numel() for buffer in buckets.buffers] == [100, 100]
+    buckets.release()
+    assert sent == [90, 20, 300, 40]
+    assert [parameter.grad is None for parameter in parameters] == [True, True, True, False, True]
+    assert not buckets.buffers
+
+
+# ------------------------------------------------------------------------------------------------------------- optimizer
+STATE_BYTES = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), 8),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), 2 + 2 * 4 / 256),  # and a scale of each 256 values
+    "ademamix": 12,
+    "ademamix_8bit": 3 * (1 + 4 / 256),
+    **dict.fromkeys(("lion_32bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit", "adagrad"), 4),
+    **dict.fromkeys(("lion_8bit", "rmsprop_bnb_8bit"), 1 + 4 / 256),
+    **dict.fromkeys(("adafactor", "sgd"), 0),
+}
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_bytes_of_the_optimizers_state(name):
+    """By what the optimizer itself holds, or at most 32-bit Adam's if its package is not installed."""
+    training = SimpleNamespace(**{**vars(make_args().training), "optim": OptimizerNames(name), "device": "cpu"})
+    size = state_bytes_per_parameter(training)
+    if name in STATE_BYTES and not list(missing_packages("optim", name)):
+        assert size == pytest.approx(STATE_BYTES[name], abs=0.02)
+    elif name.startswith("paged_"):  # the driver moves it out of the GPU's memory
+        assert size == 0
+    else:
+        assert size == (2 if "8bit" in name else 8)
+
+
+def test_an_optimizer_with_arguments_is_taken_with_them():
+    training = make_args(optim="sgd", optim_args="momentum=0.9").training
+    assert state_bytes_per_parameter(training) == 4
+    training = make_args(optim="adafactor").training
+    assert state_bytes_per_parameter(training) < 0.1 < state_bytes_per_parameter(training, flat=True)
+
+
+@pytest.mark.skipif(bool(list(missing_packages("optim", "adamw_8bit"))), reason="bitsandbytes is not installed")
+def test_bitsandbytes_keeps_embeddings_in_32_bits_only_without_a_learning_rate_of_their_own():
+    matrix = ROWS * WIDTH
+    apart, together = (make_estimator(optim="adamw_8bit", **rate) for rate in ({"embedding_learning_rate": 1e-4}, {}))
+    assert apart.estimate(4, True).optimizer == pytest.approx(2 * apart.num_trained, rel=0.03)
+    assert together.estimate(4, True).optimizer == pytest.approx(2 * together.num_trained + 6 * matrix, rel=0.03)
+    shared = make_estimator(2, optim="adamw_8bit", deepspeed=ZERO)  # which passes it one vector
+    assert shared.estimate(4, True).optimizer == pytest.approx((4 + 2) * shared.num_trained / 2, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------------- what fits
+class FakeEstimator(StepEstimator):
+    """Needs 10 bytes, and 8 for each sequence of a micro-batch, or 2 if activations are recomputed."""
+
+    def __init__(self, **settings):
+        self.args, self.processes, self.model = make_args(**settings), 1, None
+
+    def estimate(self, batch_size, checkpointing):
+        return MemoryEstimate(10, 0, 0, 0, batch_size * (2 if checkpointing else 8), 0)
+
+
+@pytest.fixture(autouse=True)
+def all_of_the_memory(monkeypatch):
+    monkeypatch.setattr(memory, "MEMORY_FRACTION", 1.0)
+
+
+AUTO = {"auto_find_batch_size": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "available", "chosen"),
+    [
+        ({}, 42, (4, 2, False)),
+        ({}, 41, (4, 2, True)),
+        (AUTO, 42, (4, 2, False)),
+        (AUTO, 41, (2, 4, False)),
+        (AUTO, 18, (1, 8, False)),
+        (AUTO, 17, (2, 4, True)),
+        (AUTO, 12, (1, 8, True)),
+        ({"disable_gradient_checkpointing": True}, 42, (4, 2, False)),
+        ({"gradient_checkpointing": True}, 100, (4, 2, True)),
+        ({**AUTO, "gradient_checkpointing": True}, 100, (4, 2, True)),
+        ({**AUTO, "disable_gradient_checkpointing": True}, 20, (1, 8, False)),
+        ({**AUTO, "per_device_train_batch_size": 6}, 40, (3, 4, False)),
+    ],
+)
+def test_the_first_settings_that_fit_are_chosen(settings, available, chosen):
+    found, estimate = choose_step_settings(FakeEstimator(**settings), available)
+    assert tuple(vars(found).values()) == chosen
+    assert estimate.total <= available
+
+
+def test_a_step_that_just_fits_is_chosen_only_if_no_other_does(monkeypatch):
+    monkeypatch.setattr(memory, "MEMORY_FRACTION", 0.9)
+    assert choose_step_settings(FakeEstimator(), 18)[1].total == 18
+    assert choose_step_settings(FakeEstimator(**AUTO), 18)[1].total == 14
+
+
+def test_a_step_that_does_not_fit_is_refused_with_settings_that_would(monkeypatch):
+    monkeypatch.setattr(memory, "_can_train_new_tokens_only", lambda model, args: False)
+    estimator = FakeEstimator()
+    with pytest.raises(UserError) as refusal:
+        choose_step_settings(estimator, 17)
+    first, second, *others = str(refusal.value).splitlines()
+    assert first.startswith("a step with micro-batch 4 x 2, gradient checkpointing on needs about 0.0 GB (")
+    assert "This would fit:" in first
+    wanted = "per_device_train_batch_size: 2, gradient_accumulation_steps: 4, gradient_checkpointing: true (0.0 GB)"
+    assert second == f"  - {wanted}"
+    assert others == [f"  - optim: adamw_8bit, {wanted}"]
+    with pytest.raises(UserError, match="train on a larger GPU"):
+        choose_step_settings(estimator, 11)
+
+
+def test_training_new_tokens_only_is_proposed_where_it_would_help():
+    estimator = make_estimator()
+    large = estimator.estimate(4, True).total
+    skeleton = make_skeleton(make_config(1), make_args(**BOTH, train_new_tokens_only=True).finetuning, torch.bfloat16)
+    small = StepEstimator(skeleton, make_args(**BOTH, train_new_tokens_only=True)).estimate(4, True).total
+    with pytest.raises(UserError) as refusal:
+        choose_step_settings(estimator, (2 * small + large) // 3)
+    assert "\n  - train_new_tokens_only: true" in str(refusal.value)
+    with pytest.raises(UserError) as refusal:
+        choose_step_settings(make_estimator(additional_target=[]), 1)
+    assert "train_new_tokens_only" not in str(refusal.value)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("beside", "checkpointing", "dtype", "above"),
-    [
-        (BOTH, True, torch.bfloat16, 1.03),
-        (BOTH, False, torch.float32, 1.12),
-        (dict(**BOTH, train_new_tokens_only=True), False, torch.bfloat16, 1.03),
-        ({}, True, torch.float32, 1.24),
-    ],
-)
-def test_the_estimate_is_not_below_the_height_of_a_real_step(beside, checkpointing, dtype, above):
-    model = whole_model(dtype, **beside)
-    estimate = estimate_step_memory(model, 2, 256, checkpointing, dtype, optimizer_bytes=0)
-    real = simulate_step(model, 2, 256, checkpointing, dtype)
-    # As far above it as was once measured, for not all parts are there at once; less far the deeper a model is.
-    assert estimate.total / max(real.values()) == pytest.approx(above, abs=0.02)
-    with with_fake_tensors(model):
-        # As elsewhere: without content, attention is not traced as the fused kernel.
-        assert simulate_step(model, 2, 256, checkpointing, dtype) == pytest.approx(real, rel=0.12)
+def test_the_settings_of_chatglm3_fit_four_cards_of_24_gb():
+    """Of the full width and depth, with DeepSpeed's configuration and the settings of step 5."""
+    estimator = make_chatglm3(EMBEDDINGS, deepspeed=str(ROOT / "ds_config_zero2.json")).variant(processes=4)
+    settings, estimate = choose_step_settings(estimator, int(0.9 * CARDS["24 GB"]))
+    assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 16
+    assert estimate.total < 0.9 * CARDS["24 GB"]
+    assert 12e9 < estimate.weights < 14e9

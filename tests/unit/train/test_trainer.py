@@ -18,6 +18,7 @@ from llmtuner.hparams import get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.callbacks import EarlyStopping
+from llmtuner.train.loss import linear_cross_entropy_sum
 from llmtuner.train.trainer import PackedTrainer, forward_packed
 from llmtuner.train.tuner import run_exp
 from tests.training import NO_FIGURES, STAGES, log_of, losses_of
@@ -237,6 +238,29 @@ def test_a_bf16_run_multiplies_and_keeps_bf16(tiny_run, bf16, monkeypatch, stage
         assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
     assert dtypes == {torch.float32}
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
+
+
+def test_autocast_keeps_no_casts(tiny_run, bf16, monkeypatch):
+    """It would keep that of the output layer, of the call without logits, beside the loss's own: 0.6 GB of the real model."""
+    caches = []
+
+    def note(*_):
+        caches.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+
+    def watched_loss(*args):
+        note()
+        return linear_cross_entropy_sum(*args)
+
+    def watched_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.model.get_output_embeddings().register_forward_hook(note)
+
+    init = PackedTrainer.__init__
+    monkeypatch.setattr(PackedTrainer, "__init__", watched_init)
+    monkeypatch.setattr("llmtuner.train.trainer.linear_cross_entropy_sum", watched_loss)
+    run_exp({**tiny_run, **bf16, "max_steps": 1})
+    assert len(caches) > 4
+    assert set(caches) == {(True, False)}
 
 
 @pytest.mark.parametrize(("stage", "dataset"), STAGES)

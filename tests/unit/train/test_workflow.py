@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,19 +14,43 @@ from llmtuner.data.loader import get_dataset
 from llmtuner.data.template import Template
 from llmtuner.hparams import get_train_args
 from llmtuner.hparams.transformers_args import GRADIENT_CHECKPOINTING
+from llmtuner.model.adapters import init_adapter
+from llmtuner.model.attention import VARLEN
+from llmtuner.model.fused import apply_fused_ops
+from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train import workflow
+from llmtuner.train import memory, workflow
+from llmtuner.train.memory import MEMORY_FRACTION, StepEstimator, StepSettings
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
-from tests.training import NO_FIGURES, SFT, STAGES, ended_at
+from tests.training import NO_FIGURES, SFT, STAGES, ended_at, log_of
+
+
+def tiny_estimator(settings):
+    """The estimator of a tiny run, whose settings leave everything open."""
+    args = get_train_args(settings)
+    model = init_adapter(load_model(settings["model_name_or_path"], attention=VARLEN), args.finetuning)
+    apply_fused_ops(model)
+    return StepEstimator(model, args)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Makes the GPU so small that a step of a run fits with this micro-batch and gradient checkpointing at most."""
+
+    def set_memory(settings, batch_size, checkpointing):
+        total = tiny_estimator(settings).estimate(batch_size, checkpointing).total
+        monkeypatch.setattr(workflow, "free_memory", lambda: int(total / MEMORY_FRACTION) + 1)
+
+    return set_memory
 
 
 @pytest.mark.parametrize(
-    ("free", "disabled", "chosen"),
-    [(None, None, False), (10**12, None, False), (10**5, None, True), (10**5, True, False), (10**12, False, True)],
+    ("fits", "disabled", "chosen"),
+    [(None, None, False), (False, None, False), (True, None, True), (False, False, True)],
 )
 def test_gradient_checkpointing_is_on_where_memory_is_short(
-    tiny_run, tmp_path, monkeypatch, capsys, free, disabled, chosen
+    tiny_run, tmp_path, monkeypatch, capsys, short, fits, disabled, chosen
 ):
     seen = []
     original = PackedTrainer.train
@@ -35,13 +60,112 @@ def test_gradient_checkpointing_is_on_where_memory_is_short(
             (self.args.gradient_checkpointing, original(self, *args, **kwargs), self.model.is_gradient_checkpointing)
         )
 
-    monkeypatch.setattr(workflow, "free_memory", lambda: free)
+    if fits is not None:
+        short(tiny_run, 4, fits)
     monkeypatch.setattr(PackedTrainer, "train", train)
     how = {} if disabled is None else {"disable_gradient_checkpointing": disabled}
     metrics = run_exp({**tiny_run, **how})
     assert [(asked, on) for asked, _, on in seen] == [(chosen, chosen)]
-    assert ("gradient checkpointing on" in capsys.readouterr().out) == (chosen and disabled is None)
+    output = capsys.readouterr().out
+    assert ("estimated step memory: 0.0 GB (weights 0.0, " in output) == (fits is not None)
+    if fits is not None:
+        assert f"micro-batch 4 x 1, gradient checkpointing {'on' if chosen else 'off'}\n" in output
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
+
+
+def test_smaller_micro_batches_of_the_same_global_batch_learn_the_same(tiny_run, tmp_path, monkeypatch, capsys, short):
+    settings = {**tiny_run, "plot_loss": False, "eval_on_start": False, "save_strategy": "no"}
+    run_exp({**settings, "output_dir": str(tmp_path / "large")})
+    short(tiny_run, 2, False)
+    run_exp({**settings, "output_dir": str(tmp_path / "small"), "auto_find_batch_size": True})
+    saved = json.loads((tmp_path / "small" / "training_args.json").read_text())
+    assert (saved["per_device_train_batch_size"], saved["gradient_accumulation_steps"]) == (2, 2)
+    assert not saved["auto_find_batch_size"]  # of Trainer, which would shrink the global batch
+    assert "micro-batch 2 x 2, gradient checkpointing off" in capsys.readouterr().out
+    for line, wanted in zip(log_of(tmp_path / "small"), log_of(tmp_path / "large"), strict=True):
+        assert line == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_the_micro_batches_that_fit_now(saving_run, tmp_path, monkeypatch, short):
+    settings = {**saving_run, "plot_loss": False, "lora_dropout": 0.0}
+    run_exp({**settings, "output_dir": str(tmp_path / "whole")})
+    with monkeypatch.context() as patch:
+        ended_at(patch, 5, signal.SIGTERM)
+        with pytest.raises(TrainingInterrupted):
+            run_exp(settings)
+    short(settings, 2, False)
+    run_exp({**settings, "auto_find_batch_size": True})
+    saved = json.loads((tmp_path / "adapter" / "training_args.json").read_text())
+    assert (saved["per_device_train_batch_size"], saved["gradient_accumulation_steps"]) == (2, 2)
+    for line, wanted in zip(log_of(tmp_path / "adapter"), log_of(tmp_path / "whole"), strict=True):
+        assert line == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_run_that_would_not_fit_is_refused_before_anything_of_an_earlier_one_is_deleted(
+    tiny_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workflow, "free_memory", lambda: 10**5)
+    monkeypatch.setattr(PackedTrainer, "train", None)
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(
+        UserError, match=r"a step with micro-batch 4 x 1, gradient checkpointing on needs about .*train on a la"
+    ):
+        run_exp({**tiny_run, "overwrite_output_dir": True})
+
+
+def test_little_memory_left_is_a_warning(tiny_run, monkeypatch, capsys):
+    total = tiny_estimator(tiny_run).estimate(4, True).total
+    monkeypatch.setattr(workflow, "free_memory", lambda: int(total * 1.01))
+    run_exp({**tiny_run, "max_steps": 1, "plot_loss": False})
+    assert "warning: little of the GPU's memory is left" in capsys.readouterr().out
+
+
+def test_a_model_that_fake_tensors_cannot_follow_recomputes_activations(tiny_run, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("depends on values")
+
+    monkeypatch.setattr(workflow, "free_memory", lambda: 10**12)
+    monkeypatch.setattr(memory, "follow_micro_batch", fail)
+    run_exp({**tiny_run, "max_steps": 1, "plot_loss": False})
+    assert "cannot be estimated for this model (RuntimeError: depends on values)" in capsys.readouterr().out
+    saved = json.loads((Path(tiny_run["output_dir"]) / "training_args.json").read_text())
+    assert saved[GRADIENT_CHECKPOINTING] is True
+
+
+def test_all_processes_decide_by_the_smallest_gpu(tiny_run, monkeypatch):
+    args = get_train_args(tiny_run)
+    model = init_adapter(load_model(tiny_run["model_name_or_path"]), args.finetuning)
+    seen = []
+
+    def choose(estimator, available):
+        seen.append((estimator.processes, available))
+        return StepSettings(4, 1, False), estimator.estimate(4, False)
+
+    monkeypatch.setattr(workflow, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(workflow, "gather_object", lambda values: [*values, 10**8])
+    monkeypatch.setattr(workflow, "choose_step_settings", choose)
+    monkeypatch.setattr(type(args.training), "world_size", 2)
+    workflow.fit_into_memory(model, args)
+    assert seen == [(2, 10**8)]
+
+
+def test_deepspeed_gets_the_micro_batch_that_was_chosen(monkeypatch):
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    config["zero_optimization"] = {"stage": 2}
+    training = get_train_args(
+        {"model_name_or_path": "a", "dataset": "b", "output_dir": "c", "deepspeed": config}
+    ).training
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = 4, 2
+    workflow._apply_step_settings(training, StepSettings(1, 8, True))
+    assert training.deepspeed_plugin.deepspeed_config.items() >= {
+        "train_batch_size": 8, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 8
+    }.items()  # fmt: skip
+    assert training.deepspeed == config
 
 
 def test_lengths_of_what_is_trained_on(tiny_run, tmp_path):
@@ -154,7 +278,7 @@ def test_frozen_weights_are_held_as_they_are_multiplied(precision, dtype):
 
 
 @pytest.mark.slow
-def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, monkeypatch, capsys):
+def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, monkeypatch, capsys, short):
     """And another GPU, for which it decides otherwise, may go on with the run."""
     out = tmp_path / "adapter"
 
@@ -163,7 +287,7 @@ def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, 
 
     saving_run["plot_loss"] = False
     with monkeypatch.context() as patch:
-        patch.setattr("llmtuner.train.workflow.free_memory", lambda: 1)
+        short(saving_run, 4, True)
         ended_at(patch, 5, signal.SIGTERM)
         with pytest.raises(TrainingInterrupted):
             run_exp(saving_run)
@@ -173,7 +297,7 @@ def test_settings_say_what_the_estimate_of_memory_decided(saving_run, tmp_path, 
     assert f"resuming from {out}/checkpoint-6" in capsys.readouterr().out
     assert recomputes(out / "checkpoint-6") is True
     assert recomputes(out / "checkpoint-8") is recomputes(out) is False
-    monkeypatch.setattr("llmtuner.train.workflow.free_memory", lambda: 1)
+    short(saving_run, 4, True)
     run_exp({**saving_run, "output_dir": str(tmp_path / "short")})
     assert recomputes(tmp_path / "short") is True
 
