@@ -13,7 +13,7 @@ SCRIPTS = sorted(
     for file in (common.ROOT / "benchmarks").glob("*.py")
     if file.stem not in ("common", "trainer_job", "update_readme")
 ) + ["gpu"]
-PARTS = {"training": 6, "tokenizer": 4}
+PARTS = {"training": 7, "tokenizer": 4}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
