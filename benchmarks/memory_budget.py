@@ -19,7 +19,8 @@ from llmtuner.model.adapters import init_adapter
 from llmtuner.model.attention import VARLEN, register_varlen
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.model_dir import APPENDED_ROWS
-from llmtuner.train.memory import MEMORY_FRACTION, StepEstimator, find_step_settings
+from llmtuner.train.memory import StepEstimator
+from llmtuner.train.step_settings import MEMORY_FRACTION, find_step_settings
 
 # Settings of steps 5 and 6 for chatglm3-6b that matter here.
 SETTINGS: Values = dict(

@@ -36,15 +36,9 @@ from llmtuner.train.checkpointing import (
     prepare_output_dir,
     verify_checkpoint,
 )
-from llmtuner.train.memory import (
-    MEMORY_FRACTION,
-    StepEstimator,
-    StepSettings,
-    choose_step_settings,
-    compute_dtype,
-    free_memory,
-)
+from llmtuner.train.memory import StepEstimator, compute_dtype
 from llmtuner.train.self_check import SelfCheckCallback
+from llmtuner.train.step_settings import MEMORY_FRACTION, StepSettings, choose_step_settings, free_memory
 from llmtuner.train.trainer import PackedTrainer
 
 INITIAL_LOSS_SAMPLES = 8  # per dataset; more would cost time and change little

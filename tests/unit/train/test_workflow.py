@@ -20,7 +20,8 @@ from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train import memory, workflow
-from llmtuner.train.memory import MEMORY_FRACTION, StepEstimator, StepSettings
+from llmtuner.train.memory import StepEstimator
+from llmtuner.train.step_settings import MEMORY_FRACTION, StepSettings
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
 from tests.training import NO_FIGURES, SFT, STAGES, ended_at, log_of
