@@ -80,7 +80,7 @@ class Pty:
     def type(self, text):
         os.write(self.file, text.encode())
 
-    def wait(self, seen, seconds=40):
+    def wait(self, seen, seconds=120):
         """Reads until `seen()` is true."""
         until = time.monotonic() + seconds
         while not seen():
