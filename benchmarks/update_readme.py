@@ -91,9 +91,14 @@ def make_table(results: dict[str, Values], columns: str) -> str:
 SPEEDS = "tokens/s=tokens_per_second:,.0f target_tokens/s=target_tokens_per_second:,.0f "
 LOSSES = "first_loss=first_loss:.3f last_5=last_loss:.3f first_norm=first_norm:.2f last=last_norm:.2f "
 TIMES = "seconds=seconds:.0f peak_MB=peak_mb:,.0f "
+PEERS = (
+    "- ours_/_theirs=speedup ours_/_theirs_at_best=best_speedup "
+    f"{SPEEDS} GB=peak_memory_gb:.2f held-out_loss=held_out_loss:.3f {LOSSES}"
+)
 # The first word is the header of the names; "-" is none.
 COLUMNS = {
-    "compare_trainers": f"- ours_/_theirs=speedup ours_/_theirs_at_best=best_speedup {SPEEDS} GB=peak_memory_gb:.2f held-out_loss=held_out_loss:.3f {LOSSES}",
+    "compare_trainers": PEERS,
+    "compare_trainers_bf16": PEERS,
     "train_throughput": f"- times_as_fast=ratio {SPEEDS} utilization=utilization:.0% GB=peak_memory_gb:.2f {LOSSES}"
     "data_/_forward_/_backward_/_optimizer=parts",
     "ablation_step_time": "- times_as_fast=ratio:.2f ms_per_step=milliseconds:.0f first_loss=loss:.5f",
