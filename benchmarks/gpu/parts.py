@@ -57,7 +57,7 @@ def describe_machine(part: Part) -> Values:
     values: Values = dict(environment())
     if part.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        values |= {"gpu": properties.name, "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
+        values |= {"gpu": properties.name, "total_memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
         values["capability"] = f"{properties.major}.{properties.minor}"
     packages = ("triton", "bitsandbytes", "deepspeed", "flash_attn")
     values["installed"] = [name for name in packages if importlib.util.find_spec(name)]
