@@ -8,7 +8,7 @@ from pathlib import Path
 
 import constants
 from llmtuner.aliases import rename_keys
-from llmtuner.console import UserError, command, display_path, interpreter, is_rank_zero, print0, print_header
+from llmtuner.console import UserError, command, display_path, is_rank_zero, llmtuner_command, print0, print_header
 from llmtuner.files import atomic_write_json, check_writable, checksum, checksum_of
 from llmtuner.locks import acquire_lock
 from llmtuner.outputs import add_to_marker, check_destination, recover_directory
@@ -216,7 +216,7 @@ def require_base_model(weights: bool = True, original_chatglm: bool = False) -> 
         raise UserError(f"{directory} has no *.safetensors weights. {hint}")
     if not original_chatglm and _model_type(directory) == "chatglm":
         raise UserError(
-            f"{directory} is ChatGLM3's original checkpoint. Convert it first: {interpreter()} -m llmtuner convert "
+            f"{directory} is ChatGLM3's original checkpoint. Convert it first: {llmtuner_command()} convert "
             f"{directory} {directory}-glm, then set BASE_MODEL_DIR={directory}-glm."
         )
     return directory

@@ -1,9 +1,9 @@
-"""The trainer and the converters on the command line: python -m llmtuner COMMAND."""
+"""The trainer and the converters on the command line: python -m llmtuner COMMAND, once installed llmtuner COMMAND."""
 
 import argparse
 from pathlib import Path
 
-from llmtuner.console import run_cli
+from llmtuner.console import is_console_command, run_cli
 from llmtuner.env import env_flag
 from llmtuner.hparams.help import format_settings
 
@@ -20,12 +20,13 @@ WITH_PATHS = {
 
 def main() -> None:
     """Runs the command that the first argument names."""
-    parser = argparse.ArgumentParser("python -m llmtuner", description=__doc__, allow_abbrev=False)
+    program = "llmtuner" if is_console_command() else "python -m llmtuner"
+    parser = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in WITH_SETTINGS.items():
         commands.add_parser(
             name,
-            usage=f"python -m llmtuner {name} [FILE.yaml] [--SETTING VALUE ...]",
+            usage=f"{program} {name} [FILE.yaml] [--SETTING VALUE ...]",
             help=text,
             description=text,
             epilog=f"settings and their defaults:\n{format_settings()}",
@@ -67,5 +68,10 @@ def run(options: argparse.Namespace, settings: list[str]) -> None:
             print(export_gguf(options.source, options.destination))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs a command as a program; the console command `llmtuner` starts here."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

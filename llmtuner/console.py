@@ -100,17 +100,29 @@ def missing_package(module: str) -> str:
     """Says that a module is not installed for this Python, and which command to type instead."""
     venv = ROOT / ".venv"
     if (venv / "bin" / "python").exists() and Path(sys.prefix).resolve() != venv.resolve():
-        how = f"Type: {shlex.join([display_path(venv / 'bin' / 'python'), *_script(), *sys.argv[1:]])}"
-    else:
+        words = [display_path(venv / "bin" / "python"), *_script(), *sys.argv[1:]]
+        # Where this package is not in the current directory, that Python may not know it.
+        found = _script()[0] != "-m" or Path.cwd() == ROOT
+        how = f"Type: {'' if found else f'PYTHONPATH={shlex.quote(str(ROOT))} '}{shlex.join(words)}"
+    elif (ROOT / "requirements.txt").exists():
         requirements = shlex.quote(display_path(ROOT / "requirements.txt"))
         how = f"Install it: {interpreter()} -m pip install -r {requirements} (`make demo` does so, into .venv)."
+    else:  # installed without its repository
+        how = f"Install it: {interpreter()} -m pip install {module}"
     return f"{module} is not installed for this Python ({sys.executable}). {how}"
 
 
 def _script() -> list[str]:
     """The running program, as typed after the interpreter."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+    if spec or is_console_command():
+        return ["-m", spec.name.removesuffix(".__main__") if spec else "llmtuner"]
+    return sys.argv[:1]
+
+
+def is_console_command() -> bool:
+    """Returns true if the console command `llmtuner` runs, which an installation makes, rather than `python -m llmtuner`."""
+    return Path(sys.argv[0]).name == "llmtuner"
 
 
 def display_path(path: Path) -> str:
@@ -126,6 +138,14 @@ def interpreter() -> str:
 def command(script: str) -> str:
     """Returns what to type to run a script with the running Python: `.venv/bin/python step4_test_zero.py`."""
     return f"{interpreter()} {shlex.quote(display_path(ROOT / script))}"
+
+
+def llmtuner_command() -> str:
+    """Returns what to type before a command of the trainer: `llmtuner` if that is running, else `python -m llmtuner`."""
+    if not is_console_command():
+        return f"{interpreter()} -m llmtuner"
+    program = Path(sys.argv[0]).absolute()
+    return "llmtuner" if shutil.which("llmtuner") == str(program) else shlex.quote(display_path(program))
 
 
 def hide_4_bit_warning() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from llmtuner.console import UserError
+from llmtuner.console import UserError, llmtuner_command
 from llmtuner.tokenizer.fast import PROCESSORS, encode_batch, encode_fast
 
 ROLES = ("system", "user", "assistant", "observation")
@@ -56,7 +56,7 @@ class Template:
             raise UserError(
                 f"the tokenizer {where or type(tokenizer).__name__} does not support the chatglm3 template: "
                 f"{'; '.join(problems)}. Documents and dialogues are wrapped in these tokens. Use a model with ChatGLM3's "
-                "tokenizer: convert ChatGLM3-6B (python -m llmtuner convert), or take the result of "
+                f"tokenizer: convert ChatGLM3-6B ({llmtuner_command()} convert), or take the result of "
                 "step2_merge_tokenizer.py or a later step."
             )
         gmask, sop, *roles, eos = ids.values()

@@ -37,7 +37,7 @@ ONE_BACKEND = "training runs under torchrun, with DDP or DeepSpeed ZeRO-2; each 
 UNSUPPORTED = (
     Feature("frozen weights are held in bf16 or fp16 (bf16: true), not in 8 or 4 bits", {"quantization_bit": None},
         ("quantization_*", "double_quantization")),
-    Feature("a model is exported in its own precision; quantize the exported one (python -m llmtuner gguf, or GPTQModel)",
+    Feature("a model is exported in its own precision; quantize the exported one (llmtuner's command gguf, or GPTQModel)",
         {"export_quantization_bit": None}, ("export_quantization_*",)),
     Feature("the export writes to a directory; upload that (hf upload)", {"export_hub_model_id": None}),
     Feature("the stages are pt and sft, without preference or reward models", {"ref_model": None, "reward_model": None},

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from llmtuner.console import UserError, print0
+from llmtuner.console import UserError, llmtuner_command, print0
 from llmtuner.files import translate_disk_errors
 from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
 from llmtuner.model.model_dir import APPENDED_ROWS, MERGED_ADAPTER, adapter_checksum, read_json
@@ -209,7 +209,7 @@ def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapt
     if settings.get(MERGED_ADAPTER):
         raise UserError(
             f"{adapter} was itself trained with create_new_adapter, on a base with another adapter merged into it. Export "
-            "it (python -m llmtuner export), and train on the exported model."
+            f"it ({llmtuner_command()} export), and train on the exported model."
         )
     rank = settings.get("r")
     if rank != finetuning.lora_rank:

@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from llmtuner.console import UserError
+from llmtuner.console import UserError, llmtuner_command
 from llmtuner.model.attention import VARLEN, flash_varlen_available, register_varlen
 from llmtuner.model.model_dir import check_not_quantized, check_weight_files, is_original_chatglm, read_json
 from llmtuner.tokenizer.fast import load_tokenizer
@@ -98,7 +98,7 @@ def _refuse_remote_code(directory: Path) -> None:
     config = read_json(directory / "config.json")
     kind = config.get("model_type")
     if config.get("auto_map") and kind not in CONFIG_MAPPING:
-        convert = f"Convert it once: python -m llmtuner convert {directory} OUT_DIR, and name OUT_DIR."
+        convert = f"Convert it once: {llmtuner_command()} convert {directory} OUT_DIR, and name OUT_DIR."
         raise UserError(
             f"{directory} needs code from its own directory (model_type {kind!r}, which transformers does not know), and such code "
             f"is never run. {convert if is_original_chatglm(config) else 'Choose a model that transformers knows.'}"

@@ -1,4 +1,5 @@
-# How a step script is started in several processes; sourced by the multi-GPU wrappers.
+# shellcheck shell=bash
+# How a step script is started in several processes; sourced by the multi-GPU wrappers. Also for bash 3.2, macOS's.
 
 launch() {
     local script="$1"
@@ -9,7 +10,7 @@ launch() {
     local processes="${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
     # Each process gets its part of the cores; more threads than cores make CPU processes wait for one another.
     local cores
-    cores="$(nproc)"
+    cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)" # macOS has no nproc
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
     exec "$python" -P "$root/llmtuner/train/launch.py" \
         --nproc_per_node "$processes" \

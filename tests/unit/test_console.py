@@ -14,6 +14,7 @@ def test_command_for_a_python_without_the_packages(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(console, "ROOT", tmp_path)
+    (tmp_path / "requirements.txt").touch()
     monkeypatch.setattr(sys, "argv", ["step7_eval_chat.py", "--suite", "ja", "--tasks", "a b"])
     monkeypatch.setattr(console, "_script", lambda: sys.argv[:1])
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3.12")

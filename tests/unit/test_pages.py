@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shlex
+import tomllib
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -204,9 +205,11 @@ def flags(script: Path) -> frozenset[str]:
 
 @cache
 def console_scripts() -> frozenset[str]:
+    """The commands of installed packages, and this project's own."""
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     return frozenset(
         point.name for one in distributions() for point in one.entry_points if point.group == "console_scripts"
-    )
+    ) | frozenset(ours)
 
 
 def problem_of(command: str, page: str) -> str | None:
