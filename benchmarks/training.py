@@ -50,6 +50,7 @@ from llmtuner.model.loading import default_attention, load_model
 from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
 from llmtuner.train import workflow
 from llmtuner.train.callbacks import peak_memory_gb
+from llmtuner.train.flops import flops_per_token, measure_peak_flops
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
 
@@ -145,8 +146,8 @@ def run_job(file: Path) -> None:
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     losses, norms = steps["loss"], steps["gradient_norm"]
     padding_ratio = sums["padding"] / sums["tokens"]
-    flop = model_flop(trainer.model, trainer.train_dataset.dataset.pack_index.lengths)
-    peak = matmul_peak(torch.bfloat16 if trainer.args.bf16 else torch.float32, trainer.args.device)
+    flop = flops_per_token(trainer.model, trainer.train_dataset.dataset.pack_index.lengths)
+    peak = measure_peak_flops(trainer.args.device, torch.bfloat16 if trainer.args.bf16 else torch.float32)
     result = {
         "seconds_per_step": seconds / count,
         **{f"{part}_seconds": spent / count for part, spent in parts.items()},
@@ -228,31 +229,6 @@ def random_model(directory: Path, base: Path, device: str = "cpu", **shape: int)
         GlmForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     copy_tokenizer(base, directory)
     return directory
-
-
-def model_flop(model: Any, lengths: numpy.ndarray) -> float:
-    """Model FLOP per token; recomputation (gradient checkpointing) does not count.
-
-    Per frozen parameter of a linear layer 4 (forward, and backward to its input), per trained one 6; and attention:
-    12 * layers * width of all heads * the mean number of tokens that a token attends to.
-
-    Args:
-        lengths: of the documents that attention is computed within.
-    """
-    flop = 0.0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed_tokens" not in name and not name.endswith("original_module.weight"):
-            flop += parameter.numel() * (6 if parameter.requires_grad else 4)
-    attended = float(numpy.sum(lengths * (lengths + 1) / 2) / lengths.sum())
-    config = model.config
-    return flop + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * attended
-
-
-def matmul_peak(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float:
-    """FLOP per second of a large matrix product, the fastest of ten."""
-    side = side or (8192 if device.type == "cuda" else 2048)
-    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    return 2 * side**3 / fastest(lambda: left @ right)
 
 
 def fastest(function: Callable[[], Any], repeats: int = 10) -> float:

@@ -18,7 +18,7 @@ from benchmarks import common
 from benchmarks.common import CHATGLM3_6B, LORA_RANK, Values
 from benchmarks.memory_budget import EMBEDDINGS, glm, make_args
 from benchmarks.traffic import optimizations_in_turn
-from benchmarks.training import clock, loss_function, matmul_peak, model_flop
+from benchmarks.training import clock, loss_function
 from llmtuner.console import print0, print_header
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.data.template import IGNORE_INDEX
@@ -28,6 +28,7 @@ from llmtuner.hparams.transformers_args import GRADIENT_CHECKPOINTING
 from llmtuner.model.attention import register_varlen
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.train.callbacks import peak_memory_gb
+from llmtuner.train.flops import flops_per_token, measure_peak_flops
 from llmtuner.train.memory import StepEstimator
 
 ACCUMULATION = 4  # micro-batches of a step, as in step 5 of chatglm3-6b
@@ -97,7 +98,7 @@ class Part:
         for case, values in measured.items():
             if case.endswith(f"{PRODUCT}, bfloat16") and "flop_per_second" in values:
                 return values["flop_per_second"]
-        return matmul_peak(torch.bfloat16, torch.device(self.device), self.side)
+        return measure_peak_flops(torch.device(self.device), torch.bfloat16, self.side)
 
 
 def last_line(error: Exception) -> str:
@@ -235,7 +236,7 @@ def measure_step(part: Part, trainee: Trainee, batch_size: int, seq_len: int, re
     tokens_per_second = ACCUMULATION * batch_size * seq_len / median(steps)
     values: Values = {
         "tokens_per_second": tokens_per_second,
-        "utilization": tokens_per_second * model_flop(trainee.model, lengths) / part.peak(),
+        "utilization": tokens_per_second * flops_per_token(trainee.model, lengths) / part.peak(),
         "milliseconds": 1e3 * median(steps),
         "optimizer_milliseconds": 1e3 * median(updates),
         "loss": float(losses[-1]),

@@ -284,6 +284,12 @@ class PackedDataset(TorchDataset):
         self.bounds = numpy.searchsorted(pack_index.sequence_ids, numpy.arange(count + 1))
         self.num_tokens = int(pack_index.lengths.sum())
 
+    @property
+    def attention_lengths(self) -> numpy.ndarray:
+        """Tokens of each block that attention is computed within."""
+        lengths = numpy.asarray(self.pack_index.lengths)
+        return lengths if self.block_diagonal else numpy.add.reduceat(lengths, self.bounds[:-1])
+
     def select_dataset(self, dataset: int) -> "PackedDataset":
         """The parts of these sequences that come from one dataset, given by its index in the ConcatTokenDataset."""
         index = self.pack_index

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerState
 
 from llmtuner.aliases import THROUGHPUT_KEYS, locate, rename_keys
 from llmtuner.files import atomic_write_json
+from llmtuner.train.flops import Utilization
 
 
 @dataclass
@@ -165,6 +166,19 @@ class InitialLossCallback(TrainerCallback):
         if state.global_step == 0 and self.samples:
             losses = {name: self.trainer.evaluate_loss(sample) for name, sample in self.samples.items()}
             self.trainer.log({f"initial_loss/{name}": round(loss, 4) for name, loss in losses.items()})
+
+
+class MfuCallback(TrainerCallback):
+    """Counts the model FLOP and measures the device before the first step, while its memory is free."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        with suppress(AttributeError, TypeError, ValueError):  # another model family: a log without mfu
+            lengths = trainer.train_dataset.dataset.attention_lengths
+            trainer.utilization = Utilization.of(trainer.model, lengths, args.device, trainer.matmul_dtype)
 
 
 class EarlyStopping(TrainerCallback):

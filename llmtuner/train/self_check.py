@@ -79,7 +79,7 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
             raise ArithmeticError("they are not finite")
         of_b = slice(LENGTHS[0], sum(LENGTHS))  # of the flattened batch, packed or not: A is the longest
         shift = float((logits[of_b] - changed_logits[of_b]).abs().max() / logits[of_b].std())
-        loss_tolerance, shift_tolerance = TOLERANCES[_matmul_dtype(trainer)]
+        loss_tolerance, shift_tolerance = TOLERANCES[trainer.matmul_dtype]
         if not shift <= shift_tolerance:  # NaN fails too
             problems.append(
                 f"the logits of a document change by {shift:.2g} standard deviations when another document changes. "
@@ -106,12 +106,6 @@ def self_check(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> None
     if problems := gather_object(problems):
         raise UserError("self-check of the model: " + "; ".join(dict.fromkeys(problems)) + ".")
     print0(f"self-check: {result}; {1000 * (time.perf_counter() - start):.0f} ms")
-
-
-def _matmul_dtype(trainer: PackedTrainer) -> torch.dtype:
-    """Returns the dtype of the matrix products of model and loss."""
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    return mixed or next(trainer.model.parameters()).dtype
 
 
 def _batch(trainer: PackedTrainer, a: numpy.ndarray, b: numpy.ndarray, packed: bool) -> dict[str, Any]:

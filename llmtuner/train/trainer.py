@@ -50,12 +50,14 @@ from llmtuner.train.callbacks import (
     GracefulStopCallback,
     GracefulStopSignal,
     JsonlLogCallback,
+    MfuCallback,
     ProgressBarCallback,
     ThroughputMeter,
     is_training_finished,
     peak_memory_gb,
 )
 from llmtuner.train.checkpointing import TMP_DIR, cleanup_on_failure, commit_checkpoint
+from llmtuner.train.flops import Utilization
 from llmtuner.train.loss import linear_cross_entropy_sum
 
 MAX_DOCUMENTS_IN_ERROR = 8
@@ -110,11 +112,12 @@ class PackedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         log = JsonlLogCallback(self.output_dir / "trainer_log.jsonl")
         early_stopping = EarlyStopping(finetuning_args.early_stopping_steps)
-        for callback in (ProgressBarCallback(), log, GracefulStopCallback(self), early_stopping):
+        for callback in (ProgressBarCallback(), log, MfuCallback(self), GracefulStopCallback(self), early_stopping):
             self.add_callback(callback)
         # Makes Trainer count the target tokens of the accumulated batch on all ranks, and divide the loss by nothing else.
         self.model_accepts_loss_kwargs = True
         self.meter = ThroughputMeter()
+        self.utilization: Utilization | None = None  # known once training begins
         self.micro_batches: list[MicroBatch] = []  # of the current step
         self.should_stop = False
         self.lr_groups: list[str] = []  # the entry of LR_GROUPS of each parameter group, where they differ
@@ -226,6 +229,12 @@ class PackedTrainer(Trainer):
             + ". Check these, or lower learning_rate; the same command resumes from the latest checkpoint."
         )
 
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """The dtype of the matrix products of model and loss."""
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return mixed or next(self.model.parameters()).dtype
+
     # ------------------------------------------------------------------------------------------------------- optimizer
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Adds parameter groups for the embeddings and for LoRA's B matrices if these have learning rates of their own."""
@@ -282,7 +291,7 @@ class PackedTrainer(Trainer):
 
     # --------------------------------------------------------------------------------------------------------- logging
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds throughput, padding, memory and remaining time to a log line with a training loss."""
+        """Adds throughput, padding, memory, utilization and remaining time to a log line with a training loss."""
         if "loss" in logs:
             meter = self.meter
             tokens, padding = self.flush_token_counts()
@@ -294,6 +303,10 @@ class PackedTrainer(Trainer):
             logs["target_tokens_per_second"] = round(meter.target_tokens / max(meter.seconds, 1e-9), 1)
             logs["padding_ratio"] = round(padding / max(tokens, 1), 5)
             logs["peak_memory_gb"] = peak_memory_gb()
+            if self.utilization:
+                in_output_layer = meter.target_tokens if self.finetuning_args.chunked_loss else tokens - padding
+                device_seconds = meter.seconds * self.args.world_size
+                logs["mfu"] = round(self.utilization.mfu(tokens - padding, in_output_layer, device_seconds), 4)
             steps_left = self.state.max_steps - self.state.global_step
             logs["eta_seconds"] = round(steps_left * meter.seconds / max(meter.steps, 1))
             meter.reset_interval()

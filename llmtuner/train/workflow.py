@@ -208,12 +208,20 @@ def _collect_metrics(
         "tokens": meter.total_tokens,
         "tokens_per_second": round(meter.total_tokens / max(meter.total_seconds, 1e-9), 1),
         "padding_ratio": round(meter.total_padding / max(meter.total_tokens, 1), 5),
+        **({"mfu": mfu} if (mfu := _mean_mfu(history)) else {}),
         "lengths": length_histogram(dataset.train),
         "trainable_parameters": count_trainable(trainer.model),
         "train_loss": _first_and_last(history, "loss"),
         "eval_loss": _first_and_last(history, "eval_loss"),
         **({"initial_loss": initial} if dataset.per_dataset else {}),
     }
+
+
+def _mean_mfu(history: list[dict[str, Any]]) -> float | None:
+    """Returns the mean over all steps of a run's log, of which a line covers the steps since the one before it."""
+    lines = [entry for entry in history if "mfu" in entry]
+    steps = numpy.diff([0, *(entry["step"] for entry in lines)])
+    return round(float(numpy.average([entry["mfu"] for entry in lines], weights=steps)), 4) if lines else None
 
 
 def _first_and_last(history: list[dict[str, Any]], name: str) -> dict[str, float | None]:
