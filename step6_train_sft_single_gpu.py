@@ -80,6 +80,7 @@ BY_PROFILE = {
         auto_find_batch_size=True,  # 2 x 8 or 1 x 16 where 4 x 4 does not fit
         eval_steps=200,
         save_steps=200,
+        save_minutes=30,
         max_eval_samples=256,
     ),
 }

@@ -44,8 +44,39 @@ class FinetuningArguments:
     )
     fused_ops: bool = setting(True, "LoRA, norms, attention and MLP in fewer passes: in bf16, and in fp32 on a CPU.")
     chunked_loss: bool = setting(True, "Compute logits and their gradients in chunks instead of all at once.")
+    metric_for_best_model: str | None = setting(
+        None,
+        "Keep the checkpoint with the lowest value of this figure of the log, such as eval_bits_per_byte_ja.",
+        resume_safe=True,
+    )
+    max_retention_loss: float | None = setting(
+        None,
+        "Of those where no other language or data set got worse than before training by more than this ratio.",
+        NOT_NEGATIVE,
+        resume_safe=True,
+    )
+    load_best_model_at_end: bool = setting(
+        False, "Save the weights of the best checkpoint (by default of eval_loss), not the last ones.", resume_safe=True
+    )
     early_stopping_steps: int | None = setting(
-        None, "Stop once eval_loss has not improved for so many evaluations.", AT_LEAST_1, resume_safe=True
+        None,
+        "Stop once metric_for_best_model, or eval_loss, has not improved for so many evaluations.",
+        AT_LEAST_1,
+        resume_safe=True,
+    )
+    save_minutes: float | None = setting(
+        None,
+        "Save a checkpoint at least so often, too: a killed run loses no more training than that.",
+        ABOVE_0,
+        resume_safe=True,
+    )
+    dry_run: bool = setting(
+        False,
+        "Check everything, measure a few real steps, print what the run will take, and leave nothing.",
+        resume_safe=True,
+    )
+    price_per_hour: float | None = setting(
+        None, "Price of one GPU for an hour, in any currency, for the cost of a run.", NOT_NEGATIVE, resume_safe=True
     )
     plot_loss: bool = setting(False, "Draw training_loss.png and eval_loss.png into output_dir.", resume_safe=True)
     overwrite_output_dir: bool = setting(

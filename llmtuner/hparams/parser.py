@@ -286,10 +286,29 @@ def _validate_evaluation(values: dict[str, Any]) -> Iterator[ValidationIssue]:
     if patience and values.get("eval_strategy") in (None, "no"):
         text = "early_stopping_steps is given, but nothing is evaluated: set eval_strategy and eval_steps"
         yield ("early_stopping_steps", "eval_strategy"), text
-    metric = values.get("metric_for_best_model")
-    if patience and (metric not in (None, "loss", "eval_loss") or values.get("greater_is_better")):
-        text = "early_stopping_steps watches eval_loss, the smaller the better; leave the other two out"
-        yield ("early_stopping_steps", "metric_for_best_model", "greater_is_better"), text
+    yield from _validate_best_checkpoint(values)
+
+
+def _validate_best_checkpoint(values: dict[str, Any]) -> Iterator[ValidationIssue]:
+    for name in ("metric_for_best_model", "load_best_model_at_end"):
+        if not values[name]:
+            continue
+        for strategy in ("eval_strategy", "save_strategy"):
+            if values.get(strategy, "no" if strategy == "eval_strategy" else "steps") == "no":
+                text = f"{name} is given, but {strategy} is no: the best checkpoint has to be evaluated and saved"
+                yield (name, strategy), text
+    if values["load_best_model_at_end"] and values.get("save_only_model") and values.get("deepspeed"):
+        text = "load_best_model_at_end under DeepSpeed needs its optimizer state in checkpoints: set save_only_model: false"
+        yield ("load_best_model_at_end", "save_only_model"), text
+    if values["max_retention_loss"] is not None:
+        if not (values["metric_for_best_model"] or values["load_best_model_at_end"]):
+            text = "max_retention_loss bounds the choice of the best checkpoint: give metric_for_best_model, too"
+            yield ("max_retention_loss", "metric_for_best_model"), text
+        if not values.get("eval_on_start"):
+            text = "max_retention_loss compares with the model before training: set eval_on_start: true"
+            yield ("max_retention_loss", "eval_on_start"), text
+    if values["save_minutes"] is not None and values.get("save_strategy") == "no":
+        yield ("save_minutes", "save_strategy"), "save_minutes is given, but save_strategy is no; leave one of them out"
 
 
 def _validate_training(values: dict[str, Any]) -> Iterator[ValidationIssue]:

@@ -52,17 +52,15 @@ class TrainerArguments:
     eval_strategy: str = setting("no", "When to evaluate: no, steps or epoch.")
     eval_steps: float | None = setting(None, "Steps between evaluations; by default logging_steps.", ABOVE_0)
     eval_on_start: bool = setting(False, "Evaluate before the first step, too.")
-    load_best_model_at_end: bool = setting(
-        False,
-        "Return to the best checkpoint.",
-        unsupported="checkpoints are kept up to save_total_limit; export the best",
-    )
     do_predict: bool = setting(False, "Predict.", unsupported="a run trains, or measures the eval loss (do_eval)")
     logging_steps: float = setting(500, "Steps between lines of the log.", ABOVE_0)
     report_to: str | list[str] | None = setting("none", "Where the log goes, too: tensorboard, wandb, ... or a list.")
     save_strategy: str = setting("steps", "When to save a checkpoint: no, steps or epoch.")
     save_steps: float = setting(500, "Steps between checkpoints.", ABOVE_0)
-    save_total_limit: int | None = setting(None, "Keep this many of the newest checkpoints.", AT_LEAST_1)
+    save_total_limit: int | None = setting(None, "Keep this many of the newest checkpoints, and the best.", AT_LEAST_1)
+    greater_is_better: bool | None = setting(
+        None, "How metric_for_best_model is read.", unsupported="all figures of the log are better the lower they are"
+    )
     resume_from_checkpoint: str | None = setting(None, "Checkpoint to resume from; by default the latest valid one.")
     seed: int = setting(42, "Seed of the adapter's first weights, and of the order of the data.", UINT32)
     data_seed: int | None = setting(None, "Seed of the order of sequences; by default seed.", UINT32)

@@ -42,6 +42,18 @@ def _machine() -> dict[str, str]:
     return machine
 
 
+def device_name() -> str:
+    """Name of the GPU that this process computes on, or of the processor."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with suppress(OSError):
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        if names:
+            return f"{names[0]} ({os.cpu_count()} cores)"
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
 def _commit() -> str | None:
     """The commit of this repository; None without git or a repository."""
 

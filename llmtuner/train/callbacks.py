@@ -19,6 +19,8 @@ from transformers import TrainerCallback, TrainerState
 
 from llmtuner.aliases import THROUGHPUT_KEYS, locate, rename_keys
 from llmtuner.files import atomic_write_json
+from llmtuner.hparams import FinetuningArguments
+from llmtuner.train.best_checkpoint import best_metric, find_best
 from llmtuner.train.flops import Utilization
 
 
@@ -39,7 +41,10 @@ class ThroughputMeter:
     total_tokens: int = 0
     total_padding: int = 0
     total_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    """Time since the start of the run, with evaluation and saving, without what was between a stop and a restart."""
     start_time: float = field(default_factory=time.perf_counter)
+    wall_start: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -56,6 +61,8 @@ class ThroughputMeter:
         self.seconds += now - self.start_time
         self.total_seconds += now - self.start_time
         self.start_time = now
+        self.wall_seconds += now - self.wall_start
+        self.wall_start = now
 
     def reset_interval(self) -> None:
         """Starts a new logging interval."""
@@ -63,7 +70,8 @@ class ThroughputMeter:
 
     def save(self, file: Path) -> None:
         """Writes the counters as JSON."""
-        atomic_write_json(file, {name: value for name, value in asdict(self).items() if name != "start_time"})
+        clocks = ("start_time", "wall_start")
+        atomic_write_json(file, {name: value for name, value in asdict(self).items() if name not in clocks})
 
     @classmethod
     def load(cls, checkpoint: Path) -> "ThroughputMeter":
@@ -182,29 +190,70 @@ class MfuCallback(TrainerCallback):
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops training, with a checkpoint, once `eval_loss` has not improved for `patience` evaluations.
+    """Saves the best checkpoint, and stops training once there has been none better for `early_stopping_steps` evaluations.
 
     transformers' EarlyStoppingCallback counts since its own start; this one counts in the log, which checkpoints hold, so
     that patience is the same after a restart.
     """
 
-    def __init__(self, patience: int | None) -> None:
-        self.patience = patience
+    def __init__(self, finetuning_args: FinetuningArguments) -> None:
+        self.metric, self.bound = best_metric(finetuning_args), finetuning_args.max_retention_loss
+        self.patience = finetuning_args.early_stopping_steps
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best = find_best(state.log_history, self.metric, self.bound) if self.metric else None
+        if best and best["step"] == state.global_step > 0:
+            control.should_save = True
         if self.is_due(state.log_history):
             control.should_save = control.should_training_stop = True
 
     def is_due(self, history: list[dict[str, Any]]) -> bool:
-        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
-        best = min(range(len(losses)), key=lambda index: losses[index], default=0)
-        return self.patience is not None and len(losses) - 1 - best >= self.patience
+        metric = self.metric or "eval_loss"
+        evaluations = [entry for entry in history if metric in entry]
+        best = find_best(history, metric, self.bound)
+        since = evaluations.index(best) if best else 0
+        return self.patience is not None and len(evaluations) - 1 - since >= self.patience
 
 
-def is_training_finished(state: TrainerState, patience: int | None) -> bool:
+def is_training_finished(state: TrainerState, finetuning_args: FinetuningArguments) -> bool:
     """Tells whether no step is left: all have been made, or the run has stopped early."""
-    return state.global_step >= state.max_steps or EarlyStopping(patience).is_due(state.log_history)
+    return state.global_step >= state.max_steps or EarlyStopping(finetuning_args).is_due(state.log_history)
+
+
+class TimedSave(TrainerCallback):
+    """Saves a checkpoint at least every `minutes`, early enough that a killed run loses no more training than that.
+
+    The clock of rank 0 decides; `PackedTrainer._finish_step` asks `is_due` and tells the other ranks.
+
+    Args:
+        trainer: a `PackedTrainer`, whose `should_save` says what was decided.
+    """
+
+    def __init__(self, trainer: Any, minutes: float | None) -> None:
+        self.trainer, self.interval = trainer, math.inf if minutes is None else 60 * minutes
+        self.save_seconds = 0.05 * self.interval  # until a checkpoint has been saved
+        self.step_seconds = 0.0
+
+    def is_due(self) -> bool:
+        """Tells in the middle of a step whether a checkpoint after the next one could come too late."""
+        elapsed = time.perf_counter() - self.saved_state_at
+        return elapsed + 2 * self.step_seconds + self.save_seconds >= self.interval
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved_state_at = self.step_end = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_end = time.perf_counter()
+        self.step_seconds = self.step_end - self.step_begin
+        if self.trainer.should_save:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved_state_at = self.step_end
+        self.save_seconds = time.perf_counter() - self.step_end  # an evaluation of the same step included
 
 
 class GracefulStopSignal:

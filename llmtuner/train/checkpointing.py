@@ -187,15 +187,20 @@ def cleanup_on_failure(output_dir: Path, step: int) -> Iterator[None]:
         raise
 
 
-def commit_checkpoint(output_dir: Path, step: int, limit: int | None) -> Path:
-    """Moves a complete checkpoint from the temporary directory to its name, and deletes the oldest beyond `limit`."""
+def commit_checkpoint(output_dir: Path, step: int, limit: int | None, best_step: int | None = None) -> Path:
+    """Moves a complete checkpoint from the temporary directory to its name, and deletes the oldest beyond `limit`.
+
+    Args:
+        best_step: that of a checkpoint which is kept beside these.
+    """
     partial, destination = output_dir / TMP_DIR / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
     write_checksums(partial)
     fsync_directory(partial)
     replace_directory(partial, destination, CHECKSUM_FILE)
     shutil.rmtree(output_dir / TMP_DIR, ignore_errors=True)
     for old in _owned_checkpoints(output_dir)[limit:] if limit else []:
-        shutil.rmtree(old, ignore_errors=True)
+        if checkpoint_step(old) != best_step:
+            shutil.rmtree(old, ignore_errors=True)
     return destination
 
 

@@ -38,6 +38,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from llmtuner.console import UserError
 from llmtuner.data.packing import PackedDataCollator, PadToMultiple
@@ -45,6 +46,7 @@ from llmtuner.eval.bits_per_byte import Windows, document_bits
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
 from llmtuner.model.attention import VARLEN, Documents
+from llmtuner.train.best_checkpoint import find_best
 from llmtuner.train.callbacks import (
     EarlyStopping,
     GracefulStopCallback,
@@ -53,6 +55,7 @@ from llmtuner.train.callbacks import (
     MfuCallback,
     ProgressBarCallback,
     ThroughputMeter,
+    TimedSave,
     is_training_finished,
     peak_memory_gb,
 )
@@ -111,15 +114,23 @@ class PackedTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         log = JsonlLogCallback(self.output_dir / "trainer_log.jsonl")
-        early_stopping = EarlyStopping(finetuning_args.early_stopping_steps)
-        for callback in (ProgressBarCallback(), log, MfuCallback(self), GracefulStopCallback(self), early_stopping):
+        self.timed_save = TimedSave(self, finetuning_args.save_minutes)
+        self.early_stopping = EarlyStopping(finetuning_args)
+        for callback in (
+            ProgressBarCallback(),
+            log,
+            MfuCallback(self),
+            GracefulStopCallback(self),
+            self.timed_save,
+            self.early_stopping,
+        ):
             self.add_callback(callback)
         # Makes Trainer count the target tokens of the accumulated batch on all ranks, and divide the loss by nothing else.
         self.model_accepts_loss_kwargs = True
         self.meter = ThroughputMeter()
         self.utilization: Utilization | None = None  # known once training begins
         self.micro_batches: list[MicroBatch] = []  # of the current step
-        self.should_stop = False
+        self.should_stop = self.should_save = False
         self.lr_groups: list[str] = []  # the entry of LR_GROUPS of each parameter group, where they differ
         self.embedding_lr: float | None = None  # of the current step
 
@@ -191,16 +202,18 @@ class PackedTrainer(Trainer):
         self.micro_batches.append(MicroBatch(loss.detach(), num_target_tokens, inputs["doc_ids"]))
 
     def _finish_step(self) -> None:
-        """All-reduces loss, target tokens and stop requests of a step, before the backward pass of its last micro-batch."""
+        """All-reduces loss, target tokens, stop and save requests of a step, before the backward pass of its last micro-batch."""
         losses = torch.stack([batch.loss for batch in self.micro_batches])
         # fp16's loss scaling skips steps with infinite gradients by itself.
         not_finite = torch.zeros_like(losses) if self.args.fp16 else (~losses.isfinite()).float()
         count = sum(batch.num_target_tokens for batch in self.micro_batches)
-        known = losses.new_tensor([count, self.stop_signal.received is not None])
+        should_save = self.is_world_process_zero() and self.timed_save.is_due()
+        known = losses.new_tensor([count, self.stop_signal.received is not None, should_save])
         sums = torch.cat([losses.sum()[None], not_finite.sum()[None], known])
-        loss, num_not_finite, num_target_tokens, stop_requests = self.accelerator.reduce(sums, reduction="sum").tolist()
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        loss, num_not_finite, num_target_tokens, stop_requests, save_requests = sums.tolist()
         self._check_finite(not_finite, num_not_finite)
-        self.should_stop = stop_requests > 0
+        self.should_stop, self.should_save = stop_requests > 0, save_requests > 0
         self.meter.loss += loss / self.accelerator.num_processes
         self.meter.target_tokens += int(num_target_tokens)
         self.meter.steps += 1
@@ -371,12 +384,26 @@ class PackedTrainer(Trainer):
         self.meter = ThroughputMeter.load(checkpoint)
         self.args.eval_on_start = False  # done before the checkpoint
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if not is_training_finished(state, self.finetuning_args.early_stopping_steps):
+        if not is_training_finished(state, self.finetuning_args):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # Trainer would make one more step
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
             self.meter.start_time = time.perf_counter()
+
+    def best_evaluation(self) -> dict[str, Any] | None:
+        """Returns the log entry of the best evaluation after a step; None without one, or if no best is asked for."""
+        metric, bound = self.early_stopping.metric, self.early_stopping.bound
+        best = find_best(self.state.log_history, metric, bound) if metric else None
+        return best if best and best["step"] > 0 else None
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Replaces the weights that are trained by those of a checkpoint of this run."""
+        if getattr(self.accelerator, "deepspeed_engine_wrapped", None) is None:
+            self._load_from_checkpoint(str(checkpoint))
+        else:
+            is_complete = not isinstance(self.model, PeftModel)
+            deepspeed_load_checkpoint(self.model_wrapped, str(checkpoint), load_module_strict=is_complete)
 
     def trained_state_dict(self) -> dict[str, torch.Tensor] | None:
         """Returns what is trained by DeepSpeed, in fp32 and on the CPU; None if the model itself holds it.
@@ -426,7 +453,8 @@ class PackedTrainer(Trainer):
                 partial = output_dir / TMP_DIR / f"checkpoint-{step}"
                 atomic_write_json(partial / "training_args.json", self.settings)
                 self.meter.save(partial / "throughput.json")
-                commit_checkpoint(output_dir, step, self.args.save_total_limit)
+                best = self.best_evaluation()
+                commit_checkpoint(output_dir, step, self.args.save_total_limit, best["step"] if best else None)
             self.accelerator.wait_for_everyone()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from llmtuner.console import print0
 from llmtuner.env import env_flag
 from llmtuner.hparams import TrainArgs, get_train_args
+from llmtuner.train.best_checkpoint import check_metric
 
 
 def run_exp(
@@ -33,7 +34,9 @@ def run_exp(
     """
     from llmtuner.train.process import join_processes, release_memory
 
-    train_args = join_processes(_checked(args))
+    train_args = _checked(args)
+    check_metric(train_args, [*(texts or {})] if train_args.finetuning.stage == "pt" else [])
+    train_args = join_processes(train_args)
     # Only now: with Trainer comes DeepSpeed, which reads the environment when it is imported.
     from llmtuner.train.checkpointing import lock_output_dir
     from llmtuner.train.workflow import run_pt, run_sft

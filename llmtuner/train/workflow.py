@@ -25,9 +25,17 @@ from llmtuner.model.adapters import init_adapter, save_adapter
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import check_vocab_and_context, default_attention, load_model
 from llmtuner.model.model_dir import adapter_checksum
+from llmtuner.report.environment import device_name
 from llmtuner.report.figures import plot_losses
 from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.train.callbacks import GracefulStopSignal, InitialLossCallback, TrainBeginCallback, is_training_finished
+from llmtuner.train.best_checkpoint import best_metric, retention_loss
+from llmtuner.train.callbacks import (
+    GracefulStopSignal,
+    InitialLossCallback,
+    TrainBeginCallback,
+    is_training_finished,
+    peak_memory_gb,
+)
 from llmtuner.train.checkpointing import (
     check_resumable,
     check_resume_settings,
@@ -122,7 +130,9 @@ def _train(
             stop.received,
         )
     if step < max_steps and (patience := args.finetuning.early_stopping_steps):
-        print0(f"finished early, after step {step:,}: eval_loss has not improved for {patience} evaluations")
+        watched = best_metric(args.finetuning) or "eval_loss"
+        print0(f"finished early, after step {step:,}: {watched} has not improved for {patience} evaluations")
+    best = _load_best(trainer, metric) if (metric := best_metric(args.finetuning)) else None
     trained = trainer.trained_state_dict()
     if is_rank_zero():
         base = Path(args.model.model_name_or_path)
@@ -130,7 +140,7 @@ def _train(
         atomic_write_json(output_dir / "training_args.json", settings)
         if args.finetuning.plot_loss:
             plot_losses(trainer.state.log_history, output_dir)
-    metrics = _collect_metrics(args.training, trainer, dataset)
+    metrics = {**_collect_metrics(args, trainer, dataset), **({"best": best} if best else {})}
     trainer.accelerator.free_memory()  # DeepSpeed's hooks would keep the model in memory
     return metrics
 
@@ -193,10 +203,46 @@ def _build_trainer(
     return trainer
 
 
-def _collect_metrics(
-    training_args: TrainingArguments, trainer: PackedTrainer, dataset: DatasetModule
-) -> dict[str, Any]:
+def _load_best(trainer: PackedTrainer, metric: str) -> dict[str, Any] | None:
+    """Says which evaluation was the best and, with `load_best_model_at_end`, goes back to its weights.
+
+    Returns:
+        metric, step and value; None if no evaluation kept to `max_retention_loss`.
+    """
+    args = trainer.finetuning_args
+    best, last_step = trainer.best_evaluation(), trainer.state.global_step
+    if best is None:
+        evaluations = [entry for entry in trainer.state.log_history if metric in entry]
+        losses = [retention_loss(entry, evaluations[0], metric) for entry in evaluations[1:]]
+        print0(
+            f"warning: no checkpoint is better than the model before training by {metric}"
+            + (
+                f" within max_retention_loss {args.max_retention_loss:.1%}"
+                if args.max_retention_loss is not None
+                else ""
+            )
+            + (f"; the smallest loss of the others was {min(losses):.1%}" if losses else "")
+            + ". The last weights are saved"
+        )
+        return None
+    step, value = best["step"], best[metric]
+    checkpoint = trainer.output_dir / f"checkpoint-{step}"
+    print0(f"best checkpoint: step {step:,} of {last_step:,}, {metric} {value:.4f}")
+    if args.load_best_model_at_end and step != last_step:
+        damage: list[str] = [verify_checkpoint(checkpoint) if is_rank_zero() else ""]
+        if trainer.args.world_size > 1:
+            broadcast_object_list(damage)
+        if damage[0]:
+            print0(f"warning: {checkpoint} cannot be loaded ({damage[0]}): the weights of step {last_step:,} are saved")
+            return None
+        trainer.load_weights(checkpoint)
+        print0(f"the weights of step {step:,} are saved")
+    return {"metric": metric, "step": step, "value": value}
+
+
+def _collect_metrics(args: TrainArgs, trainer: PackedTrainer, dataset: DatasetModule) -> dict[str, Any]:
     """Returns what `run_exp` documents."""
+    training_args, price = args.training, args.finetuning.price_per_hour
     history, meter, prefix = trainer.state.log_history, trainer.meter, "initial_loss/"
     initial = {
         name.removeprefix(prefix): loss for entry in history for name, loss in entry.items() if name.startswith(prefix)
@@ -209,6 +255,11 @@ def _collect_metrics(
         "tokens_per_second": round(meter.total_tokens / max(meter.total_seconds, 1e-9), 1),
         "padding_ratio": round(meter.total_padding / max(meter.total_tokens, 1), 5),
         **({"mfu": mfu} if (mfu := _mean_mfu(history)) else {}),
+        "wall_seconds": round(meter.wall_seconds, 1),
+        "processes": training_args.world_size,
+        "device": device_name(),
+        "peak_memory_gb": peak_memory_gb(),
+        **({"price_per_hour": price} if price is not None else {}),
         "lengths": length_histogram(dataset.train),
         "trainable_parameters": count_trainable(trainer.model),
         "train_loss": _first_and_last(history, "loss"),
@@ -323,7 +374,7 @@ def find_resume_checkpoint(args: TrainArgs, settings: dict[str, Any]) -> Path | 
             found = [Path(named)]
         if found[0] is not None:
             state = TrainerState.load_from_json(str(found[0] / "trainer_state.json"))
-            if not is_training_finished(state, args.finetuning.early_stopping_steps):
+            if not is_training_finished(state, args.finetuning):
                 check_resumable(found[0])
             check_resume_settings(found[0], settings)
             if old_names := describe_old_names(found[0]):

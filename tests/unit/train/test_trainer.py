@@ -14,7 +14,7 @@ from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedDataset
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.eval.bits_per_byte import bits_per_byte
-from llmtuner.hparams import get_train_args
+from llmtuner.hparams import FinetuningArguments, get_train_args
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.callbacks import EarlyStopping
@@ -326,7 +326,8 @@ def test_each_dataset_has_an_eval_loss_and_together_they_make_eval_loss(tiny_run
 # ------------------------------------------------------------------------------------------------------- early stopping
 def test_early_stopping_counts_evaluations_without_improvement():
     def due(*losses, patience=2):
-        return EarlyStopping(patience).is_due([{"eval_loss": loss} for loss in losses] + [{"loss": 0.1}])
+        history = [{"eval_loss": loss, "step": step} for step, loss in enumerate(losses)] + [{"loss": 0.1}]
+        return EarlyStopping(FinetuningArguments(early_stopping_steps=patience)).is_due(history)
 
     assert not due()
     assert not due(3.0, 2.0, 2.5)
