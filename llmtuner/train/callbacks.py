@@ -38,6 +38,8 @@ class ThroughputMeter:
     """Target tokens of all processes."""
     seconds: float = 0.0
     """Training time, without evaluation and saving."""
+    data_seconds: float = 0.0
+    """Of these, spent by this process waiting for batches."""
     total_tokens: int = 0
     total_padding: int = 0
     total_seconds: float = 0.0

@@ -3,7 +3,7 @@
 One optimizer step, from transformers/trainer.py; what is marked with * is defined or overridden here:
 
     train -> _inner_training_loop -> _run_epoch
-        get_batch_samples             gradient_accumulation_steps batches of PackedDataCollator, and num_items_in_batch,
+        get_batch_samples *           gradient_accumulation_steps batches of PackedDataCollator, and num_items_in_batch,
                                       the number of their target tokens on all ranks
         training_step                 for each of these micro-batches, under autocast_smart_context_manager *
             compute_loss *            loss sum of the micro-batch / num_items_in_batch
@@ -12,7 +12,7 @@ One optimizer step, from transformers/trainer.py; what is marked with * is defin
                 _finish_step *        on the last micro-batch: all-reduces the figures of the step
                     _check_finite *   raises on all ranks, before the last backward pass, if a loss is NaN or infinite
             accelerator.backward
-        _clip_grad_norm
+        _clip_grad_norm *             first the norm of each group, on steps that are logged
         optimizer.step                parameter groups of create_optimizer *
         lr_scheduler.step             after _get_learning_rate *
         on_step_end                   GracefulStopCallback (callbacks.py)
@@ -25,7 +25,7 @@ To stop at a breakpoint, put `breakpoint()` into `compute_loss`; in several proc
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +133,7 @@ class PackedTrainer(Trainer):
         self.should_stop = self.should_save = False
         self.lr_groups: list[str] = []  # the entry of LR_GROUPS of each parameter group, where they differ
         self.embedding_lr: float | None = None  # of the current step
+        self.group_norms: dict[str, torch.Tensor] = {}  # grad_norm_... of a step that is logged
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Lets batches be copied while the GPU computes, and DDP reduce gradients in place and without a search.
@@ -152,6 +153,20 @@ class PackedTrainer(Trainer):
         return args
 
     # ------------------------------------------------------------------------------------------------------------ step
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the micro-batches of a step and the number of their target tokens; times how long batches took to come."""
+        return super().get_batch_samples(self._timed(epoch_iterator), *args, **kwargs)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.meter.data_seconds += time.perf_counter() - start
+            yield batch
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         """Returns autocast to the dtype of the run; `compute_loss_context_manager` enters it, in training and evaluation.
 
@@ -248,6 +263,37 @@ class PackedTrainer(Trainer):
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         return mixed or next(self.model.parameters()).dtype
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._record_group_norms()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # nothing is clipped
+            self._record_group_norms()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _record_group_norms(self) -> None:
+        """Computes the gradient norm of the embeddings and of everything else, before clipping, on a step that is logged.
+
+        DeepSpeed has made the step when this is called, and kept no gradients.
+        """
+        step, args = self.state.global_step + 1, self.args
+        is_logged = (step == 1 and args.logging_first_step) or (
+            args.logging_strategy == "steps" and step % self.state.logging_steps == 0
+        )
+        if not is_logged:
+            return
+        groups: dict[str, list[torch.Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                is_embedding = any(module in name for module in EMBEDDING_MODULES)
+                groups.setdefault("embeddings" if is_embedding else "layers", []).append(parameter.grad)
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 1.0  # of fp16 gradients, which clipping will divide them by
+        self.group_norms = {
+            f"grad_norm_{name}": torch.nn.utils.get_total_norm(gradients) / scale for name, gradients in groups.items()
+        }
+
     # ------------------------------------------------------------------------------------------------------- optimizer
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Adds parameter groups for the embeddings and for LoRA's B matrices if these have learning rates of their own."""
@@ -304,17 +350,20 @@ class PackedTrainer(Trainer):
 
     # --------------------------------------------------------------------------------------------------------- logging
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds throughput, padding, memory, utilization and remaining time to a log line with a training loss."""
+        """Adds gradient norms, throughput, padding, memory, MFU and remaining time to a log line with a training loss."""
         if "loss" in logs:
             meter = self.meter
-            tokens, padding = self.flush_token_counts()
+            tokens, padding, data_seconds = self.flush_token_counts()
             # Trainer's own mean would start again after a restart.
             logs["loss"] = meter.loss / max(meter.steps, 1)
+            logs |= {name: norm.item() for name, norm in self.group_norms.items()}
+            self.group_norms = {}
             if self.embedding_lr is not None:
                 logs["embedding_learning_rate"] = self.embedding_lr
             logs["tokens_per_second"] = round(tokens / max(meter.seconds, 1e-9), 1)
             logs["target_tokens_per_second"] = round(meter.target_tokens / max(meter.seconds, 1e-9), 1)
             logs["padding_ratio"] = round(padding / max(tokens, 1), 5)
+            logs["data_wait_ratio"] = round(data_seconds / max(meter.seconds * self.args.world_size, 1e-9), 5)
             logs["peak_memory_gb"] = peak_memory_gb()
             if self.utilization:
                 in_output_layer = meter.target_tokens if self.finetuning_args.chunked_loss else tokens - padding
@@ -325,20 +374,21 @@ class PackedTrainer(Trainer):
             meter.reset_interval()
         super().log(logs, start_time)
 
-    def flush_token_counts(self) -> tuple[int, int]:
+    def flush_token_counts(self) -> tuple[int, int, float]:
         """Adds the counts of the current interval to the totals of the run.
 
         Returns:
-            tokens and padding of all ranks in the interval.
+            tokens, padding and seconds spent waiting for batches in the interval, summed over all ranks.
         """
         meter = self.meter
         meter.update_elapsed()
-        counts = torch.tensor([meter.tokens, meter.padding], dtype=torch.float64, device=self.args.device)
-        tokens, padding = (int(count) for count in self.accelerator.reduce(counts, reduction="sum").tolist())
-        meter.total_tokens += tokens
-        meter.total_padding += padding
-        meter.tokens = meter.padding = 0
-        return tokens, padding
+        values = [meter.tokens, meter.padding, meter.data_seconds]
+        counts = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        tokens, padding, data_seconds = self.accelerator.reduce(counts, reduction="sum").tolist()
+        meter.total_tokens += int(tokens)
+        meter.total_padding += int(padding)
+        meter.tokens, meter.padding, meter.data_seconds = 0, 0, 0.0
+        return int(tokens), int(padding), data_seconds
 
     # ------------------------------------------------------------------------------------------------------ evaluation
     def evaluate(

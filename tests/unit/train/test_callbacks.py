@@ -30,9 +30,14 @@ def test_log_has_what_people_watch(tiny_run, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "adapter" / "trainer_log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     wanted = {"grad_norm", "learning_rate", "embedding_learning_rate", "tokens_per_second", "target_tokens_per_second"}
-    wanted |= {"padding_ratio", "peak_memory_gb", "eta_seconds", "epoch"}
+    wanted |= {"padding_ratio", "data_wait_ratio", "peak_memory_gb", "eta_seconds", "epoch"}
     assert all(wanted <= line.keys() for line in steps)
     assert all(line["embedding_learning_rate"] == pytest.approx(line["learning_rate"] / 5) for line in steps)
+    assert all(0 < line["data_wait_ratio"] < 0.5 for line in steps)
+    for line in steps:  # of all gradients, before they are clipped
+        squares = line["grad_norm_embeddings"] ** 2 + line["grad_norm_layers"] ** 2
+        assert squares == pytest.approx(line["grad_norm"] ** 2, rel=1e-4)
+    assert max(line["grad_norm"] for line in steps) > 1
     assert all(0 < line["target_tokens_per_second"] < line["tokens_per_second"] for line in steps)
     assert steps[-1]["eta_seconds"] == 0
     assert "initial_loss/dialogues" in lines[0]
