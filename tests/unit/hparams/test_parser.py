@@ -139,6 +139,7 @@ def test_a_value_that_cannot_be_is_the_one_problem(good, name, value, text):
     assert text in found[0]
 
 
+EVAL = {"val_size": 0.1, "eval_strategy": "steps"}
 CONTRADICTIONS = [
     ({"mix_strategy": "interleave_under"}, "mix_strategy interleave_under needs interleave_probs"),
     ({"interleave_probs": [0.5, 0.5]}, "but mix_strategy is concat, which takes every row once"),
@@ -164,16 +165,13 @@ CONTRADICTIONS = [
     ({"eval_on_each_dataset": True}, f"eval_on_each_dataset is true, but {NO_EVAL_DATA}"),
     ({"early_stopping_steps": 3, "val_size": 0.1}, "early_stopping_steps is given, but nothing is evaluated"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end is given, but eval_strategy is no"),
+    ({"metric_for_best_model": "loss", "save_strategy": "no", **EVAL}, "_best_model is given, but save_strategy is no"),
     (
-        {"metric_for_best_model": "loss", "save_strategy": "no"},
-        "metric_for_best_model is given, but save_strategy is no",
-    ),
-    (
-        {"load_best_model_at_end": True, "save_only_model": True, "deepspeed": {"zero_optimization": {"stage": 2}}},
+        {"load_best_model_at_end": True, "save_only_model": True, "deepspeed": {"zero_optimization": {}}, **EVAL},
         "needs its optimizer state in checkpoints",
     ),
-    ({"max_retention_loss": 0.02}, "max_retention_loss bounds the choice of the best checkpoint"),
-    ({"max_retention_loss": 0.02}, "compares with the model before training: set eval_on_start"),
+    ({"max_retention_loss": 0.02, "eval_on_start": True, **EVAL}, "max_retention_loss bounds the choice of the best"),
+    ({"max_retention_loss": 0.02, "metric_for_best_model": "loss", **EVAL}, "set eval_on_start: true"),
     ({"save_minutes": 30, "save_strategy": "no"}, "save_minutes is given, but save_strategy is no"),
     ({"disable_shuffling": True, "train_sampling_strategy": "group_by_length"}, "asks for another order"),
     ({"finetuning_type": "full", "use_dora": True}, "use_dora is given, but finetuning_type full has no adapters"),
