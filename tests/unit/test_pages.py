@@ -347,7 +347,7 @@ def test_names_exist(page):
         elif re.fullmatch(r"[\w<>-]+(/[\w<>.-]+)*/?", span) and "/" in span:
             last = span.rstrip("/").rpartition("/")[2]
             assert set(re.findall(r"[\w-]+", last)) <= words() | {"PROFILE"}, f"{page}: nothing writes {span}"
-        elif re.fullmatch(r"\w+\.(py|sh|json|jsonl|html|png|md|txt|jinja|model)", span):
+        elif re.fullmatch(r"\w+\.(py|sh|json|jsonl|html|png|md|txt|toml|yaml|jinja|model)", span):
             assert span in sources() or span in file_names(), f"{page}: nothing is called {span}"
         elif re.fullmatch(r"[A-Za-z_][\w.]*", span) and re.search(r"_|[a-z][A-Z]|\.", span):
             missing = [part for part in span.split(".") if part not in words() | settings() | OTHER_NAMES]
