@@ -234,8 +234,9 @@ def chat() -> None:
     """Chats with the chat model in the terminal."""
     pipeline.require_artifacts(CHAT_MODEL_DIR)
     from llmtuner.chat.cli import run_chat
+    from llmtuner.eval.questions import example_questions
 
-    run_chat(CHAT_MODEL_DIR, PROFILE.max_new_tokens)
+    run_chat(CHAT_MODEL_DIR, PROFILE.max_new_tokens, example_questions(constants.QUESTIONS))
 
 
 def chat_in_browser(options: argparse.Namespace) -> None:
@@ -243,14 +244,14 @@ def chat_in_browser(options: argparse.Namespace) -> None:
     pipeline.require_artifacts(CHAT_MODEL_DIR)
     pipeline.require_base_model()
     from llmtuner.chat.web import serve
+    from llmtuner.eval.questions import example_questions
 
     password = os.environ.get("CHAT_PASSWORD")
     if options.host != LOOPBACK and not password and sys.stdin.isatty():
         with suppress(EOFError):  # Ctrl-D: no password
             password = getpass("password for the page: ")
-    serve(
-        {"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, PROFILE.max_new_tokens, options.host, options.port, password
-    )
+    models, examples = {"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, example_questions(constants.QUESTIONS)
+    serve(models, PROFILE.max_new_tokens, options.host, options.port, password, examples)
 
 
 def evaluate_suite(options: argparse.Namespace) -> None:

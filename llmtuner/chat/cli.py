@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,17 @@ SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def run_chat(model_dir: Path, max_new_tokens: int) -> None:
+def run_chat(model_dir: Path, max_new_tokens: int, examples: Sequence[str] = ()) -> None:
     """Chats with the model in `model_dir`, under its own generation settings, until the input ends.
+
+    Args:
+        examples: questions that /help proposes; /1 asks the first.
 
     Raises:
         UserError: if the model cannot be loaded.
     """
     settings = {**GENERATION_DEFAULTS, **load_generation_settings(model_dir), "max_new_tokens": max_new_tokens}
-    repl = ChatREPL(ChatSession(*load_for_evaluation(model_dir)), settings)
+    repl = ChatREPL(ChatSession(*load_for_evaluation(model_dir)), settings, examples)
     prepare_terminal()
     before = signal.signal(signal.SIGINT, repl.interrupt)
     try:
@@ -112,13 +115,15 @@ def _first_word(line: str) -> tuple[str, str]:
 class ChatREPL:
     """Reads questions and commands, prints answers."""
 
-    def __init__(self, session: ChatSession, settings: dict[str, Any]) -> None:
+    def __init__(self, session: ChatSession, settings: dict[str, Any], examples: Sequence[str] = ()) -> None:
         self.session, self.settings = session, settings
+        self.examples = {f"/{number}": question for number, question in enumerate(examples, start=1)}
         self.at_prompt = self.line_is_empty = self.stopped = False
 
     def run(self) -> None:
         """Reads and handles lines until the input ends."""
-        print0("Ask in Japanese, Chinese or English. /help lists the commands, Ctrl-D quits.")
+        listed = "the commands and questions to try" if self.examples else "the commands"
+        print0(f"Ask in Japanese, Chinese or English. /help lists {listed}, Ctrl-D quits.")
         while (line := self._read()) not in (None, "/exit"):
             if line.startswith("/") and not line.startswith("//"):
                 self._run_command(*_first_word(line))
@@ -190,19 +195,25 @@ class ChatREPL:
             )
 
     def _run_command(self, command: str, text: str) -> None:
-        if command not in COMMAND_NAMES:
-            near = difflib.get_close_matches(command, COMMAND_NAMES, n=1)
+        names = [*COMMAND_NAMES, *self.examples]
+        if command not in names:
+            near = difflib.get_close_matches(command, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             command = escape_controls(command)
             print0(f"unknown command {command}{hint} /help lists all; // starts a question that starts with /.")
         elif text and command not in ("/system", "/set"):
             print0(f"{command} takes no argument; nothing was done.")
+        elif question := self.examples.get(command):
+            print0(f"you> {escape_controls(question)}")
+            self._ask(question)
         else:
             getattr(self, f"_{command[1:]}")(text)
 
     def _help(self, _: str) -> None:
         for usage, meaning in COMMANDS.items():
             print0(f"  {usage:<17}{meaning}")
+        for command, question in self.examples.items():
+            print0(f"  {command:<17}ask: {escape_controls(question)}")
 
     def _clear(self, _: str) -> None:
         self.session.clear()

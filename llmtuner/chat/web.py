@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ POLICY = (
 FONTS = ["system-ui", "Hiragino Sans", "Yu Gothic UI", "Noto Sans CJK JP", "Microsoft YaHei", "sans-serif"]
 CSS = """
 .dialogue { --faint: color-mix(in srgb, var(--body-text-color) 65%, transparent);
-    height: max(16rem, calc(100dvh - 14rem)); overflow-y: auto; padding: 0 .9rem .9rem;
+    height: max(16rem, calc(100dvh - 17rem)); overflow-y: auto; padding: 0 .9rem .9rem;
     border: 1px solid var(--border-color-primary); border-radius: 10px; background: var(--background-fill-primary) }
 .dialogue h2 { position: sticky; top: 0; margin: 0; padding: .6rem 0; font-size: .8rem; font-weight: 600;
     letter-spacing: .04em; color: var(--faint); background: var(--background-fill-primary) }
@@ -75,8 +75,10 @@ CSS = """
 .dialogue .tokens span { padding: .12em 0; border-radius: 3px; background: rgb(70 130 220 / .2) }
 .dialogue .tokens span:nth-child(even) { background: rgb(235 150 40 / .24) }
 .dialogue .cost, .dialogue .empty { font-size: .8rem; color: var(--faint) }
+.examples { flex-wrap: nowrap; overflow-x: auto; gap: .5rem; scrollbar-width: thin }
+.examples button { flex: none; width: auto; padding: .3rem .8rem; border-radius: 99px; font-weight: 400; white-space: nowrap }
 @media (max-width: 760px) {
-    .dialogue { height: 36dvh; min-height: 12rem }
+    .dialogue { height: 34dvh; min-height: 12rem }
     .buttons { gap: .5rem }
 }
 """
@@ -90,7 +92,12 @@ watch("value", () => { if (follow) box.scrollTop = box.scrollHeight; });
 
 
 def serve(
-    models: dict[str, Path], max_new_tokens: int, host: str = "127.0.0.1", port: int = 7860, password: str | None = None
+    models: dict[str, Path],
+    max_new_tokens: int,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    password: str | None = None,
+    examples: Sequence[str] = (),
 ) -> None:
     """Serves the chat page until Ctrl-C.
 
@@ -100,6 +107,7 @@ def serve(
         host: address to listen on; other machines reach the page unless it is a loopback address.
         password: required, with the user name "chat", if given. It is sent unencrypted: tunnel through untrusted networks
             (ssh -L).
+        examples: questions that a click asks.
 
     Raises:
         UserError: if gradio is missing, other machines could reach the page without a good password, the port is in use,
@@ -117,7 +125,7 @@ def serve(
     with listen(host, port) as listener:
         loaded = {name: load_for_evaluation(directory) for name, directory in models.items()}
         sessions = SessionStore(loaded)
-        page = build_page(sessions, load_generation_settings(list(models.values())[-1]), max_new_tokens)
+        page = build_page(sessions, load_generation_settings(list(models.values())[-1]), max_new_tokens, examples)
         name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         user = f"user name {USER}; " if password else ""
         print0(f"the chat page is at http://{name}:{listener.getsockname()[1]} ({user}Ctrl-C to stop)")
@@ -452,11 +460,14 @@ def render_html(name: str, turns: list[Turn]) -> str:
     return "".join(parts) if len(parts) > 1 else parts[0] + '<p class="empty">No questions yet.</p>'
 
 
-def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_tokens: int) -> "gr.Blocks":
+def build_page(
+    sessions: SessionStore, settings: Mapping[str, Any], max_new_tokens: int, examples: Sequence[str] = ()
+) -> "gr.Blocks":
     """The page: one side per model, the question box below, and the settings.
 
     Args:
         settings: default generation settings; those without a control on the page stay as they are.
+        examples: questions on buttons that ask them.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, too
     import gradio as gr
@@ -472,6 +483,8 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
             for name in names:
                 with gr.Column(min_width=300, elem_classes="dialogue") as column:
                     sides[name] = column, gr.HTML(render_html(name, []), elem_id=name, js_on_load=FOLLOW)
+        with gr.Row(elem_classes="examples", visible=bool(examples)):
+            chips = {gr.Button(example, size="sm", min_width=0): example for example in examples}
         question = gr.Textbox(
             "",
             show_label=False,
@@ -503,7 +516,8 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
                 )
 
         views = {name: view for name, (_, view) in sides.items()}
-        enabled_while_busy = {send: False, stop: True, undo: False, clear: False}  # and the other way round
+        # and the other way round
+        enabled_while_busy = {send: False, stop: True, undo: False, clear: False, **dict.fromkeys(chips, False)}
 
         def dialogues(session: BrowserSession) -> dict[Any, Any]:
             return {view: render_html(name, session.turns) for name, view in views.items()}
@@ -514,8 +528,9 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
             }
             return {**dialogues(session), **buttons}
 
-        def ask(values: dict[Any, Any], request: gr.Request) -> Iterator[Any]:
-            session, text = sessions.get(str(request.session_hash)), values[question].strip()
+        def ask(values: dict[Any, Any], request: gr.Request, event: gr.EventData) -> Iterator[Any]:
+            session, example = sessions.get(str(request.session_hash)), chips.get(event.target)
+            text = example or values[question].strip()
             if session.busy or not text:
                 yield gr.skip()
                 return
@@ -526,14 +541,14 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
             session.busy = True
             try:
                 updates = session.ask(text, models, values[system].strip(), chosen, int(values[length]))
-                yield {**page_state(session), question: ""}
+                yield {**page_state(session), **({} if example else {question: ""})}  # what is being written stays
                 for _ in updates:
                     yield dialogues(session)
             except Exception as error:
                 if not isinstance(error, UserError):
                     traceback.print_exc()
                 gr.Warning(html.escape(str(error)), duration=None)
-                yield {**dialogues(session), question: values[question]}
+                yield {**dialogues(session), **({} if example else {question: values[question]})}
             finally:
                 session.busy = False
 
@@ -555,7 +570,7 @@ def build_page(sessions: SessionStore, settings: Mapping[str, Any], max_new_toke
         inputs = {question, chat_only, system, do_sample, *sliders.values(), length}
         shown = [*views.values(), *enabled_while_busy]
         asking = gr.on(
-            [send.click, question.submit],
+            [send.click, question.submit, *(chip.click for chip in chips)],
             ask,
             inputs,
             [*shown, question],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtuner.console import UserError
-from llmtuner.eval.language import HAN, KANA, answers_in_language
+from llmtuner.eval.language import HAN, KANA, LANGUAGES, answers_in_language
 
 NUMBER = re.compile(r"(?<![0-9A-Za-z])(?<![0-9]\.)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.([0-9]+))?")
 # 100 million and 100万 are not 100, and the 1970s are not 1970.
@@ -85,6 +85,19 @@ def first_of_each_group(questions: Iterable[Question], limit: int) -> list[Quest
         if counts[question.group] <= limit:
             selected.append(question)
     return selected
+
+
+def example_questions(path: Path) -> list[str]:
+    """Returns a question to try a model with in Japanese, Chinese and English: the first of each, which nobody picked.
+
+    Only those that the questions file has; none if it cannot be read, for a chat does without.
+    """
+    try:
+        questions = read_questions(path)
+    except UserError:
+        return []
+    first = {question.group: question.question for question in reversed(questions)}
+    return [first[language] for language in LANGUAGES if language in first]
 
 
 def parse_questions(rows: Iterable[dict[str, Any]]) -> list[Question]:

@@ -19,6 +19,7 @@ from tests.chat import Clock, need_gradio
 from tests.helpers import ROOT
 
 QUESTION = "ホタルについて、知っていることを聞かせてください。"
+EXAMPLES = ["フィンの趣味を知りたいのですが。", "你知道<b>泼水会</b>有什么必备的美食吗？", "What is the habitat of the bird?"]
 PASSWORD = "ホタルの宿 1999"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 class Running:
     """A page that is being served in a thread."""
 
-    def __init__(self, sessions, host="127.0.0.1", password=None):
+    def __init__(self, sessions, host="127.0.0.1", password=None, examples=()):
         self.sessions = sessions
         self.listener = web.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        page = web.build_page(sessions, {"do_sample": False}, max_new_tokens=200)
+        page = web.build_page(sessions, {"do_sample": False}, 200, examples)
         self.server = web.server(page, host, password)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
@@ -75,7 +76,7 @@ def models(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def running(models):
-    page = Running(web.SessionStore(models))
+    page = Running(web.SessionStore(models), examples=EXAMPLES)
     yield page
     page.close()
 
@@ -179,6 +180,21 @@ def test_two_models_answer_at_the_same_time_until_they_are_stopped(new_tab, runn
         assert len(answers(tab, side)[0]) > max(first)
         assert tab.locator(f"#{side} .question").all_text_contents() == [QUESTION]
     assert box(tab).input_value() == "次の質問"
+
+
+def test_an_example_is_asked_by_a_click_and_leaves_what_is_being_written(new_tab):
+    tab = new_tab()
+    chips = tab.locator(".examples button")
+    assert [text.strip() for text in chips.all_text_contents()] == EXAMPLES
+    box(tab).fill("書きかけ")
+    chips.nth(1).click()
+    wait_for_text(tab)
+    assert chips.nth(0).is_disabled()
+    stop_answer(tab)
+    for side in ("base", "chat"):
+        assert tab.locator(f"#{side} .question").all_text_contents() == [EXAMPLES[1]]
+    assert box(tab).input_value() == "書きかけ"
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_tokens_of_an_answer_are_shown_below_it(new_tab, models):

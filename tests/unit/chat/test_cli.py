@@ -26,11 +26,11 @@ def keep_locale(monkeypatch):
 def converse(loaded, tiny_model_dir, monkeypatch, capsys):
     """What `run_chat` prints when it reads the given lines."""
 
-    def run(*lines, max_new_tokens=12):
+    def run(*lines, max_new_tokens=12, examples=()):
         data = b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
         monkeypatch.setattr(cli, "load_for_evaluation", lambda _: loaded)
-        cli.run_chat(tiny_model_dir, max_new_tokens)
+        cli.run_chat(tiny_model_dir, max_new_tokens, examples)
         return capsys.readouterr().out.splitlines()[1:]  # without the line at the start
 
     return run
@@ -62,6 +62,20 @@ def test_commands_are_not_asked(converse, monkeypatch):
     assert "(no answer)" in output
     assert all(usage in output for usage in cli.COMMANDS)
     assert "after" not in output
+
+
+def test_examples_are_listed_and_asked_by_their_number(converse, script):
+    script("一条河。")
+    examples = ["川は？", "河\x1b？", "River?"]
+    output = converse("/help", "/2", "/3 now", "/4", examples=examples)
+    assert [line.split() for line in output[-10:-7]] == [
+        ["/1", "ask:", "川は？"],
+        ["/2", "ask:", "河‹1B›？"],
+        ["/3", "ask:", "River?"],
+    ]
+    assert output[-7:-3] == ["you> /2", "you> 河‹1B›？", "model> 一条河。", "you> /3 now"]
+    assert "takes no argument" in output[-3]
+    assert "unknown command /4" in output[-1]
 
 
 def test_undo_clear_and_tokens(converse, script):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmtuner.console import UserError
-from llmtuner.eval.questions import Question, accuracy, agreement, is_correct, read_questions
+from llmtuner.eval.questions import Question, accuracy, agreement, example_questions, is_correct, read_questions
 from tests.helpers import ROOT
 
 
@@ -188,3 +188,12 @@ def test_questions_for_the_real_model_can_be_read():
     translations = [one for one in questions if "英" in one.question]
     assert [one.language_of_answer for one in translations] == ["en", "en"]
     assert {one.language_of_answer for one in questions if one not in translations} == {"zh", "en", "ja"}
+
+
+def test_examples_are_the_first_question_of_each_language(tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("[zh > en]\n译一\n[en]\nOne? => 1\nTwo?\n[ja_free]\n長く。\n[ja]\n一つ？\n", encoding="utf-8")
+    assert example_questions(path) == ["一つ？", "译一", "One?"]
+    path.write_text("no group", encoding="utf-8")
+    assert example_questions(path) == example_questions(tmp_path / "missing.txt") == []
+    assert len(example_questions(ROOT / "data" / "questions.txt")) == 3
