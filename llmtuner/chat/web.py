@@ -484,7 +484,7 @@ def build_page(
                 with gr.Column(min_width=300, elem_classes="dialogue") as column:
                     sides[name] = column, gr.HTML(render_html(name, []), elem_id=name, js_on_load=FOLLOW)
         with gr.Row(elem_classes="examples", visible=bool(examples)):
-            chips = {gr.Button(example, size="sm", min_width=0): example for example in examples}
+            chips: dict[Any, str] = {gr.Button(example, size="sm", min_width=0): example for example in examples}
         question = gr.Textbox(
             "",
             show_label=False,

@@ -19,7 +19,11 @@ from tests.chat import Clock, need_gradio
 from tests.helpers import ROOT
 
 QUESTION = "ホタルについて、知っていることを聞かせてください。"
-EXAMPLES = ["フィンの趣味を知りたいのですが。", "你知道<b>泼水会</b>有什么必备的美食吗？", "What is the habitat of the bird?"]
+EXAMPLES = [
+    "フィンの趣味を知りたいのですが。",
+    "你知道<b>泼水会</b>有什么必备的美食吗？",
+    "What is the habitat of the bird?",
+]
 PASSWORD = "ホタルの宿 1999"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 
