@@ -8,7 +8,8 @@
 
 Measures accuracy in Chinese, English and Japanese, in Japanese also on facts that no Japanese text states; answers in another
 language than the question's; bits per byte; agreement with the base model; and repetition. Selects the chat model's
-generation settings by these, and writes them and a model card into its directory. All answers go to WORK_DIR/answers.jsonl.
+generation settings by these, answers under them, and writes them and a model card into its directory. All answers go to
+WORK_DIR/answers.jsonl.
 """
 
 import argparse
@@ -109,6 +110,7 @@ def read_options() -> argparse.Namespace:
 def evaluate() -> dict[str, Any]:
     """Evaluates the four models, completes the chat model's directory, and saves metrics and answers."""
     from llmtuner.eval import evaluate
+    from llmtuner.eval.generation import GREEDY
     from llmtuner.eval.questions import read_questions
     from llmtuner.model.loading import choose_placement, load_for_evaluation
     from llmtuner.weights.lazy_checkpoint import open_checkpoint
@@ -129,17 +131,20 @@ def evaluate() -> dict[str, Any]:
         for name, directory in MODELS.items():
             bar.set_description_str(f"evaluating {name}")
             model, tokenizer = load_for_evaluation(directory)
-            by_model[name], answers[name] = evaluate.evaluate_model(
-                model, tokenizer, questions, texts, PROFILE.context_length, PROFILE.max_new_tokens, bar.update
-            )
-            by_model[name]["agreement"] = evaluate.agreement_by_language(questions, answers[name], answers["base"])
-            if name == "chat":
+            settings = GREEDY
+            if name == "chat":  # its answers are those that people will get
                 bar.set_description_str("selecting generation settings")
                 generation = evaluate.select_generation_config(
                     model, tokenizer, questions, PROFILE.max_new_tokens, bar.update
                 )
+                settings = generation["candidates"][generation["chosen"]]["settings"]
+                bar.set_description_str(f"evaluating {name}")
+            by_model[name], answers[name] = evaluate.evaluate_model(
+                model, tokenizer, questions, texts, PROFILE.context_length, PROFILE.max_new_tokens, bar.update, settings
+            )
+            by_model[name]["agreement"] = evaluate.agreement_by_language(questions, answers[name], answers["base"])
             del model  # before the next one is loaded
-    evaluate.save_generation_config(CHAT_MODEL_DIR, generation["candidates"][generation["chosen"]]["settings"])
+    evaluate.save_generation_config(CHAT_MODEL_DIR, by_model["chat"]["decoding"])
     write_answers(questions, answers)
     print_examples(questions, answers)
     # {model: {metric: value}} becomes {metric: {model: value}}
@@ -200,6 +205,10 @@ def print_results(metrics: dict[str, Any]) -> None:
     print0(format_table(["right answers in", *columns, "bits/byte ja", "zh", "en", "ja repeated"], rows))
     print0("ja unseen: asked in Japanese about facts that only Chinese and English texts state. ja repeated: share of")
     print0("4-grams of free-form Japanese replies that occurred before in the same reply.")
+    if "decoding" in metrics:  # earlier versions decoded greedily throughout
+        print0(
+            f"The chat model answers under its selected settings ({metrics['generation']['chosen']}), the others greedily."
+        )
 
     confusion = metrics.get("language_confusion")  # not measured by earlier versions
     if confusion:

@@ -17,8 +17,9 @@ STEPS = [
     Step("step7", "step7_eval_chat.py", "Evaluate", ("chat model",), "report"),
 ]
 MODELS = ("base", "zero", "pretrained", "chat")
+LOOP = "同じことを何度も言う。"
 SENTENCE = ["▁", "私", "<0xE3>", "<0x81>", "<0xAF>", " ", ATTACK]
-CANDIDATE = {"longest_loop": 9, "mean_loop": 1.5, "finished_ratio": 0.5, "tokens_per_second": 1234.5}
+CANDIDATE = {"longest_loop": 9, "mean_loop": 1.5, "finished_ratio": 0.95, "tokens_per_second": 1234.5}
 CONFUSION = {"line_pass_rate": 0.99, "lines": 300, "undecided_lines": 5, "responses": 198, "undecided_responses": 2}
 METRICS = {
     "step1": {"skipped": 0, "new_pieces": 900, "input_bytes": 2_961_403},
@@ -44,11 +45,24 @@ METRICS = {
             "base": {"ja": 2.4484, "zh": 0.9, "en": 0.4},
             "zero": {"ja": 0.6572, "zh": 0.9, "en": 0.4},
         },
+        "bits_per_byte": {"base": {"ja": 13.9787, "zh": 0.61, "en": 0.63}},
     },
     "step5": {
         "tokens": 798_720,
         "padding_ratio": 0.00124,
-        "bits_per_byte": {"before": {"ja": 3.6648}, "after": {"ja": 0.3183}},
+        "bits_per_byte": {"before": {"ja": 3.6648}, "after": {"ja": 0.3183, "zh": 0.62, "en": 0.6}},
+        "wall_seconds": 7_384.2,
+        "processes": 4,
+        "device": "NVIDIA GeForce RTX 4090",
+        "peak_memory_gb": 21.34,
+        "mfu": 0.413,
+        "price_per_hour": 0.5,
+        "best": {"metric": "eval_bits_per_byte_ja", "step": 3, "value": 0.31834},
+        "samples": [
+            {"step": step, "prompt": prompt, "answer": f"{ATTACK}{step}" + LOOP * 2 * (step == 14)}
+            for step in range(15)
+            for prompt in ("山は？", "河？")
+        ],
         "data": {
             "wikipedia_ja": {"target_ratio": 0.64, "ratio": 0.65},
             "aozora_ja": {"target_ratio": 0.36, "ratio": 0.35},
@@ -62,6 +76,7 @@ METRICS = {
         "data": {"dolly_ja": {"target_ratio": None, "ratio": 1.0}},
     },
     "step7": {
+        "decoding": {model: {"do_sample": False} for model in MODELS} | {"chat": {"repetition_penalty": 1.1}},
         "accuracy": {
             model: {"zh": 1.0, "en": 0.995, "ja": 0.0 if model == "base" else 0.96, "ja_unseen": None}
             for model in MODELS
@@ -98,10 +113,10 @@ METRICS = {
         "tasks": {"jnli": {"acc": 0.31, "acc_stderr": 0.066, "n": 50, "few_shot": 3}},
     },
 }
-LOOP = "同じことを何度も言う。"
 ANSWERS = [
     {"group": "ja", "language": "ja", "question": f"同じ{number}？", "right": "答え"}
-    | dict.fromkeys(MODELS, "答えは山。")
+    | dict.fromkeys(MODELS, "山です。")
+    | {"chat": "はい、答えです。"}
     for number in range(4)
 ] + [
     {
@@ -117,6 +132,7 @@ ANSWERS = [
     {"group": "ja_free", "language": "ja", "question": "話して。", "right": None} | dict.fromkeys(MODELS, "はい\ud800"),
 ]
 LOG = [
+    {"step": 0, "eval_loss": 8.0},
     {"step": 1, "loss": 9.0, "learning_rate": 1e-4, "tokens_per_second": 900.0},
     {"step": 2, "loss": 7.0, "learning_rate": 2e-4, "tokens_per_second": 950.0},
     {"step": 3, "loss": 6.0, "learning_rate": 1e-4, "tokens_per_second": 910.0},

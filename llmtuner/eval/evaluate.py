@@ -40,22 +40,24 @@ def evaluate_model(
     context_length: int,
     max_new_tokens: int,
     on_progress: Callable[[float], Any] | None = None,
+    settings: Mapping[str, Any] = GREEDY,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Answers all questions greedily and measures bits per byte.
+    """Answers all questions and measures bits per byte.
 
     Args:
         texts: held-out documents of each language.
         context_length: tokens in one window of a document.
         max_new_tokens: length limit of a free-form reply.
         on_progress: called with the number of questions and documents processed since the last call.
+        settings: transformers' generation settings for all answers.
 
     Returns:
         Metrics, and the answer to each question.
     """
     requests = [question.question for question in questions if question.group == FREE_FORM]
     qa_questions = [question.question for question in questions if question.group != FREE_FORM]
-    free_form = generate_answers(model, tokenizer, requests, max_new_tokens, on_progress=on_progress)
-    qa = generate_answers(model, tokenizer, qa_questions, QA_MAX_NEW_TOKENS, on_progress=on_progress)
+    free_form = generate_answers(model, tokenizer, requests, max_new_tokens, settings, on_progress=on_progress)
+    qa = generate_answers(model, tokenizer, qa_questions, QA_MAX_NEW_TOKENS, settings, on_progress=on_progress)
     free_texts, qa_texts = iter(free_form.texts), iter(qa.texts)
     answers = [next(free_texts if question.group == FREE_FORM else qa_texts) for question in questions]
     bits_per_byte, intervals = {}, {}
@@ -66,6 +68,7 @@ def evaluate_model(
         intervals[language] = bootstrap_ci(bits, windows.num_bytes)
     free_form_metrics = repetition_metrics(free_form)
     metrics = {
+        "decoding": dict(settings),
         "accuracy": {group: accuracy(questions, answers, group) for group in QA_GROUPS},
         "language_confusion": language_confusion_by_group(questions, answers),
         "bits_per_byte": bits_per_byte,

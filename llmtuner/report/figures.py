@@ -29,13 +29,13 @@ from llmtuner.files import translate_disk_errors
 Log = list[dict[str, Any]]
 Series = tuple[numpy.ndarray, numpy.ndarray]  # steps and values
 
-WIDTH, HEIGHT = 5.0, 3.1  # inches; shown 360 pixels wide, where 10-point text is 10 pixels high
+WIDTH, HEIGHT = 4.6, 3.0  # inches; on a phone of 390 pixels shown at least 331 pixels wide: a point is a pixel
+FONT_SIZE = 11  # points
 # Distinguishable with any colour vision, and dark enough on white (4.5 : 1) for text.
 COLORS = {"ja": "#B84A00", "zh": "#00795A", "en": "#0067A3"}
 TRAIN, EVAL, BEFORE, INK, GRID = "#3B4A5C", "#AA3377", "#AEB9C6", "#222222", "#E3E6EA"
-UNIT: dict[str, Any] = {"loc": "left", "size": 9.5, "color": "#55606C"}
+UNIT: dict[str, Any] = {"loc": "left", "size": FONT_SIZE, "color": "#55606C"}
 LOG_SCALE_FROM = 10  # a value range of more than this factor gets a logarithmic axis
-PLATEAU_EXPONENT = 0.0145  # doubling the steps lowers the loss by 1 %; runs that learn have 0.05 and more
 MAX_NAME_WIDTH = 24  # columns; a longer name loses its middle
 CJK_FAMILIES = (
     "Noto Sans CJK JP", "Noto Sans JP", "Source Han Sans JP", "IPAexGothic", "IPAGothic", "TakaoGothic", "TakaoPGothic",
@@ -47,25 +47,34 @@ STEPS = {"step4": "Tokenizer", "step5": "Continued pretraining", "step6": "Instr
 TEXTS = {  # title and caption of each figure
     "tokens_per_character": (
         "tokens per character",
-        "Tokens per character of held-out text before and after the merge; fewer means faster, and more text per context.",
+        "Of held-out text before (grey) and after the merge; fewer means faster, and more text per context.",
     ),
     "initial_loss": (
         "loss before the first step",
-        "Loss of each data set before training; one far above the others may be damaged or in another format.",
+        "Of each data set before training; one far above the others may be damaged or in another format.",
     ),
     "loss": ("loss", "Faint: logged values. Strong: their running mean. Dots: loss on held-out text."),
-    "power_law": (
+    "log_loss": (
         "loss on logarithmic axes",
-        "A power law is a straight line here. Dashed: a fit to the second half; the exponent b is how fast the loss still falls.",
+        "Shows early and late steps alike. The learning rate falls towards the end, so the slope there does not tell what more "
+        "steps would bring.",
     ),
     "bits_per_byte": (
         "bits per byte",
         "How well held-out text of each language is predicted during training, independent of the tokenizer; lower is better.",
     ),
+    "gradient_norm": (
+        "gradient norm",
+        "Length of the gradient before clipping; peaks far above the rest are damaged data or a learning rate that is too high.",
+    ),
     "learning_rate": ("learning rate", "Step size of the optimizer: warmup, then decay."),
     "speed": (
         "throughput",
         "Tokens processed per second, and the target tokens among them, on which loss is computed.",
+    ),
+    "mfu": (
+        "model FLOPs utilization (MFU)",
+        "Share of the speed that a large matrix product reaches on this device in the same data type.",
     ),
     "mix": ("data mix", "Share of each data set in all target tokens, and the target share if there is one."),
     "lengths": ("sequence lengths", "Number of texts by length; each range is twice as wide as the one before."),
@@ -79,20 +88,15 @@ class ReportFigure:
     name: str
     """Unique in a report, such as step5_loss; prefix of all ids in the drawing."""
     title: str
+    """What it shows."""
+    finding: str
+    """What came out, in a few words."""
     caption: str
     """How to read it."""
     alt: str
     """Text alternative: what it shows."""
     svg: str
     """The drawing, to be embedded in HTML unescaped; it fills the available width."""
-
-
-class PowerLaw(NamedTuple):
-    """loss = scale * step ** -exponent, from step `begin` on."""
-
-    scale: float
-    exponent: float
-    begin: float
 
 
 def read_log(path: Path) -> Log:
@@ -131,10 +135,12 @@ def build_figures(metrics: dict[str, dict], logs: dict[str, Log]) -> list[Report
         drawn += [
             (step, "initial_loss", initial_losses(measured.get("initial_loss", {}))),
             (step, "loss", loss_curve(log)),
-            (step, "power_law", loss_power_law(log)),
+            (step, "log_loss", log_loss(log)),
             (step, "bits_per_byte", bits_per_byte(log)),
+            (step, "gradient_norm", gradient_norms(log)),
             (step, "learning_rate", learning_rates(log)),
             (step, "speed", speed(log)),
+            (step, "mfu", mfu(log)),
             (step, "mix", mix(measured.get("data", {}))),
             (step, "lengths", lengths(measured.get("lengths", {}), measured.get("padding_ratio"), unit)),
         ]
@@ -143,9 +149,9 @@ def build_figures(metrics: dict[str, dict], logs: dict[str, Log]) -> list[Report
 
 def _report_figure(step: str, name: str, figure: Figure) -> ReportFigure:
     title, caption = TEXTS[name]
-    title = f"{STEPS[step]}: {title}"
-    alt = f"{title}. {figure.get_suptitle()}."
-    return ReportFigure(f"{step}_{name}", title, caption, alt, _svg(figure, f"{step}_{name}", alt))
+    title, finding = f"{STEPS[step]}: {title}", str(figure.get_label())
+    alt = f"{title}. {finding}."
+    return ReportFigure(f"{step}_{name}", title, finding, caption, alt, draw_svg(figure, f"{step}_{name}", alt))
 
 
 def plot_losses(log_history: Log, directory: Path) -> None:
@@ -158,6 +164,8 @@ def plot_losses(log_history: Log, directory: Path) -> None:
         figure = loss_curve([{"step": entry["step"], key: entry[key]} for entry in log_history if key in entry])
         if figure is not None:
             with _style(), translate_disk_errors(directory / name):
+                # The report has this text beside the drawing.
+                figure.suptitle(str(figure.get_label()), x=0.01, ha="left", size=FONT_SIZE)
                 figure.savefig(directory / name, dpi=160)
 
 
@@ -207,7 +215,7 @@ def _style() -> Iterator[None]:
     """This report's style on top of matplotlib's defaults, regardless of the user's settings."""
     settings = {
         "font.family": list(fonts()),
-        "font.size": 10,
+        "font.size": FONT_SIZE,
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#8A949F"),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
@@ -230,10 +238,9 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _canvas(title: str, unit: str = "", height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure whose title states the result; the unit of the y axis is above that axis."""
-    figure = Figure((WIDTH, height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", size=11)
+def _canvas(finding: str, unit: str = "", height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure labelled with what it shows; the name of the y axis is above that axis."""
+    figure = Figure((WIDTH, height), layout="constrained", label=finding)
     axes = figure.add_subplot()
     axes.set_title(unit, **UNIT)
     return figure, axes
@@ -241,7 +248,7 @@ def _canvas(title: str, unit: str = "", height: float = HEIGHT) -> tuple[Figure,
 
 def _legend(axes: Axes) -> None:
     """Adds a legend above the plot, where it covers nothing."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9.5)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
 def _number(value: float, _: object = None) -> str:
@@ -270,7 +277,7 @@ def _logarithmic(axes: Axes, which: str, values: numpy.ndarray) -> None:
     axes.set(**{f"{which}scale": "log"})
     axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
     span = values.max() / values.min()
-    subs = (1, 2, 5) if span < 1000 else (1,)
+    subs = (1, 2, 5) if span < 1000 and values.max() < 10_000 else (1,)  # longer labels would meet
     _linear(axis)
     if span > 5:
         axis.set_major_locator(ticker.LogLocator(subs=subs))
@@ -286,7 +293,7 @@ def loss_curve(log: Log) -> Figure | None:
         return None
     named = (("training", train), ("held out", held_out))
     found = ", ".join(f"{name} {_from_to(series)}" for name, series in named if series is not None)
-    figure, axes = _canvas(f"Loss: {found}", "nats per token")
+    figure, axes = _canvas(found[0].upper() + found[1:], "loss, nats per token")
     _draw_losses(axes, train, held_out)
     _legend(axes)
     _linear_axes(axes)
@@ -294,17 +301,21 @@ def loss_curve(log: Log) -> Figure | None:
 
 
 @_style()
-def loss_power_law(log: Log) -> Figure | None:
-    """The same on logarithmic axes from step 1 on, with a power law fitted to the second half."""
+def log_loss(log: Log) -> Figure | None:
+    """The same on logarithmic axes from step 1 on, and what the second half of the steps brought."""
     train, held_out = (_positive(_series(log, name)) for name in ("loss", "eval_loss"))
     if train is None or len(train[0]) < 2:
         return None
-    law = fit_power_law(*train)
-    figure, axes = _canvas(_describe_power_law(law), "nats per token")
+    name, series = ("held-out", held_out) if held_out is not None and len(held_out[0]) > 2 else ("training", train)
+    values = _smooth(series[1]) if series is train else series[1]
+    middle = int(numpy.abs(series[0] - series[0][-1] / 2).argmin())
+    change = values[-1] / values[middle] - 1
+    figure, axes = _canvas(
+        f"From step {series[0][middle]:,} to {series[0][-1]:,} the {name} loss {'fell' if change < 0 else 'rose'} by "
+        f"{abs(change):.1%}",
+        "loss, nats per token",
+    )
     _draw_losses(axes, train, held_out)
-    if law:
-        ends = numpy.array([law.begin, train[0][-1]])
-        axes.plot(ends, law.scale * ends**-law.exponent, "--", color=INK, label=f"fit, b = {_digits(law.exponent)}")
     _legend(axes)
     _logarithmic(axes, "y", train[1])
     _step_axis(axes)
@@ -312,29 +323,45 @@ def loss_power_law(log: Log) -> Figure | None:
     return figure
 
 
-def fit_power_law(steps: numpy.ndarray, values: numpy.ndarray) -> PowerLaw | None:
-    """Fits a straight line to log loss over log step, in the second half of log step; None below 4 points.
-
-    Points get denser with log step, so each is weighted by its distance to its neighbours.
-    """
-    middle = math.sqrt(steps[0] * steps[-1])
-    half = steps >= middle
-    if half.sum() < 4:
+@_style()
+def gradient_norms(log: Log) -> Figure | None:
+    """Gradient norm over steps, and those of embeddings and layers where they were logged."""
+    total = _positive(_series(log, "grad_norm"))
+    if total is None:
         return None
-    x, y = numpy.log(steps[half]), numpy.log(values[half])
-    slope, height = numpy.polyfit(x, y, 1, w=numpy.sqrt(numpy.gradient(x)))  # polyfit squares its weights
-    return PowerLaw(math.exp(height), -float(slope), float(steps[half][0]))
+    highest = int(total[1].argmax())
+    figure, axes = _canvas(
+        f"Median {_digits(float(numpy.median(total[1])))}, highest {_digits(total[1][highest])} at step {total[0][highest]:,}",
+        "gradient norm",
+    )
+    axes.plot(*total, color=TRAIN, label="all")
+    drawn = [total[1]]
+    for name, color, style in (("embeddings", EVAL, "--"), ("layers", COLORS["zh"], ":")):
+        if (series := _positive(_series(log, f"grad_norm_{name}"))) is not None:
+            axes.plot(*series, style, color=color, label=name)
+            drawn.append(series[1])
+    if len(drawn) > 1:
+        _legend(axes)
+    values = numpy.concatenate(drawn)
+    if values.max() > LOG_SCALE_FROM * values.min():
+        _logarithmic(axes, "y", values)
+    else:
+        _linear(axes.yaxis)
+    _step_axis(axes)
+    return figure
 
 
-def _describe_power_law(law: PowerLaw | None) -> str:
-    if law is None:
-        return "Too few points to fit a power law"
-    change = f"{abs(1 - 2**-law.exponent):.1%}"
-    if law.exponent <= -PLATEAU_EXPONENT:
-        return f"Rising: doubling the steps raises the loss by {change}"
-    if law.exponent < PLATEAU_EXPONENT:
-        return f"Plateau: doubling the steps changes the loss by {change}"
-    return f"b = {_digits(law.exponent)}: doubling the steps lowers the loss by {change}"
+@_style()
+def mfu(log: Log) -> Figure | None:
+    """Model FLOPs utilization over steps."""
+    series = _series(log, "mfu")
+    if series is None:
+        return None
+    figure, axes = _canvas(f"{numpy.median(series[1]):.1%} (median)", "MFU, percent")
+    axes.plot(series[0], 100 * series[1], color=TRAIN)
+    axes.set_ylim(bottom=0)
+    _linear_axes(axes)
+    return figure
 
 
 @_style()
@@ -363,7 +390,7 @@ def speed(log: Log) -> Figure | None:
     every, trained = _series(log, "tokens_per_second"), _series(log, "target_tokens_per_second")
     if every is None:
         return None
-    figure, axes = _canvas(f"{numpy.median(every[1]):,.0f} tokens per second (median)", "tokens / s")
+    figure, axes = _canvas(f"{numpy.median(every[1]):,.0f} tokens per second (median)", "tokens per second")
     axes.plot(*every, color=TRAIN, label="all")
     if trained is not None:
         axes.plot(*trained, "--", color=EVAL, label="target")
@@ -383,7 +410,7 @@ def bits_per_byte(log: Log) -> Figure | None:
     if not lines:
         return None
     figure, axes = _canvas(
-        ", ".join(f"{language} {_from_to(line)}" for language, line in lines.items()), "bits per byte"
+        ", ".join(f"{LANGUAGES[language]} {_from_to(line)}" for language, line in lines.items()), "bits per byte"
     )
     for language, line in lines.items():
         axes.plot(*line, "o-", markersize=3.5, color=COLORS[language])
@@ -451,7 +478,7 @@ def _linear_axes(axes: Axes) -> None:
 
 def _step_axis(axes: Axes) -> None:
     _linear(axes.xaxis)
-    axes.set_xlabel("step", loc="right")
+    axes.set_xlabel("training step", loc="right")
 
 
 # ---------------------------------------------------------------------------------------------------------------- bars
@@ -467,12 +494,12 @@ class Bars(NamedTuple):
 def _bar_figure(title: str, names: list[str], *groups: Bars) -> tuple[Figure, Axes]:
     """Horizontal bars with their names on the left, those of all groups side by side."""
     bars = len(names) * len(groups)
-    figure, axes = _canvas(title, height=0.8 + 0.24 * bars + 0.1 * len(names))
+    figure, axes = _canvas(title, height=0.5 + 0.25 * bars + 0.1 * len(names))
     thickness = 0.8 / len(groups)
     for place, group in enumerate(groups):
         heights = numpy.arange(len(names)) + (place - (len(groups) - 1) / 2) * thickness
         drawn = axes.barh(heights, group.lengths, 0.92 * thickness, color=group.color, label=group.name)
-        axes.bar_label(drawn, group.texts, padding=3, fontsize=9.5)
+        axes.bar_label(drawn, group.texts, padding=3)
     axes.set_yticks(range(len(names)), [drawable(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)  # first name on top
     axes.tick_params(left=False)
@@ -501,7 +528,7 @@ def tokens_per_character(tokens: dict[str, dict[str, float]]) -> Figure | None:
             [COLORS[language] for language in found],
         ),
     )
-    axes.set_title("tokens per character: before (grey), after", **UNIT)
+    axes.set_title("tokens per character", **UNIT)
     return figure
 
 
@@ -519,7 +546,8 @@ def initial_losses(initial: dict[str, float]) -> Figure | None:
         return None
     values, names = [loss for loss, _ in ordered], [name for _, name in ordered]
     bars = Bars(values, [f"{loss:.2f}" for loss in values])
-    figure, _ = _bar_figure(f"From {values[-1]:.2f} to {values[0]:.2f} nats per token", names, bars)
+    figure, axes = _bar_figure(f"From {values[-1]:.2f} to {values[0]:.2f} nats per token", names, bars)
+    axes.set_title("loss, nats per token", **UNIT)
     return figure
 
 
@@ -531,12 +559,13 @@ def mix(data: dict[str, dict[str, Any]]) -> Figure | None:
         return None
     actual = [data[name]["ratio"] for name in names]
     targets = [ratio for name in names if (ratio := data[name].get("target_ratio")) is not None]
-    bars = Bars(actual, [f"{ratio:.1%}" for ratio in actual], TRAIN, "actual")
+    bars = Bars(actual, [f"{ratio:.1%}" for ratio in actual], TRAIN, "actual share")
     if len(targets) < len(names):
-        figure, _ = _bar_figure("Shares of the target tokens", names, bars)
+        figure, axes = _bar_figure("Shares of the target tokens", names, bars)
+        axes.set_title("share of tokens", **UNIT)
     else:
         deviation = max(abs(ratio - target) for ratio, target in zip(actual, targets, strict=True))
-        target_bars = Bars(targets, [f"{target:.1%}" for target in targets], BEFORE, "target")
+        target_bars = Bars(targets, [f"{target:.1%}" for target in targets], BEFORE, "target share")
         title = f"At most {100 * deviation:.2g} percentage points off target"
         figure, axes = _bar_figure(title, names, target_bars, bars)
         _legend(axes)
@@ -556,7 +585,7 @@ def lengths(histogram: dict[str, list[int]], padding_ratio: float | None, unit: 
     axes.bar(range(first, end), counts[first:end], 0.94, align="edge", color=TRAIN)
     ticks = range(first, end + 1, 1 + (end - first) // 7)  # room for labels of five digits
     axes.set_xticks(ticks, [_number(edges[place]) for place in ticks])
-    axes.set_xlabel("tokens", loc="right")
+    axes.set_xlabel("length in tokens", loc="right")
     axes.grid(visible=False, axis="x")
     _linear(axes.yaxis, integer=True)
     return figure
@@ -564,7 +593,7 @@ def lengths(histogram: dict[str, list[int]], padding_ratio: float | None, unit: 
 
 # ----------------------------------------------------------------------------------------------------------------- svg
 @_style()
-def _svg(figure: Figure, name: str, alt: str) -> str:
+def draw_svg(figure: Figure, name: str, alt: str) -> str:
     """A drawing to be embedded in an HTML page: one element that affects nothing around it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -12,13 +12,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmtuner.aliases import describe_old_names, locate, rename_keys, rename_settings
 from llmtuner.console import UserError, print0
+from llmtuner.eval.intervals import wilson_interval
 from llmtuner.eval.language import HAN, KANA, LANGUAGES
 from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
 from llmtuner.eval.scores import score_rows
 from llmtuner.files import atomic_write_text
 from llmtuner.report.checks import UNKNOWN, get_nested, percent, run_checks
+from llmtuner.report.figures import STEPS as FIGURE_STEPS
 from llmtuner.report.figures import build_figures, read_log
+from llmtuner.report.record import cost_of, describe_training, duration, wall_seconds
 from llmtuner.report.steps import Step
 
 RUNS = {
@@ -28,6 +31,7 @@ RUNS = {
 # The soft hyphen is for narrow columns on a phone.
 MODELS = {"base": "Base", "zero": "Zero", "pretrained": "Pre\u00adtrained", "chat": "Chat"}
 QUESTIONS_PER_GROUP = 3
+MAX_FRAMES = 12  # samples of one prompt
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 VISIBLE = str.maketrans({" ": "␣", "\u3000": "␣", "\n": "↵", "\t": "⇥"})
 
@@ -58,11 +62,25 @@ def write_report(
         for step, run in runs.items()
         if step in metrics and (file := locate(run, "training_args.json")).is_file()
     }
-    page = _page().render(
-        checks=run_checks(metrics),
+    rows = _read_lines(work_dir / "answers.jsonl") if "step7" in metrics else []
+    grades = grade_answers(rows)
+    records = {
+        FIGURE_STEPS[step]: record
+        for step in RUNS
+        if (record := describe_training(metrics.get(step, {}), logs.get(step, []), settings.get(step, {})))
+    }
+    page = template("page.html").render(
+        checks=run_checks(metrics, logs, grades),
+        counts={
+            group: {model: _count(graded) for model, graded in by_model.items()} for group, by_model in grades.items()
+        },
+        records=records,
+        record_names=list(dict.fromkeys(name for record in records.values() for name in record)),
+        took=_total(metrics),
+        samples=_samples(metrics),
         pipeline=_pipeline(steps, metrics),
         figures=build_figures(metrics, logs),
-        answers=_answers(work_dir / "answers.jsonl") if "step7" in metrics else [],
+        answers=_answers(rows),
         suites=_suites(metrics),
         settings=settings,
         facts=facts,
@@ -77,7 +95,8 @@ def write_report(
 
 
 @functools.cache
-def _page() -> Any:
+def template(name: str) -> Any:
+    """A page of this folder, ready to be rendered."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,7 +105,7 @@ def _page() -> Any:
         lstrip_blocks=True,
     )
     templates.globals |= {"MODELS": MODELS, "LANGUAGES": LANGUAGES}
-    templates.filters |= {
+    filters: dict[str, Callable[..., str | bool]] = {
         "percent": percent,
         "count": lambda number: UNKNOWN if number is None else f"{number:,}",
         "decimals": _decimals,
@@ -96,8 +115,10 @@ def _page() -> Any:
         "is_byte": lambda token: BYTE_TOKEN.fullmatch(token) is not None,
         "visible": lambda token: token.translate(VISIBLE),
         "language": _language,
+        "duration": duration,
     }
-    return templates.get_template("page.html")
+    templates.filters |= filters
+    return templates.get_template(name)
 
 
 def _decimals(number: float | None, places: int = 3) -> str:
@@ -139,43 +160,101 @@ def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]
     ]
 
 
-def _answers(path: Path) -> list[dict[str, Any]]:
+def grade_answers(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[bool]]]:
+    """Of each group with known answers and each model, whether each question was answered correctly.
+
+    Args:
+        rows: of answers.jsonl.
+    """
+    grades: dict[str, dict[str, list[bool]]] = {}
+    for row in rows:
+        for model in MODELS:
+            if (grade := grade_answer(row, model)) is not None:
+                grades.setdefault(row["group"], {}).setdefault(model, []).append(grade)
+    return grades
+
+
+def grade_answer(row: dict[str, Any], model: str) -> bool | None:
+    """Whether a model's answer is correct, as it was counted; None if nobody knows."""
+    if row.get("right") is None or row.get(model) is None:
+        return None
+    grades = row.get("correct") or {}  # not in runs of earlier versions
+    return grades[model] if model in grades else is_correct(_question_of(row), row[model])
+
+
+def _question_of(row: dict[str, Any]) -> Question:
+    language = row.get("language") or row["group"][:2]
+    return Question(row["group"], language, row["question"], row.get("right"), tuple(row.get("wrong_values") or ()))
+
+
+def _count(graded: list[bool]) -> dict[str, Any]:
+    low, high = wilson_interval(sum(graded), len(graded))
+    return {"correct": sum(graded), "total": len(graded), "low": low, "high": high}
+
+
+def _answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A few questions of each group with every model's answer.
 
-    First those on which the chat model runs into a loop, then those on which the models differ most.
+    First those that the chat model answers wrong, then those on which it runs into a loop, then those on which the models
+    differ most.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in _read_lines(path):
+    for row in rows:
         groups.setdefault(row["group"], []).append(row)
 
-    def interest(row: dict[str, Any]) -> tuple[bool, int]:
-        return bool(find_loops(row.get("chat") or "")), len({row.get(model) for model in MODELS})
+    def interest(row: dict[str, Any]) -> tuple[bool, bool, int]:
+        is_wrong = grade_answer(row, "chat") is False
+        return is_wrong, bool(find_loops(row.get("chat") or "")), len({row.get(model) for model in MODELS})
 
     return [
         {
             "group": group,
-            "total": len(rows),
-            "questions": [_question(row) for row in sorted(rows, key=interest, reverse=True)[:QUESTIONS_PER_GROUP]],
+            "total": len(members),
+            "wrong": sum(grade is False for grade in grades) if {*grades} != {None} else None,
+            "questions": [_question(row) for row in sorted(members, key=interest, reverse=True)[:QUESTIONS_PER_GROUP]],
         }
-        for group, rows in groups.items()
+        for group, members in groups.items()
+        for grades in [[grade_answer(row, "chat") for row in members]]
     ]
 
 
 def _question(row: dict[str, Any]) -> dict[str, Any]:
-    language = row.get("language") or row["group"][:2]
-    question = Question(row["group"], language, row["question"], row.get("right"), tuple(row.get("wrong_values") or ()))
-    grades = row.get("correct") or {}  # not in runs of earlier versions
     answers = [
-        {
-            "model": model,
-            "text": row[model],
-            "parts": _parts(row[model]),
-            "correct": grades[model] if model in grades else is_correct(question, row[model]),
-        }
+        {"model": model, "text": row[model], "parts": _parts(row[model]), "correct": grade_answer(row, model)}
         for model in MODELS
         if row.get(model) is not None
     ]
-    return {"question": question, "answers": answers}
+    return {"question": _question_of(row), "answers": answers}
+
+
+def _total(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Wall time and cost of all training; a sum of which a part is unknown is None."""
+    runs = [metrics[step] for step in RUNS if step in metrics]
+    seconds, costs = [wall_seconds(run) for run in runs], [cost_of(run) for run in runs]
+    return {
+        name: None if None in values else sum(value or 0 for value in values)
+        for name, values in (("seconds", seconds), ("cost", costs))
+    }
+
+
+def _samples(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each prompt that was answered during training its answers over steps, `MAX_FRAMES` at most, evenly spaced."""
+    strips: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for step in RUNS:
+        for sample in get_nested(metrics, step, "samples") or []:
+            frame = {"step": sample["step"], "answer": sample["answer"], "parts": _parts(sample["answer"])}
+            strips.setdefault((FIGURE_STEPS[step], sample["prompt"]), []).append(frame)
+    return [
+        {"title": title, "prompt": prompt, "frames": [frames[index] for index in _evenly(len(frames), MAX_FRAMES)]}
+        for (title, prompt), frames in strips.items()
+    ]
+
+
+def _evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` of the indices below `count`, the first and the last among them."""
+    return (
+        list(range(count)) if count <= limit else [round(place * (count - 1) / (limit - 1)) for place in range(limit)]
+    )
 
 
 def _parts(text: str) -> list[tuple[str, bool]]:

@@ -42,8 +42,10 @@ def test_in_a_browser(browser, work_dir, width, scheme):
     assert all(
         box["width"] > 200 and box["height"] > 50 for box in (svg.bounding_box() for svg in tab.locator("svg").all())
     )
+    if width == 390:  # the smallest text of a drawing has 11 points, of which there are 331.2 across
+        assert min(svg.bounding_box()["width"] for svg in tab.locator("figure svg").all()) >= 331.2
     columns = {round(figure.bounding_box()["x"]) for figure in tab.locator("figure").all()}
-    assert len(columns) == (2 if width == 1280 else 1)
+    assert len(columns) == (3 if width == 1280 else 1)
     assert tab.get_by_text("Before and after", exact=True).is_visible()
     assert tab.locator(".models tbody tr:not(.group)").count() == 13
     assert tab.locator(".answers dd").count() == 16

@@ -24,4 +24,4 @@ def glyphs_of_first_name(svg):
 
 
 def glyphs(name):
-    return glyphs_of_first_name(figures._svg(figures.initial_losses({name: 1.0}), "f", ""))
+    return glyphs_of_first_name(figures.draw_svg(figures.initial_losses({name: 1.0}), "f", ""))

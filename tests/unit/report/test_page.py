@@ -115,7 +115,9 @@ def test_a_run_with_only_step_1(tmp_path):
     put(tmp_path, {"step1": METRICS["step1"]})
     text = report(tmp_path)
     outline = check_outline(text)
-    assert words(text).startswith(" ✓ 1 of 1 checks passed")
+    assert words(text).startswith(
+        " ChatGLM3-Japanese: what the run gained and kept 1 of 7 steps finished"
+    )  # and no check
     assert re.findall(r'<li class="stage ([a-z ]+)">', text) == [
         "done",
         "next",
@@ -127,7 +129,7 @@ def test_a_run_with_only_step_1(tmp_path):
     ]
     assert "1 of 7 steps finished" in words(text)
     assert "900 new tokens from 3.0 MB of text" in words(text)
-    assert re.findall(r'<section id="(\w+)">', text) == ["pipeline", "checks"]
+    assert re.findall(r'<section id="(\w+)">', text) == ["pipeline"]
     assert "tiles" not in [attributes.get("class") for _, attributes in outline.tags]
 
 
@@ -143,7 +145,7 @@ def test_pipeline(work_dir, no_figures):
     assert "to step" not in stages[3]
     assert "Japanese 3.665 → 0.318 bits per byte, 798,720 tokens" in stages[4]
     assert "held-out loss 1.995 → 0.251, 1,454,032 tokens" in stages[5]
-    assert "Japanese accuracy 0% → 96%" in stages[6]
+    assert "Japanese accuracy, base to chat model: 0% → 96%" in stages[6]
     assert re.findall(r'class="chip outside">([^<]*)', text) == [
         "corpora",
         "base tokenizer",
@@ -157,13 +159,19 @@ def test_a_run_with_everything(work_dir):
     text = report(work_dir, profile={"PROFILE": "mini"}, versions={"torch": "2.13"})
     check_outline(text)
     seen = words(text)
-    sections = ["pipeline", "checks", "tokens", "models", "generation", "figures", "answers", "suites", "details"]
+    sections = ["pipeline", "checks", "tokens", "models", "generation", "training", "samples", "figures", "answers"]
+    sections += ["suites", "details"]
     assert re.findall(r'<section id="(\w+)">', text) == sections
-    assert seen.startswith(" ✓ 20 of 20 checks passed")
+    assert seen.startswith(" ✓ 22 of 22 checks passed")
     for part in (
         "Profile mini · 7 of 7 steps finished · created 20",
-        "Japanese questions answered correctly 0% → 96%",
-        "Tokens per Japanese character 2.45 → 0.66",
+        "Japanese questions answered correctly base → chat model 0% → 96%",
+        "Tokens per Japanese character base → merged tokenizer 2.45 → 0.66",
+        "Japanese bits per byte base → pretrained model 13.98 → 0.32",
+        "required: at least −5 points",
+        "The chat model answers under the settings it is shipped with (repetition_penalty 1.1), the others greedily.",
+        "Japanese5 questions 0%0.0–43.4 ",
+        "96%56.6–100.0 ",
         "Japanese 7 → 1 tokens",
         "Chinese 2 → 2 tokens, unchanged",
         "Japanese 13.97913.500–14.250",
@@ -183,6 +191,33 @@ def test_a_run_with_everything(work_dir):
     assert "Japanese, unseen" not in seen  # null everywhere
     assert "acc_stderr" not in seen
     assert text.count("<figure ") == len(re.findall('<svg[^>]* role="img"', text)) >= 8
+
+
+def test_record_of_training(work_dir, no_figures):
+    """Step 5 has everything; what step 6 lacks is taken from its log and settings, or left out."""
+    seen = words(report(work_dir))
+    for part in (
+        "Wall time2 h 3 min–",
+        "Cost4.10 at 0.5 per device and hour–",
+        "Devices4 × NVIDIA GeForce RTX 4090–",
+        "Peak memory per device21.34 GB–",
+        "Tokens per second910910",
+        "Model FLOPs utilization41.3%–",
+        "Best checkpointstep 3, eval_bits_per_byte_ja 0.3183–",
+    ):
+        assert part in seen
+    assert "What it took. Wall time" in seen  # of step 6 it is not known
+    put(work_dir, changed("step6/wall_seconds", 15.8) | {"step7": {}})
+    assert "What it took: 2 h 3 min in all." in words(report(work_dir))
+
+
+def test_samples_are_a_strip_of_frames(work_dir, no_figures):
+    strips = re.findall(r'<ol class="strip".*?</ol>', report(work_dir), re.DOTALL)
+    assert len(strips) == 2  # two prompts
+    shown = [int(step) for step in re.findall(r"<b>step (\d+)</b>", strips[0])]
+    assert len(shown) == page.MAX_FRAMES
+    assert (shown[0], shown[-1]) == (0, 14)
+    assert f"14{LOOP}<mark>{LOOP}</mark>" in strips[0]
 
 
 def test_tokens(work_dir, no_figures):
@@ -236,14 +271,30 @@ def test_loops_of_the_chat_model_come_first(work_dir, no_figures):
     assert re.findall(r"問\d。", words(report(work_dir))) == ["問4。", "問0。", "問1。"]
 
 
+def test_wrong_answers_of_the_chat_model_come_first_and_are_marked(work_dir, no_figures):
+    rows = [
+        {"group": "ja", "language": "ja", "question": f"問{number}。", "right": "山"}
+        | {model: f"{model}{number}" for model in MODELS}
+        | {"correct": dict.fromkeys(MODELS, False) | {"chat": number != 3}}
+        for number in range(5)
+    ]
+    rows[1]["chat"] = LOOP * 3
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (work_dir / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    text = report(work_dir)
+    assert re.findall(r"問\d。", words(text)) == ["問3。", "問1。", "問0。"]
+    assert "3 of 5; the chat model answers 1 wrong" in words(text)
+    assert (text.count("✗ wrong"), text.count("✓ correct")) == (3 * 3 + 1, 2)
+
+
 def test_missed_checks_are_named_first(work_dir, no_figures):
     put(work_dir, changed("step2/unreachable_tokens", 3))
     text = report(work_dir)
     seen = words(text)
     assert text.count('aria-label="failed">✗<') == 1
-    assert text.count('aria-label="passed">✓<') == 19
+    assert text.count('aria-label="passed">✓<') == 21
     assert seen.startswith(
-        " ✗ 19 of 20 checks passed; failed: Every token can be produced (step 2: 3 unreachable tokens)"
+        " ✗ 21 of 22 checks passed; failed: Every token can be produced (step 2: 3 unreachable tokens)"
     )
     assert "failed: 3 unreachable tokens" in seen
 
@@ -313,7 +364,7 @@ def test_nothing_half_written(work_dir, monkeypatch, no_figures):
 
 def test_a_name_that_the_template_does_not_get_is_an_error():
     with pytest.raises(UndefinedError):
-        page._page().environment.from_string("{{ missing }}").render()
+        page.template("page.html").environment.from_string("{{ missing }}").render()
 
 
 def test_the_report_needs_no_torch():
