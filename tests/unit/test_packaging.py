@@ -68,3 +68,14 @@ def test_hints_name_the_command_that_runs(monkeypatch, tmp_path):
     assert console.missing_package("torch").endswith(hint)
     monkeypatch.chdir(tmp_path)
     assert console.missing_package("torch").endswith("Type: .venv/bin/python -m llmtuner train")
+
+
+def test_nothing_that_git_ignores_and_no_secret_gets_into_the_image():
+    ignored, left_out = (
+        {line.removeprefix("**/").rstrip("/") for line in (ROOT / name).read_text(encoding="utf-8").splitlines()}
+        for name in (".gitignore", ".dockerignore")
+    )
+    assert ignored | {".git", ".env"} <= left_out
+    instructions = [line.split() for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines() if line]
+    users = [words[1] for words in instructions if words[0] == "USER"]
+    assert users == ["$USER_ID"]  # not root; nor `$UID`, which is 0 in bash, whatever is given

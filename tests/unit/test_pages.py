@@ -32,6 +32,8 @@ TRAINING_STEPS = ("step5_train_pt_single_gpu.py", "step6_train_sft_single_gpu.py
 # Commands that other projects bring, and variables that they read.
 OTHER_COMMANDS = {
     "cd",
+    "docker",
+    "git",
     "mkdir",
     "tail",
     "curl",
@@ -153,7 +155,7 @@ def sources() -> str:
 
 @cache
 def project_files() -> tuple[str, ...]:
-    folders = (".ci", "benchmarks", "data", "docs", "llmtuner", "mini", "tests")
+    folders = (".ci", "benchmarks", "data", "docs", "examples", "llmtuner", "mini", "tests")
     found = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
     return tuple(path.relative_to(ROOT).as_posix() for path in found if path.is_file())
 
@@ -342,7 +344,7 @@ def test_settings_exist(page):
 def test_names_exist(page):
     """Identifiers, files and paths in code spans occur in the project; so nothing keeps a name that was changed."""
     for span in code_spans(page):
-        if re.fullmatch(r"(llmtuner|tests|docs|benchmarks|mini|data)/[\w./-]*", span):
+        if re.fullmatch(r"(llmtuner|tests|docs|benchmarks|mini|data|examples)/[\w./-]*", span):
             assert (ROOT / span).exists(), f"{page}: {span} does not exist"
         elif re.fullmatch(r"[\w<>-]+(/[\w<>.-]+)*/?", span) and "/" in span:
             last = span.rstrip("/").rpartition("/")[2]
