@@ -58,6 +58,8 @@ BY_PROFILE = {
         eval_steps=150,
         save_steps=150,
         max_eval_samples=48,
+        sample_steps=50,
+        sample_prompts=["雪乃の仕事は", "宿の広間では、", "雪乃是"],
     ),
     # Ranks and learning rates for a new language: docs/decisions.md. The global batch grows with the number of GPUs.
     "chatglm3-6b": dict(
@@ -72,6 +74,8 @@ BY_PROFILE = {
         save_steps=1000,  # 3.9 hours on 4 x RTX 4090
         save_minutes=30,
         max_eval_samples=256,
+        sample_steps=500,
+        sample_prompts=["日本で一番高い山は", "吾輩は", "中国的首都是", "The capital of France is"],
     ),
 }
 

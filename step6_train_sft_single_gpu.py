@@ -68,6 +68,8 @@ BY_PROFILE = {
         eval_steps=150,
         save_steps=150,
         max_eval_samples=48,
+        sample_steps=100,
+        sample_prompts=["ゲンタの仕事は何ですか？", "白浜はどんな町ですか？", "雪乃住在哪里？"],
     ),
     "chatglm3-6b": dict(
         lora_rank=64,
@@ -82,6 +84,13 @@ BY_PROFILE = {
         save_steps=200,
         save_minutes=30,
         max_eval_samples=256,
+        sample_steps=200,
+        sample_prompts=[
+            "日本で一番高い山は何ですか？",
+            "猫の魅力を教えてください。",
+            "中国的首都是哪里？",
+            "Who wrote Hamlet?",
+        ],
     ),
 }
 

@@ -78,6 +78,15 @@ class FinetuningArguments:
     price_per_hour: float | None = setting(
         None, "Price of one GPU for an hour, in any currency, for the cost of a run.", NOT_NEGATIVE, resume_safe=True
     )
+    sample_steps: int | None = setting(
+        None,
+        "Answer sample_prompts before the first step, after every so many and after the last.",
+        AT_LEAST_1,
+        resume_safe=True,
+    )
+    sample_prompts: list[str] = setting(
+        [], "Beginnings of documents (pt) or questions (sft) to answer; a list if they have commas.", resume_safe=True
+    )
     plot_loss: bool = setting(False, "Draw training_loss.png and eval_loss.png into output_dir.", resume_safe=True)
     overwrite_output_dir: bool = setting(
         False, "Delete an earlier run's checkpoints in output_dir instead of resuming from them.", resume_safe=True

@@ -286,6 +286,10 @@ def _validate_evaluation(values: dict[str, Any]) -> Iterator[ValidationIssue]:
     if patience and values.get("eval_strategy") in (None, "no"):
         text = "early_stopping_steps is given, but nothing is evaluated: set eval_strategy and eval_steps"
         yield ("early_stopping_steps", "eval_strategy"), text
+    if values["sample_steps"] and not values["sample_prompts"]:
+        yield ("sample_steps", "sample_prompts"), "sample_steps is given, but no sample_prompts"
+    if values["sample_prompts"] and not values["sample_steps"]:
+        yield ("sample_steps", "sample_prompts"), "sample_prompts are given, but sample_steps does not say how often"
     yield from _validate_best_checkpoint(values)
 
 

@@ -45,6 +45,7 @@ from llmtuner.train.checkpointing import (
     verify_checkpoint,
 )
 from llmtuner.train.memory import StepEstimator, compute_dtype
+from llmtuner.train.samples import SampleCallback, read_samples
 from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.step_settings import MEMORY_FRACTION, StepSettings, choose_step_settings, free_memory
 from llmtuner.train.trainer import PackedTrainer
@@ -118,6 +119,8 @@ def _train(
         samples = {name: even_subset(part, INITIAL_LOSS_SAMPLES) for name, part in dataset.per_dataset.items()}
         for callback in (self_check, on_train_begin, InitialLossCallback(trainer, samples)):
             trainer.add_callback(callback)
+        if args.finetuning.sample_steps:
+            trainer.add_callback(SampleCallback(trainer, tokenizer, args))
         if checkpoint:
             trainer.resume_from_checkpoint(checkpoint)
         else:
@@ -141,6 +144,8 @@ def _train(
         if args.finetuning.plot_loss:
             plot_losses(trainer.state.log_history, output_dir)
     metrics = {**_collect_metrics(args, trainer, dataset), **({"best": best} if best else {})}
+    if args.finetuning.sample_steps:
+        metrics["samples"] = read_samples(output_dir)
     trainer.accelerator.free_memory()  # DeepSpeed's hooks would keep the model in memory
     return metrics
 
