@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llmtuner.console import is_console_command, run_cli
+from llmtuner.console import is_console_command, print0, run_cli
 from llmtuner.env import env_flag
 from llmtuner.hparams.help import format_settings
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, settings: list[str]) -> None:
         case "train":
             from llmtuner.train.tuner import run_exp
 
-            print(run_exp(settings))
+            print0(str(run_exp(settings)))  # once, also under torchrun
         case "show":
             from llmtuner.data.preview import preview_batch
 

@@ -28,8 +28,10 @@ def test_every_package_and_data_file_is_installed(distribution):
     inside = [path for path in (ROOT / "llmtuner").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     names = {path: ".".join(path.parent.relative_to(ROOT).parts) for path in inside}
     assert set(distribution.packages) == set(names.values())
-    data = {(names[path], path.name) for path in inside if path.suffix != ".py"}
-    assert {(name, file) for name, files in distribution.package_data.items() for file in files} == data
+    data = {path for path in inside if path.suffix != ".py"}
+    patterns = distribution.package_data
+    named = {path for path in data for pattern in patterns.get(names[path], ()) if path.match(pattern)}
+    assert named == data
 
 
 def test_requirements_stand_in_one_list(distribution):
