@@ -1,4 +1,4 @@
-"""The trainer and the converters on the command line: python -m llmtuner COMMAND, once installed llmtuner COMMAND."""
+"""The command line: python -m llmtuner COMMAND, once installed llmtuner COMMAND."""
 
 import argparse
 from pathlib import Path
@@ -37,8 +37,18 @@ def main() -> None:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("source", metavar=source, type=Path)
         command.add_argument("destination", metavar=destination, type=Path)
+    text = "one page about several runs: curves over one another, settings that differ, results with intervals"
+    command = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
+    command.add_argument(
+        "directories",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        help="WORK_DIR of the steps, or output_dir of a training run",
+    )
+    command.add_argument("--output", metavar="PAGE.html", type=Path, default=Path("compare.html"))
     options, settings = parser.parse_known_args()
-    if settings and options.command in WITH_PATHS:
+    if settings and options.command not in WITH_SETTINGS:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     run(options, settings)
 
@@ -66,6 +76,10 @@ def run(options: argparse.Namespace, settings: list[str]) -> None:
             from llmtuner.weights.export_gguf import export_gguf
 
             print(export_gguf(options.source, options.destination))
+        case "compare":
+            from llmtuner.report.compare import write_comparison
+
+            print(write_comparison(options.directories, options.output))
 
 
 def cli() -> None:

@@ -159,3 +159,37 @@ def changed(path, value):
     else:
         place[last] = value
     return metrics
+
+
+SETTINGS = {"stage": "sft", "seed": 42, "num_train_epochs": 1, "additional_target": [], "output_dir": "somewhere"}
+NUM_QUESTIONS = 40
+
+
+def save_run(directory, losses=(2.0, 1.0, 0.5), log=True, **settings):
+    """An output_dir of step 6 or of a run by itself."""
+    directory.mkdir(parents=True)
+    entries = [{"step": 0, "eval_loss": 3.0}]
+    entries += [{"step": step, "loss": loss, "grad_norm": 1.0} for step, loss in enumerate(losses, 1)]
+    entries += [{"step": len(losses), "eval_loss": losses[-1], "eval_bits_per_byte_ja": losses[-1] / 2}]
+    if log:
+        (directory / "trainer_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    made = SETTINGS | {"output_dir": str(directory)} | settings
+    (directory / "training_args.json").write_text(json.dumps(made))
+    return directory
+
+
+def save_work_dir(directory, correct, losses=(2.0, 1.0, 0.5), asked="問", **settings):
+    """A WORK_DIR after steps 6 and 7, whose chat model answers the first `correct` of 40 questions correctly."""
+    save_run(directory / "step6_sft_adapter", losses, **settings)
+    (directory / "metrics").mkdir()
+    step7 = copy.deepcopy(METRICS["step7"])
+    step7["accuracy"]["chat"] = {"ja": correct / NUM_QUESTIONS}
+    for name, content in {"step6": METRICS["step6"] | {"wall_seconds": 61}, "step7": step7}.items():
+        (directory / "metrics" / f"{name}.json").write_text(json.dumps(content))
+    rows = [
+        {"group": "ja", "language": "ja", "question": f"{asked}{number}？", "right": "山", "chat": f"{ATTACK}{correct}"}
+        | {"correct": {"chat": number < correct}}
+        for number in range(NUM_QUESTIONS)
+    ]
+    (directory / "answers.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return directory

@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, variance
 
 Z = 1.959964  # standard normal quantile of 0.975
+# The same of Student's t distribution with 1, 2, ... degrees of freedom; the last one serves for more.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def wilson_interval(correct: float, total: int) -> tuple[float, float]:
@@ -41,3 +44,17 @@ def unpaired_difference(before: Sequence[float], after: Sequence[float]) -> tupl
     center, half = shares[1] - shares[0], Z * math.sqrt(sum(variances))
     difference = sum(after) / len(after) - sum(before) / len(before)
     return difference, max(-1.0, center - half), min(1.0, center + half)
+
+
+def seed_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float] | None:
+    """Difference of the means over runs that differ in their seeds, and Welch's interval; None below two runs each."""
+    counts, means = [len(before), len(after)], [fmean(before), fmean(after)]
+    if min(counts) < 2:
+        return None
+    errors = [variance(values) / count for values, count in zip((before, after), counts, strict=True)]
+    total, change = sum(errors), means[1] - means[0]
+    if total == 0:
+        return change, change, change
+    freedom = total**2 / sum(error**2 / (count - 1) for error, count in zip(errors, counts, strict=True))
+    half = T_QUANTILES[min(int(freedom + 1e-9), len(T_QUANTILES)) - 1] * math.sqrt(total)
+    return change, change - half, change + half

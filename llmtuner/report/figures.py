@@ -33,6 +33,8 @@ WIDTH, HEIGHT = 4.6, 3.0  # inches; on a phone of 390 pixels shown at least 331 
 FONT_SIZE = 11  # points
 # Distinguishable with any colour vision, and dark enough on white (4.5 : 1) for text.
 COLORS = {"ja": "#B84A00", "zh": "#00795A", "en": "#0067A3"}
+# Of runs over one another.
+PALETTE = ("#0067A3", "#B84A00", "#00795A", "#AA3377", "#6B4FA0", "#7A5C00", "#3B4A5C", "#A3262A")
 TRAIN, EVAL, BEFORE, INK, GRID = "#3B4A5C", "#AA3377", "#AEB9C6", "#222222", "#E3E6EA"
 UNIT: dict[str, Any] = {"loc": "left", "size": FONT_SIZE, "color": "#55606C"}
 LOG_SCALE_FROM = 10  # a value range of more than this factor gets a logarithmic axis
@@ -260,7 +262,7 @@ def _number(value: float, _: object = None) -> str:
 
 def _digits(value: float) -> str:
     """A number with three digits: 8.92, 0.500, −0.0120."""
-    return f"{value:#.3g}".rstrip(".").replace("-", "−")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".").replace("-", "−")
 
 
 def _from_to(series: Series) -> str:
@@ -422,6 +424,57 @@ def bits_per_byte(log: Log) -> Figure | None:
     _step_axis(axes)
     _label_line_ends(axes, lines)
     return figure
+
+
+class Curve(NamedTuple):
+    """The same quantity of several runs of one recipe."""
+
+    name: str
+    color: str
+    style: str
+    series: list[Series]
+
+
+def series_of(log: Log, name: str, smooth: bool = False) -> Series | None:
+    """Steps and values of one quantity, if asked for as a running mean; None if there are none."""
+    series = _series(log, name)
+    return series if series is None or not smooth else (series[0], _smooth(series[1]))
+
+
+@_style()
+def overlay(curves: list[Curve], unit: str) -> Figure:
+    """Curves over one another; of several runs, their mean as a line and their range as a band around it."""
+    lines = [(curve, *_mean_and_range(curve.series)) for curve in curves]
+    ends = sorted((line[1][-1], curve.name) for curve, line, _ in lines)
+    lowest, highest = _digits(ends[0][0]), _digits(ends[-1][0])
+    finding = f"{lowest} ({ends[0][1]}) to {highest} at the end" if lowest != highest else f"{lowest} at the end"
+    figure, axes = _canvas(finding, unit)
+    values = []
+    for curve, line, bounds in lines:
+        marker = "o" if len(line[0]) < 12 else None
+        axes.plot(*line, curve.style, color=curve.color, label=drawable(curve.name), marker=marker, markersize=3.5)
+        if bounds is not None:
+            axes.fill_between(line[0], *bounds, color=curve.color, alpha=0.2, linewidth=0)
+        values.append(line[1])
+    every = numpy.concatenate(values)
+    if every.min() > 0 and every.max() > LOG_SCALE_FROM * every.min():
+        _logarithmic(axes, "y", every)
+    else:
+        _linear(axes.yaxis)
+    _step_axis(axes)
+    widest = max(len(drawable(curve.name)) for curve in curves)
+    columns = max(1, int(72 * WIDTH / (32 + 0.62 * FONT_SIZE * widest)))  # as many as fit, at the width of a digit
+    figure.legend(loc="outside upper left", ncols=min(columns, 3), handlelength=2.2)
+    return figure
+
+
+def _mean_and_range(runs: list[Series]) -> tuple[Series, tuple[numpy.ndarray, numpy.ndarray] | None]:
+    """The mean of several runs at the steps that all of them logged, and the lowest and highest; the first if they share none."""
+    steps = functools.reduce(numpy.intersect1d, [series[0] for series in runs])
+    if len(runs) == 1 or not len(steps):
+        return runs[0], None
+    values = numpy.array([[dict(zip(*series, strict=True))[step] for step in steps] for series in runs])
+    return (steps, values.mean(axis=0)), (values.min(axis=0), values.max(axis=0))
 
 
 def _label_line_ends(axes: Axes, lines: dict[str, Series]) -> None:

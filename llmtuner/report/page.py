@@ -49,7 +49,7 @@ def write_report(
     Raises:
         UserError: if no step has finished, an input file is damaged, or the page cannot be written.
     """
-    metrics = {path.stem: rename_keys(_read_json(path)) for path in sorted((work_dir / "metrics").glob("*.json"))}
+    metrics = {path.stem: rename_keys(read_json(path)) for path in sorted((work_dir / "metrics").glob("*.json"))}
     if not any(step.name in metrics for step in steps):
         raise UserError(f"no step has finished in {work_dir}: there is nothing to report. Run {steps[0].script} first.")
     runs = {step: work_dir / name for step, name in RUNS.items()}
@@ -58,11 +58,11 @@ def write_report(
     # A run in progress is shown up to its last log line; its training arguments are written at the end.
     logs = {step: read_log(log) for step, run in runs.items() if (log := locate(run, "trainer_log.jsonl")).is_file()}
     settings = {
-        step: rename_settings(_read_json(file))[0]
+        step: rename_settings(read_json(file))[0]
         for step, run in runs.items()
         if step in metrics and (file := locate(run, "training_args.json")).is_file()
     }
-    rows = _read_lines(work_dir / "answers.jsonl") if "step7" in metrics else []
+    rows = read_lines(work_dir / "answers.jsonl") if "step7" in metrics else []
     grades = grade_answers(rows)
     records = {
         FIGURE_STEPS[step]: record
@@ -281,11 +281,11 @@ def _suites(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     return _parse(path, json.loads)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     # not splitlines: an answer may contain U+2028
     return _parse(path, lambda text: [json.loads(line) for line in text.split("\n") if line]) if path.is_file() else []
 

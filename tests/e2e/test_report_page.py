@@ -1,13 +1,14 @@
-"""The report's page as a browser lays it out."""
+"""The pages of report and comparison as a browser lays them out."""
 
 import json
 
 import pytest
 
 from llmtuner.report import page
+from llmtuner.report.compare import write_comparison
 from llmtuner.report.page import write_report
 from tests.helpers import opened
-from tests.reports import ANSWERS, ATTACK, LOG, METRICS, STEPS, put
+from tests.reports import ANSWERS, ATTACK, LOG, METRICS, STEPS, put, save_work_dir
 
 
 @pytest.fixture
@@ -54,6 +55,23 @@ def test_in_a_browser(browser, work_dir, width, scheme):
     assert tab.evaluate(LEAST_CONTRAST) >= 4.5
     assert requests == [path.as_uri()]
     assert problems == []
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_comparison_in_a_browser(browser, tmp_path, width):
+    directories = [tmp_path / name for name in ("a" * 60, "日本語" * 9, "c")]
+    for place, directory in enumerate(directories):
+        save_work_dir(directory, 30 + place, (2.0, 1.0, 0.5 + place), lora_rank=place)
+    path = write_comparison(directories, tmp_path / "compare.html")
+    tab, problems, requests = opened(browser, path.as_uri(), width)
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    whole = "[...document.querySelectorAll('table')].every(t => t.scrollWidth <= t.parentElement.clientWidth)"
+    assert tab.evaluate(whole)
+    assert tab.locator("svg[role=img]").count() == 3
+    assert tab.locator("script").count() == 0
+    assert tab.evaluate(LEAST_CONTRAST) >= 4.5
+    assert (requests, problems) == ([path.as_uri()], [])
     tab.close()
 
 

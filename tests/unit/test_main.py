@@ -44,6 +44,8 @@ def test_doors_of_the_command_line(tmp_path, monkeypatch):
     for door in ("train", "export"):
         with pytest.raises(UserError, match="cannot read"):
             call(door, tmp_path / "missing.yaml")
+    with pytest.raises(UserError, match="two directories or more"):
+        call("compare", tmp_path, "--output", tmp_path / "page.html")
 
 
 @pytest.mark.slow

@@ -269,7 +269,7 @@ def problem_of_module(module: str, arguments: list[str]) -> str | None:
     if module == "llmtuner":
         if arguments and arguments[0] not in strings(ROOT / "llmtuner" / "__main__.py"):
             return f"llmtuner has no command {arguments[0]}"
-        return problem_of_options(arguments[1:], frozenset({"--help"}), settings())
+        return problem_of_options(arguments[1:], flags(ROOT / "llmtuner" / "__main__.py"), settings())
     folder = ROOT / module.replace(".", "/")
     script = folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")
     return problem_of_options(arguments, flags(script)) if script.is_file() else f"there is no module {module}"

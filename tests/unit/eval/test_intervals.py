@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from llmtuner.eval.intervals import paired_difference, unpaired_difference, wilson_interval
+from llmtuner.eval.intervals import paired_difference, seed_difference, unpaired_difference, wilson_interval
 
 
 def test_wilson_interval():
@@ -35,3 +35,11 @@ def test_intervals_contain_the_truth_about_19_times_in_20():
             contained.append(low <= truth <= high)
     assert 0.93 < numpy.mean(hits[paired_difference]) < 0.98
     assert numpy.mean(hits[unpaired_difference]) > 0.99  # it does not know that the answers go together
+
+
+def test_difference_over_seeds_is_welchs():
+    change, low, high = seed_difference([1.0, 2.0, 3.0], [4.0, 6.0, 8.0])  # R: t.test, df 2.94, which is taken as 2
+    assert change == 4.0
+    assert (low, high) == pytest.approx((4 - 4.303 * (5 / 3) ** 0.5, 4 + 4.303 * (5 / 3) ** 0.5))
+    assert seed_difference([1.0], [2.0, 3.0]) is None
+    assert seed_difference([1.0, 1.0], [2.0, 2.0]) == (1.0, 1.0, 1.0)
