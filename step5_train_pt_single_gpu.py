@@ -3,6 +3,7 @@
     python step5_train_pt_single_gpu.py                         one GPU, or the CPU
     bash step5_train_pt_multi_gpu.sh                            several GPUs: this file under torchrun with ZeRO-2
     python step5_train_pt_single_gpu.py --learning_rate 5e-5    any setting can be overridden
+    python step5_train_pt_single_gpu.py --dry_run               check everything, and say what the run will take
     python step5_train_pt_single_gpu.py --staged                embeddings only, then LoRA only, to compare
 
 Started again after an interruption, it resumes from its latest checkpoint.
@@ -97,12 +98,14 @@ def main() -> None:
 
     settings = parse_overrides(settings, arguments)
     base, first_stage = ZERO_DIR, {}
+    if options.staged and settings.get("dry_run"):
+        raise UserError("--dry_run measures one stage: leave out --staged.")
     if options.staged:
         settings, base, first_stage = train_embeddings_only(settings)
         print_header("second stage: LoRA only")
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
     metrics = {**run_exp(settings, texts, partial(pipeline.mark_unfinished, "step5")), **first_stage}
-    if not is_rank_zero():
+    if settings.get("dry_run") or not is_rank_zero():
         return
     merge_adapter(base, PT_ADAPTER_DIR, PT_MERGED_DIR, overwrite=True)
 

@@ -1,6 +1,7 @@
 """Step 6: instruction tuning on nine data sets, packed without padding.
 
     python step6_train_sft_single_gpu.py                one GPU, or the CPU
+    python step6_train_sft_single_gpu.py --dry_run      check everything, and say what the run will take
     python step6_train_sft_single_gpu.py --lora-only    leave the embeddings as step 5 left them
     bash step6_train_sft_multi_gpu.sh                   several GPUs: this file under torchrun with ZeRO-2
     python step6_train_sft_single_gpu.py --learning_rate 5e-5    any setting can be overridden
@@ -112,8 +113,9 @@ def main() -> None:
     from llmtuner.train.tuner import run_exp
     from llmtuner.weights.merge_lora import merge_adapter
 
-    metrics = run_exp(parse_overrides(settings, arguments), before_training=partial(pipeline.mark_unfinished, "step6"))
-    if not is_rank_zero():
+    settings = parse_overrides(settings, arguments)
+    metrics = run_exp(settings, before_training=partial(pipeline.mark_unfinished, "step6"))
+    if settings.get("dry_run") or not is_rank_zero():
         return
     merge_adapter(PT_MERGED_DIR, SFT_ADAPTER_DIR, CHAT_MODEL_DIR, overwrite=True)
 

@@ -24,6 +24,7 @@ from llmtuner.tokenizer.fast import TOKENIZER_FILES
 CHECKSUM_FILE = "checksums.json"  # written last: file -> [bytes, CRC-32]
 RUN_MARKER = "a training run"  # in the marker of an output_dir
 TMP_DIR = ".saving"  # in output_dir; becomes checkpoint-N once it is complete
+DRY_RUN_DIR = ".dry_run"  # in output_dir: the output_dir of a dry run
 # What a run writes into its directory under names that other programs use too.
 RUN_FILES = (
     *ADAPTER_CONFIG_FILES,
@@ -54,6 +55,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
         with file_lock(output_dir / ".lock", str(output_dir)):
             _check_output_dir(output_dir)
             finish_publishing(output_dir)
+            remove_dry_run(output_dir)
             for old in output_dir.glob("checkpoint-*.old"):
                 recover_directory(output_dir / old.name.split(".")[0], locate(old, CHECKSUM_FILE).name)
             yield
@@ -111,6 +113,12 @@ def prepare_output_dir(output_dir: Path, overwrite: bool) -> None:
     atomic_write_json(output_dir / MARKER, {"made_by": RUN_MARKER})  # names no files: the directory is never replaced
     if overwrite:
         delete_checkpoints(output_dir)
+
+
+def remove_dry_run(output_dir: Path) -> None:
+    """Deletes what a dry run has made in a run's directory."""
+    if (read_marker(output_dir / DRY_RUN_DIR) or {}).get("made_by") == RUN_MARKER:
+        shutil.rmtree(output_dir / DRY_RUN_DIR)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

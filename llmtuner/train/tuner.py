@@ -1,6 +1,7 @@
 """The two entry points of the trainer: `run_exp` trains as the settings say, `export_model` merges and saves."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,28 @@ def run_exp(
 
     Returns:
         metrics: steps, tokens, tokens_per_second, padding_ratio, trainable_parameters, train_loss, eval_loss, data and,
-        for the sft stage, initial_loss of each dataset.
+        for the sft stage, initial_loss of each dataset. Of a dry run: the figures of its table.
 
     Raises:
         UserError: for invalid settings, data or models.
     """
     from llmtuner.train.process import join_processes, release_memory
 
-    train_args = _checked(args)
-    check_metric(train_args, [*(texts or {})] if train_args.finetuning.stage == "pt" else [])
-    train_args = join_processes(train_args)
+    checked_args = _checked(args)
+    check_metric(checked_args, [*(texts or {})] if checked_args.finetuning.stage == "pt" else [])
+    train_args = join_processes(checked_args)
     # Only now: with Trainer comes DeepSpeed, which reads the environment when it is imported.
     from llmtuner.train.checkpointing import lock_output_dir
+    from llmtuner.train.dry_run import dry_run
     from llmtuner.train.workflow import run_pt, run_sft
 
     with lock_output_dir(Path(str(train_args.training.output_dir))):
-        is_pt = train_args.finetuning.stage == "pt"
-        metrics = run_pt(train_args, texts, before_training) if is_pt else run_sft(train_args, before_training)
+        if train_args.finetuning.dry_run:
+            metrics = dry_run(train_args, partial(join_processes, checked_args), texts or {}, _merged_bytes)
+        elif train_args.finetuning.stage == "pt":
+            metrics = run_pt(train_args, texts, before_training)
+        else:
+            metrics = run_sft(train_args, before_training)
     release_memory()
     return metrics
 
@@ -65,6 +71,13 @@ def export_model(args: dict[str, Any] | str | Path | list[str] | None = None) ->
     destination = Path(str(model_args.export_dir))
     merge_adapter(Path(model_args.model_name_or_path), adapter, destination, model_args.export_size, overwrite)
     return destination
+
+
+def _merged_bytes(base: Path, adapter: Path) -> int:
+    """Checks that an adapter can be merged; returns the bytes of the weights of the result."""
+    from llmtuner.weights.merge_lora import plan_merge
+
+    return sum(tensor.nbytes for tensor in plan_merge(base, adapter)[0].tensors)
 
 
 def _checked(args: dict[str, Any] | str | Path | list[str] | None, for_export: bool = False) -> TrainArgs:

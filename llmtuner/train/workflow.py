@@ -44,7 +44,7 @@ from llmtuner.train.checkpointing import (
     prepare_output_dir,
     verify_checkpoint,
 )
-from llmtuner.train.memory import StepEstimator, compute_dtype
+from llmtuner.train.memory import MemoryEstimate, StepEstimator, compute_dtype
 from llmtuner.train.samples import SampleCallback, read_samples
 from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.step_settings import MEMORY_FRACTION, StepSettings, choose_step_settings, free_memory
@@ -58,14 +58,14 @@ def run_pt(
     args: TrainArgs, texts: dict[str, list[str]] | None = None, before_training: BeforeTraining = None
 ) -> dict[str, Any]:
     """Runs continued pretraining on packed documents; arguments and result as of `run_exp`."""
-    tokenizer, dataset, stats = _load_data(args, "pt")
+    tokenizer, dataset, stats = load_data(args, "pt")
     print0(f"{len(dataset.train):,} sequences of up to {args.data.cutoff_len:,} tokens; no tokens dropped")
     return {**_train(args, tokenizer, dataset, texts or {}, before_training), "data": stats}
 
 
 def run_sft(args: TrainArgs, before_training: BeforeTraining = None) -> dict[str, Any]:
     """Runs supervised fine-tuning on packed dialogues; arguments and result as of `run_exp`."""
-    tokenizer, dataset, stats = _load_data(args, "sft")
+    tokenizer, dataset, stats = load_data(args, "sft")
     truncated, dropped = dataset.train.pack_index.num_truncated, dataset.train.pack_index.num_dropped
     kept = "last answer and as many turns before it as fit" if args.data.mask_history else "beginning"
     print0(
@@ -76,7 +76,7 @@ def run_sft(args: TrainArgs, before_training: BeforeTraining = None) -> dict[str
     return {**metrics, "data": stats, "num_truncated": truncated, "num_dropped": dropped}
 
 
-def _load_data(args: TrainArgs, stage: str) -> tuple[Any, DatasetModule, dict[str, dict[str, Any]]]:
+def load_data(args: TrainArgs, stage: str) -> tuple[Any, DatasetModule, dict[str, dict[str, Any]]]:
     """Loads the tokenizer and the packed datasets, and prints the mixture; returns its statistics too."""
     tokenizer = load_tokenizer(args.model.model_name_or_path)
     check_vocab_and_context(args.model.model_name_or_path, tokenizer, args.data.cutoff_len)
@@ -101,12 +101,12 @@ def _train(
         check_shared(output_dir, checkpoint)
     if args.training.save_only_model and args.training.save_strategy != "no":
         print0("save_only_model: true: checkpoints hold weights only; a run that stops early cannot be resumed")
-    model = _prepare_model(args)
+    model, _ = prepare_model(args)
     settings |= serialize_settings(args)  # with what was decided just now
     if args.training.do_train and args.data.disable_shuffling:
         args.training.train_sampling_strategy = "sequential"
     with GracefulStopSignal() as stop:
-        trainer = _build_trainer(args, model, tokenizer, dataset, settings, texts, stop)
+        trainer = build_trainer(args, model, tokenizer, dataset, settings, texts, stop)
         self_check = SelfCheckCallback(trainer, tokenizer, args.data.packing and args.data.neat_packing)
         if not args.training.do_train:
             self_check.run()
@@ -150,8 +150,12 @@ def _train(
     return metrics
 
 
-def _prepare_model(args: TrainArgs) -> torch.nn.Module:
-    """Loads the model, adds the adapter, and decides on micro-batch and gradient checkpointing."""
+def prepare_model(args: TrainArgs) -> tuple[torch.nn.Module, MemoryEstimate | None]:
+    """Loads the model, adds the adapter, and decides on micro-batch and gradient checkpointing.
+
+    Returns:
+        the model, and what a step needs of a GPU's memory, if that could be estimated.
+    """
     set_seed(args.training.seed)  # before the adapter draws its first weights
     path, finetuning = args.model.model_name_or_path, args.finetuning
     dtype = torch.float32 if finetuning.finetuning_type == "full" else compute_dtype(args.training)
@@ -162,12 +166,11 @@ def _prepare_model(args: TrainArgs) -> torch.nn.Module:
     model = init_adapter(base, finetuning, adapter, args.model.create_new_adapter)
     if finetuning.fused_ops:
         apply_fused_ops(model)
-    if args.training.do_train:
-        fit_into_memory(model, args)
+    estimate = fit_into_memory(model, args) if args.training.do_train else None
     args.training.auto_find_batch_size = False  # Trainer would shrink the global batch once memory has run out
     total = sum(parameter.numel() for parameter in model.parameters())
     print0(f"training {count_trainable(model):,} parameters of {total:,}")
-    return model
+    return model, estimate
 
 
 def count_trainable(model: torch.nn.Module) -> int:
@@ -175,7 +178,7 @@ def count_trainable(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _build_trainer(
+def build_trainer(
     args: TrainArgs,
     model: torch.nn.Module,
     tokenizer: Any,
@@ -293,7 +296,7 @@ def _resume_hint(args: TrainArgs) -> str:
     return "The same command resumes from there."
 
 
-def fit_into_memory(model: torch.nn.Module, args: TrainArgs) -> None:
+def fit_into_memory(model: torch.nn.Module, args: TrainArgs) -> MemoryEstimate | None:
     """Sets micro-batch and gradient checkpointing to what fits into GPU memory, as far as the settings leave them open.
 
     All processes decide alike, by the GPU with the least free memory.
@@ -303,7 +306,7 @@ def fit_into_memory(model: torch.nn.Module, args: TrainArgs) -> None:
     """
     training, free = args.training, free_memory()
     if free is None:
-        return
+        return None
     if training.world_size > 1:
         gather_object([free])  # the first communication: from here on NCCL's own buffers count as used
         free = min(gather_object([free_memory()]))
@@ -317,7 +320,7 @@ def fit_into_memory(model: torch.nn.Module, args: TrainArgs) -> None:
         recompute = args.model.disable_gradient_checkpointing is None or bool(training.gradient_checkpointing)
         batch_size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         _apply_step_settings(training, StepSettings(batch_size, accumulation, recompute))
-        return
+        return None
     print0(f"estimated step memory: {estimate} of {available / 1e9:.1f} GB: {settings}")
     if estimate.total > MEMORY_FRACTION * available:
         print0(
@@ -325,6 +328,7 @@ def fit_into_memory(model: torch.nn.Module, args: TrainArgs) -> None:
             "optim: adamw_8bit"
         )
     _apply_step_settings(training, settings)
+    return estimate
 
 
 def _apply_step_settings(training: TrainingArguments, settings: StepSettings) -> None:

@@ -14,7 +14,7 @@ from llmtuner.files import checksum
 from llmtuner.model.model_dir import MERGED_ADAPTER, adapter_checksum, read_json
 from llmtuner.outputs import atomic_directory, check_destination, finish_publishing
 from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
-from llmtuner.weights.lazy_checkpoint import LazyTensor, open_checkpoint, open_safetensors
+from llmtuner.weights.lazy_checkpoint import LazyCheckpoint, LazyTensor, open_checkpoint, open_safetensors
 from llmtuner.weights.resize_embeddings import EMBEDDING_WEIGHTS, open_model
 
 PEFT_PREFIX = "base_model.model."
@@ -67,6 +67,20 @@ def merge_adapter(
     check_destination(destination, overwrite)
     if adapter:
         finish_publishing(adapter)
+    checkpoint, tokenizer = plan_merge(base, adapter)
+    adapter = adapter or base
+    made_from = {str(base): checksum(base), str(adapter): checksum(adapter)}
+    with atomic_directory(destination, replace=overwrite, made_from=made_from) as partial:
+        checkpoint.write(partial, max_shard_gb * 10**9)
+        copy_tokenizer(tokenizer, partial)
+
+
+def plan_merge(base: Path, adapter: Path | None) -> tuple[LazyCheckpoint, Path]:
+    """Returns the merged model, of which nothing has been computed yet, and the directory of its tokenizer.
+
+    Raises:
+        UserError: if the adapter does not match this base, is incomplete, or has settings that cannot be merged.
+    """
     checkpoint = open_model(base)
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     for part in _adapter_chain(adapter) if adapter else ():
@@ -87,10 +101,7 @@ def merge_adapter(
             "model as base."
         )
     checkpoint.config.vocab_size = vocab_size
-    made_from = {str(base): checksum(base), str(adapter): checksum(adapter)}
-    with atomic_directory(destination, replace=overwrite, made_from=made_from) as partial:
-        replace(checkpoint, tensors=list(tensors.values())).write(partial, max_shard_gb * 10**9)
-        copy_tokenizer(tokenizer, partial)
+    return replace(checkpoint, tensors=list(tensors.values())), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------- merged tensors

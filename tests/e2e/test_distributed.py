@@ -280,6 +280,35 @@ def test_zero2_in_bf16_learns_what_one_process_does(bf16_run, tmp_path, monkeypa
     assert float((two - exact).abs().max()) < float((one - exact).abs().max()) + 1e-3
 
 
+def test_a_dry_run_and_the_best_checkpoint_under_zero(bf16_run, tmp_path):
+    """The dry run leaves nothing; the run loads the best checkpoint, whose weights are saved in fp32, on both ranks."""
+    settings = {
+        **bf16_run,
+        "max_steps": 6,
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "save_total_limit": 1,
+    }
+    # The learning rate rises until the loss does: the second evaluation after a step is the best.
+    settings |= {"eval_strategy": "steps", "load_best_model_at_end": True, "save_minutes": 60}
+    settings |= {"learning_rate": 1.0, "warmup_steps": 6, "lr_scheduler_type": "constant_with_warmup"}
+    out = tmp_path / "run"
+    output = train({**settings, "dry_run": True}, out)
+    assert "ready; the dry run took" in output
+    assert "resumed from one, the loss differs by 0e+00" in output
+    assert [path.name for path in out.iterdir()] == ["settings.yaml"]
+    output = train(settings, out)
+    assert "best checkpoint: step 4 of 6, eval_loss" in output
+    assert [path.name for path in checkpointing.list_checkpoints(out)] == ["checkpoint-6", "checkpoint-4"]
+    saved, best, last = (
+        load_file(directory / "adapter_model.safetensors")
+        for directory in (out, out / "checkpoint-4", out / "checkpoint-6")
+    )
+    assert all(torch.equal(saved[name], best[name]) for name in saved)
+    assert any(not torch.equal(saved[name], last[name]) for name in saved)
+
+
 def test_evaluation_alone_needs_no_deepspeed(bf16_run, tmp_path):
     """Its engine casts the weights when it makes the optimizer, so nothing would be in one precision."""
     settings = {**bf16_run, "do_train": False, "do_eval": True, "eval_on_start": False}
