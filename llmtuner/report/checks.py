@@ -64,6 +64,7 @@ def run_checks(
     metrics: dict[str, dict[str, Any]],
     logs: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
     grades: Grades | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Check]:
     """The checks that a run's results allow, in the order of the steps.
 
@@ -71,11 +72,12 @@ def run_checks(
         metrics: {"step1" to "step7": metrics}; steps and keys may be missing.
         logs: {"step5", "step6": entries of its trainer_log.jsonl}.
         grades: of step 7's answers; without them, figures of accuracy have no interval.
+        settings: {"step5", "step6": its training_args.json}.
     """
     made = [*_tokenizer(metrics), *_zero_model(metrics), *_pretraining(metrics)]
     for step in ("step5", "step6"):
         if step in metrics:
-            made += _training(step, metrics[step], (logs or {}).get(step, ()))
+            made += _training(step, metrics[step], (logs or {}).get(step, ()), (settings or {}).get(step, {}))
     return [*made, *_chat_model(metrics, grades or {})]
 
 
@@ -139,11 +141,14 @@ def _pretraining(metrics: dict[str, Any]) -> Iterator[Check]:
         yield Check("step5", "The data mix is on target", figure, limit, deviations[worst] <= MIX_TOLERANCE)
 
 
-def _training(step: str, measured: dict[str, Any], log: Iterable[Mapping[str, Any]]) -> Iterator[Check]:
+def _training(
+    step: str, measured: dict[str, Any], log: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Iterator[Check]:
     losses = {entry["step"]: entry["eval_loss"] for entry in log if isinstance(entry.get("eval_loss"), int | float)}
     if len(losses) > 1:
         first, lowest = losses[min(losses)], min(losses.values())
-        kept = losses.get(get_nested(measured, "best", "step") or max(losses), math.nan)  # of the model that was saved
+        saved = get_nested(measured, "best", "step") if settings.get("load_best_model_at_end") else None
+        kept = losses.get(saved or max(losses), math.nan)
         figure = f"{first:.3f} → {kept:.3f}, lowest {lowest:.3f}"
         limit = f"less than at first, at most {percent(MAX_EVAL_LOSS_RISE)} over the lowest"
         passed = kept < first and kept <= lowest * (1 + MAX_EVAL_LOSS_RISE)

@@ -70,14 +70,14 @@ def write_report(
         if (record := describe_training(metrics.get(step, {}), logs.get(step, []), settings.get(step, {})))
     }
     page = template("page.html").render(
-        checks=run_checks(metrics, logs, grades),
+        checks=run_checks(metrics, logs, grades, settings),
         counts={
             group: {model: _count(graded) for model, graded in by_model.items()} for group, by_model in grades.items()
         },
         records=records,
         record_names=list(dict.fromkeys(name for record in records.values() for name in record)),
         took=_total(metrics),
-        samples=_samples(metrics),
+        samples=_samples(metrics, runs),
         pipeline=_pipeline(steps, metrics),
         figures=build_figures(metrics, logs),
         answers=_answers(rows),
@@ -237,11 +237,18 @@ def _total(metrics: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _samples(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each prompt that was answered during training its answers over steps, `MAX_FRAMES` at most, evenly spaced."""
+def _samples(metrics: dict[str, Any], runs: dict[str, Path]) -> list[dict[str, Any]]:
+    """For each prompt that was answered during training its answers over steps, `MAX_FRAMES` at most, evenly spaced.
+
+    Args:
+        runs: {"step5", "step6": its directory}; a run that has not finished has its samples there only.
+    """
     strips: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for step in RUNS:
-        for sample in get_nested(metrics, step, "samples") or []:
+    for step, run in runs.items():
+        samples = get_nested(metrics, step, "samples")
+        if step not in metrics and (file := run / "samples.jsonl").is_file():
+            samples = read_log(file)
+        for sample in samples or []:
             frame = {"step": sample["step"], "answer": sample["answer"], "parts": _parts(sample["answer"])}
             strips.setdefault((FIGURE_STEPS[step], sample["prompt"]), []).append(frame)
     return [

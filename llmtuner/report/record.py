@@ -23,6 +23,7 @@ def describe_training(
     norms, price, best = _logged(log, "grad_norm"), metrics.get("price_per_hour"), metrics.get("best") or {}
     steps = metrics.get("steps") or max((entry["step"] for entry in log if "loss" in entry), default=None)
     speed = metrics.get("tokens_per_second") or statistics.median(_logged(log, "tokens_per_second").values() or [0])
+    saved = "this is" if settings.get("load_best_model_at_end") else "the last weights are"
     highest = max(norms, key=lambda step: norms[step], default=0)
     found = {
         "Wall time": duration(seconds) if (seconds := wall_seconds(metrics)) else "",
@@ -37,7 +38,9 @@ def describe_training(
         "Gradient norm": f"median {statistics.median(norms.values()):.3g}, highest {norms[highest]:.3g} at step {highest:,}"
         if norms
         else "",
-        "Best checkpoint": f"step {best['step']:,}, {best['metric']} {best['value']:.4g}" if len(best) >= 3 else "",
+        "Best checkpoint": f"step {best['step']:,}, {best['metric']} {best['value']:.4g} ({saved} saved)"
+        if len(best) >= 3
+        else "",
     }
     return {name: text for name, text in found.items() if text}
 

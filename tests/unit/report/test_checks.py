@@ -52,15 +52,18 @@ def test_a_promise_that_is_missed(path, value, step, figure):
 
 
 def test_held_out_loss_that_rises_again_is_overfitting():
-    def held_out(*losses, **metrics):
+    def held_out(*losses, settings=None, **metrics):
         log = [{"step": 100 * number, "eval_loss": loss} for number, loss in enumerate(losses)]
-        (check,) = (one for one in run_checks({"step6": metrics}, {"step6": log}) if "Held-out" in one.text)
+        (check,) = (
+            one for one in run_checks({"step6": metrics}, {"step6": log}, None, settings) if "Held-out" in one.text
+        )
         return check.passed, check.figure
 
     assert held_out(2.0, 1.0, 1.02) == (True, "2.000 → 1.020, lowest 1.000")
     assert held_out(2.0, 1.0, 1.03) == (False, "2.000 → 1.030, lowest 1.000")
     assert held_out(2.0, 2.01) == (False, "2.000 → 2.010, lowest 2.000")
-    assert held_out(2.0, 1.0, 1.5, best={"step": 100})[0]  # the saved model is that of the best checkpoint
+    assert not held_out(2.0, 1.0, 1.5, best={"step": 100})[0]
+    assert held_out(2.0, 1.0, 1.5, best={"step": 100}, settings={"step6": {"load_best_model_at_end": True}})[0]
     assert run_checks({"step6": {}}, {"step6": [{"step": 0, "eval_loss": 2.0}]}) == []
 
 

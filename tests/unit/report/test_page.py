@@ -145,7 +145,7 @@ def test_record_of_training(work_dir, no_figures):
         "Peak memory per device21.34 GB–",
         "Tokens per second910910",
         "Model FLOPs utilization41.3%–",
-        "Best checkpointstep 3, eval_bits_per_byte_ja 0.3183–",
+        "Best checkpointstep 3, eval_bits_per_byte_ja 0.3183 (the last weights are saved)–",
     ):
         assert part in seen
     assert "What it took. Wall time" in seen  # of step 6 it is not known
@@ -160,6 +160,11 @@ def test_samples_are_a_strip_of_frames(work_dir, no_figures):
     assert len(shown) == page.MAX_FRAMES
     assert (shown[0], shown[-1]) == (0, 14)
     assert f"14{LOOP}<mark>{LOOP}</mark>" in strips[0]
+    (work_dir / "metrics" / "step5.json").unlink()
+    lines = [json.dumps({"step": step, "prompt": "河？", "answer": f"{step}."}) + "\n" for step in (0, 5)]
+    samples = work_dir / page.RUNS["step5"] / "samples.jsonl"
+    samples.write_text("".join(lines) + '{"step": 10, "pro')  # it is being written
+    assert "河？ Continued pretraining step 00. step 55. " in words(report(work_dir))
 
 
 def test_tokens(work_dir, no_figures):
