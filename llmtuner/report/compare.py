@@ -19,30 +19,45 @@ from llmtuner.eval.intervals import paired_difference, seed_difference, unpaired
 from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import atomic_write_text
 from llmtuner.report.checks import get_nested, percent
-from llmtuner.report.figures import PALETTE, STEPS, Curve, Log, ReportFigure, draw_svg, overlay, read_log, series_of
+from llmtuner.report.figures import (
+    PALETTE,
+    STEPS,
+    Curve,
+    Log,
+    ReportFigure,
+    Summary,
+    draw_svg,
+    overlay,
+    read_log,
+    series_of,
+)
 from llmtuner.report.page import RUNS, grade_answer, read_json, read_lines, template
-from llmtuner.report.record import describe_training
+from llmtuner.report.record import MEASURES, describe_training
 
 STAGE_STEPS = {"pt": "step5", "sft": "step6"}
 # What does not make two runs different recipes: chance, where they stand, and what is written about them.
 SEEDS = ("seed", "data_seed")
 PLACES = re.compile(
     r"(output|cache|corpus|dataset|logging)_dir|(model|adapter)_name_or_path|run_name|local_rank|hub_.*|overwrite_\w+|"
-    "resume_from_checkpoint|log_.*|logging_.*|report_to|project|plot_loss|price_per_hour|save_(steps|minutes|total_limit)"
+    "resume_from_checkpoint|log_.*|logging_.*|report_to|project|plot_loss|price_per_hour|save_(steps|minutes|total_limit)|"
+    "eval_(steps|strategy|delay|on_start)|sample_.*|dry_run"
 )
 # Losses on held-out text compare only where these are equal.
 EVAL_SETTINGS = re.compile(
     "(eval_)?dataset|val_size|max_eval_samples|cutoff_len|template|(neat_)?packing|train_on_prompt|mask_history|data set .*"
 )
 GROUPS = {"ja": "Japanese", "zh": "Chinese", "en": "English", "ja_unseen": "Japanese, unseen"}
-CURVES = {  # of the log: title, name of the axis
-    "loss": ("training loss", "loss, nats per token"),
-    "eval_loss": ("held-out loss", "loss, nats per token"),
-    **{f"eval_bits_per_byte_{code}": (f"{name} bits per byte", "bits per byte") for code, name in LANGUAGES.items()},
-    "grad_norm": ("gradient norm", "gradient norm"),
-    "learning_rate": ("learning rate", "learning rate"),
-    "tokens_per_second": ("throughput", "tokens per second"),
-    "mfu": ("model FLOPs utilization (MFU)", "MFU"),
+CURVES: dict[str, tuple[str, str, Summary]] = {  # of the log: title, name of the axis, what is said of it
+    "loss": ("training loss", "loss, nats per token", "end"),
+    "eval_loss": ("held-out loss", "loss, nats per token", "end"),
+    **{
+        f"eval_bits_per_byte_{code}": (f"{name} bits per byte", "bits per byte", "end")
+        for code, name in LANGUAGES.items()
+    },
+    "grad_norm": ("gradient norm", "gradient norm", "median"),
+    "learning_rate": ("learning rate", "learning rate", "highest"),
+    "tokens_per_second": ("throughput", "tokens per second", "median"),
+    "mfu": ("model FLOPs utilization (MFU)", "MFU", "median"),
 }
 NUM_QUESTIONS = 8  # shown, those on which the recipes differ most
 
@@ -282,7 +297,7 @@ def _note_on_losses(step: str, differing: dict[str, list[str]]) -> str:
 def _figures(recipes: Sequence[Recipe], step: str) -> list[ReportFigure]:
     """The curves of all recipes over one another."""
     figures = []
-    for key, (title, unit) in CURVES.items():
+    for key, (title, unit, summary) in CURVES.items():
         curves = []
         for recipe in recipes:
             logs = [run.trainings[step].log for run in recipe.runs if step in run.trainings]
@@ -291,7 +306,7 @@ def _figures(recipes: Sequence[Recipe], step: str) -> list[ReportFigure]:
                 curves.append(Curve(recipe.name, recipe.color, recipe.style, found))
         every = [series for curve in curves for series in curve.series]
         if len(every) > 1 and not all(numpy.array_equal(series, every[0]) for series in every):
-            figure, name = overlay(curves, unit), f"{step}_{key}"
+            figure, name = overlay(curves, unit, summary), f"{step}_{key}"
             heading, finding = f"{STEPS[step]}: {title}", str(figure.get_label())
             alt = f"{heading}. {finding}."
             caption = "Running mean over a twentieth of the run." if key == "loss" else ""
@@ -489,7 +504,7 @@ def _records(recipes: Sequence[Recipe], step: str) -> dict[str, list[str]]:
                     row = table.setdefault(name, [""] * len(recipes))
                     if text not in row[place].split("; "):
                         row[place] += "; " * bool(row[place]) + text
-    return table
+    return {name: table[name] for name in MEASURES if name in table}
 
 
 def _questions(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from xml.sax.saxutils import quoteattr
 
 import matplotlib.style
@@ -28,6 +28,7 @@ from llmtuner.files import translate_disk_errors
 
 Log = list[dict[str, Any]]
 Series = tuple[numpy.ndarray, numpy.ndarray]  # steps and values
+Summary = Literal["end", "highest", "median"]  # of a curve, in one number
 
 WIDTH, HEIGHT = 4.6, 3.0  # inches; on a phone of 390 pixels shown at least 331 pixels wide: a point is a pixel
 FONT_SIZE = 11  # points
@@ -338,9 +339,9 @@ def gradient_norms(log: Log) -> Figure | None:
     )
     axes.plot(*total, color=TRAIN, label="all")
     drawn = [total[1]]
-    for name, color, style in (("embeddings", EVAL, "--"), ("layers", COLORS["zh"], ":")):
-        if (series := _positive(_series(log, f"grad_norm_{name}"))) is not None:
-            axes.plot(*series, style, color=color, label=name)
+    for key, color, style in (("grad_norm_embeddings", EVAL, "--"), ("grad_norm_layers", COLORS["zh"], ":")):
+        if (series := _positive(_series(log, key))) is not None:
+            axes.plot(*series, style, color=color, label=key.removeprefix("grad_norm_"))
             drawn.append(series[1])
     if len(drawn) > 1:
         _legend(axes)
@@ -442,13 +443,13 @@ def series_of(log: Log, name: str, smooth: bool = False) -> Series | None:
 
 
 @_style()
-def overlay(curves: list[Curve], unit: str) -> Figure:
+def overlay(curves: list[Curve], unit: str, summary: Summary = "end") -> Figure:
     """Curves over one another; of several runs, their mean as a line and their range as a band around it."""
     lines = [(curve, *_mean_and_range(curve.series)) for curve in curves]
-    ends = sorted((line[1][-1], curve.name) for curve, line, _ in lines)
-    lowest, highest = _digits(ends[0][0]), _digits(ends[-1][0])
-    finding = f"{lowest} ({ends[0][1]}) to {highest} at the end" if lowest != highest else f"{lowest} at the end"
-    figure, axes = _canvas(finding, unit)
+    found = sorted((_summarize(line[1], summary), curve.name) for curve, line, _ in lines)
+    lowest, highest = _digits(found[0][0]), _digits(found[-1][0])
+    finding = f"{lowest} ({found[0][1]}) to {highest}" if lowest != highest else lowest
+    figure, axes = _canvas(f"{finding} at the end" if summary == "end" else f"{finding} ({summary})", unit)
     values = []
     for curve, line, bounds in lines:
         marker = "o" if len(line[0]) < 12 else None
@@ -466,6 +467,10 @@ def overlay(curves: list[Curve], unit: str) -> Figure:
     columns = max(1, int(72 * WIDTH / (32 + 0.62 * FONT_SIZE * widest)))  # as many as fit, at the width of a digit
     figure.legend(loc="outside upper left", ncols=min(columns, 3), handlelength=2.2)
     return figure
+
+
+def _summarize(values: numpy.ndarray, summary: Summary) -> float:
+    return float({"end": values[-1], "highest": values.max(), "median": numpy.median(values)}[summary])
 
 
 def _mean_and_range(runs: list[Series]) -> tuple[Series, tuple[numpy.ndarray, numpy.ndarray] | None]:

@@ -21,7 +21,7 @@ from llmtuner.files import atomic_write_text
 from llmtuner.report.checks import UNKNOWN, get_nested, percent, run_checks
 from llmtuner.report.figures import STEPS as FIGURE_STEPS
 from llmtuner.report.figures import build_figures, read_log
-from llmtuner.report.record import cost_of, describe_training, duration, wall_seconds
+from llmtuner.report.record import MEASURES, cost_of, describe_training, duration, wall_seconds
 from llmtuner.report.steps import Step
 
 RUNS = {
@@ -75,7 +75,7 @@ def write_report(
             group: {model: _count(graded) for model, graded in by_model.items()} for group, by_model in grades.items()
         },
         records=records,
-        record_names=list(dict.fromkeys(name for record in records.values() for name in record)),
+        record_names=[name for name in MEASURES if any(name in record for record in records.values())],
         took=_total(metrics),
         samples=_samples(metrics, runs),
         pipeline=_pipeline(steps, metrics),

@@ -4,11 +4,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MEASURES = (
+    "Wall time", "Cost", "Devices", "Peak memory per device", "Steps", "Tokens", "Tokens per second",
+    "Model FLOPs utilization", "Trainable parameters", "Gradient norm", "Best checkpoint",
+)  # fmt: skip
+
 
 def describe_training(
     metrics: Mapping[str, Any], log: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What is known of {wall time, cost, devices, ...}, as text; what an older or unfinished run lacks is left out.
+    """What is known of `MEASURES`, as text; what an older or unfinished run lacks is left out.
 
     Args:
         metrics: of the step; empty for a run that has not finished, or outside of the steps.
