@@ -236,7 +236,7 @@ def print_results(metrics: dict[str, Any]) -> None:
     ]
     print0(format_table(["settings", "repeated", "longest loop", "finished", "right", "tokens/s"], rows))
     chosen = metrics["generation"]["chosen"]
-    print0(f"Selected: {chosen} (least repetition at a cost of at most 2 points of accuracy).")
+    print0(f"Selected: {chosen} (least repetition at a cost of at most 2 points of accuracy in any language).")
 
 
 def chat() -> None:

@@ -58,10 +58,39 @@ def test_settings_are_chosen_by_repetition_among_those_that_cost_little(monkeypa
         "settings": evaluate.SAMPLED,
         "repeated_4gram_ratio": 0.3,
         "accuracy": 0.91,
+        "accuracy_by_group": {"zh": 0.91},
     }
     assert num_prompts["greedy"] == [1, 1]
     assert num_prompts["sampled"] == [evaluate.NUM_SAMPLES, 1]
     assert sum(progress) == evaluate.num_progress_items(questions, {}, num_models=0)
+
+
+def test_settings_that_lose_one_language_are_not_chosen(monkeypatch):
+    """The mean of both languages would allow it."""
+    questions = [Question("zh", "zh", "?", "茶"), Question("ja", "ja", "?", "茶"), Question("ja_free", "ja", "？")]
+    measured = {
+        "greedy": (0.5, 0.9, 0.9),
+        "greedy, penalty 1.05": (0.3, 0.88, 0.88),
+        "greedy, penalty 1.1": (0.1, 1.0, 0.87),
+    }
+    monkeypatch.setattr(
+        evaluate, "GENERATION_CANDIDATES", {name: {"do_sample": False, "name": name} for name in measured}
+    )
+    monkeypatch.setattr(
+        evaluate,
+        "generate_answers",
+        lambda model, tokenizer, prompts, length, settings, **_: GeneratedAnswers(
+            [GeneratedAnswer(settings["name"], 1, True)], 1.0
+        ),
+    )
+    monkeypatch.setattr(
+        evaluate, "repetition_metrics", lambda answers: {"repeated_4gram_ratio": measured[answers.texts[0]][0]}
+    )
+    places = {"zh": 1, "ja": 2}
+    monkeypatch.setattr(
+        evaluate, "accuracy", lambda known, texts, group: measured[texts[0]][places[group]] if group in places else None
+    )
+    assert select_generation_config(None, None, questions, 9)["chosen"] == "greedy, penalty 1.05"
 
 
 def test_progress_of_an_evaluation_adds_up(tiny_model_dir):
