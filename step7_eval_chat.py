@@ -39,7 +39,7 @@ PASS_RATES = ("response_pass_rate", "line_pass_rate")
 LOOPBACK = "127.0.0.1"
 # The options of each mode, and their defaults.
 MODE_OPTIONS: dict[str, dict[str, Any]] = {
-    "suite": dict(model="chat", tasks=None, task_dir=None, limit=None, num_fewshot=None, batch_size=16),
+    "suite": dict(model="chat", tasks=None, task_dir=None, data_dir=None, limit=None, num_fewshot=None, batch_size=16),
     "web": dict(port=7860, host=LOOPBACK),
 }
 
@@ -85,6 +85,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, help="with --suite: which model (default: chat)")
     parser.add_argument("--tasks", help="with --suite: other tasks of the harness, comma-separated")
     parser.add_argument("--task_dir", type=Path, help="with --suite: a directory of additional task files")
+    parser.add_argument(
+        "--data_dir", type=Path, help="with --suite: a directory of the tasks' data, such as jnli.valid.jsonl"
+    )
     parser.add_argument("--limit", type=int, help="with --suite: questions per task (default: all)")
     parser.add_argument(
         "--num_fewshot", type=int, help="with --suite: examples before each question (default: the task's own)"
@@ -272,7 +275,7 @@ def evaluate_suite(options: argparse.Namespace) -> None:
         pipeline.require_artifacts(directory)
     check_writable(constants.METRICS_DIR)
     from llmtuner.eval.lm_eval_adapter import USES_CHAT_TEMPLATE, run_suite
-    from llmtuner.eval.scores import format_scores
+    from llmtuner.eval.scores import format_paired, format_scores, paired_rows
 
     result = run_suite(
         options.suite,
@@ -283,10 +286,17 @@ def evaluate_suite(options: argparse.Namespace) -> None:
         chat=USES_CHAT_TEMPLATE[options.model],
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
+        data_dir=options.data_dir,
     )
     print0(format_scores(result["tasks"]))
     if result["truncated_requests"]:
-        print0(f"{result['truncated_requests']:,} requests exceeded the model's context and lost their beginning.")
+        print0(f"{result['truncated_requests']:,} requests exceeded the model's context of {result['context_length']:,} tokens "
+               "and lost their beginning.")  # fmt: skip
+    if options.model != "base":
+        kept = paired_rows(pipeline.load_metrics(f"suite_{options.suite}_base"), result)
+        if kept:
+            print_header("lost of the base model's scores, question by question")
+            print0(format_paired(kept, "base", options.model))
     atomic_write_json(constants.METRICS_DIR / f"suite_{options.suite}_{options.model}.json", result)
     if pipeline.load_metrics("step1"):
         pipeline.write_report()

@@ -1,9 +1,11 @@
 """Standard benchmarks through EleutherAI's lm-evaluation-harness, with every request in ChatGLM3's own format."""
 
 import difflib
+import hashlib
 import json
 import logging
 import random
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -19,17 +21,23 @@ from llmtuner.console import Timer, UserError, progress_bar
 from llmtuner.data.template import Message, Template
 from llmtuner.eval.bits_per_byte import padded_logits
 from llmtuner.eval.generation import batches_by_length, generate_batch, generation_config
+from llmtuner.eval.scores import binomial_ci
+from llmtuner.eval.suite_data import LocalSplits, local_datasets
 from llmtuner.model.loading import load_for_evaluation
 from llmtuner.tokenizer.fast import encode, encode_batch
 
 HARNESS_REQUIREMENT = "lm_eval==0.4.13"
+# MMLU-ProX asks the same questions in all three languages.
 SUITES = {
     "ja": [
-        f"ja_leaderboard_{task}"
-        for task in ("jcommonsenseqa", "jnli", "marc_ja", "jsquad", "jaqket_v2", "mgsm", "xlsum", "xwinograd")
+        *(
+            f"ja_leaderboard_{task}"
+            for task in ("jcommonsenseqa", "jnli", "marc_ja", "jsquad", "jaqket_v2", "mgsm", "xlsum", "xwinograd")
+        ),
+        "mmlu_prox_lite_ja",
     ],
-    "zh": ["ceval-valid", "cmmlu"],
-    "en": ["mmlu", "gsm8k", "hellaswag"],
+    "zh": ["ceval-valid", "cmmlu", "mmlu_prox_lite_zh"],
+    "en": ["mmlu", "gsm8k", "hellaswag", "mmlu_prox_lite_en"],
 }
 # Which of step 7's models answer in the chat format. The Zero model answers as the base does; pretraining unlearns it.
 USES_CHAT_TEMPLATE = {"base": True, "zero": True, "pretrained": False, "chat": True}
@@ -45,6 +53,7 @@ def run_suite(
     chat: bool = True,
     batch_size: int = 16,
     num_fewshot: int | None = None,
+    data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model on the tasks of a suite.
 
@@ -58,10 +67,12 @@ def run_suite(
         limit: documents per task; all by default. Each subject of a group is a task of its own.
         batch_size: requests in one forward pass.
         num_fewshot: examples before each question; by default what each task specifies.
+        data_dir: directory of data files, see `suite_data.local_datasets`.
 
     Returns:
-        model, suite, tasks {name: {metric, metric_stderr (where known), n (documents), few_shot}}, harness (version), limit,
-        truncated_requests (too long for the model's context: they lost their beginning), seconds.
+        model, suite, tasks (see `evaluate_tasks`), questions {task: {digest, correct {metric: "0110..."}}} for
+        `scores.paired_rows`, context_length (tokens), truncated_requests (too long for the model's context: they lost
+        their beginning), harness (version), limit, seconds.
 
     Raises:
         UserError: if the harness is missing, a name is unknown, a task's data is unavailable, or a number is too small.
@@ -75,9 +86,9 @@ def run_suite(
         raise UserError(f"the task directory {include_path} does not exist. Name a directory of task files (*.yaml).")
     timer = Timer()
     names = list(dict.fromkeys(tasks or SUITES[suite]))
-    loaded = load_tasks(names, include_path, num_fewshot)
+    loaded = load_tasks(names, include_path, num_fewshot, data_dir)
     model = ChatGLM3LM(*load_for_evaluation(model_dir), batch_size=batch_size)
-    scores = evaluate_tasks(model, names, loaded, limit, chat)
+    scores, questions = evaluate_tasks(model, names, loaded, limit, chat)
 
     import lm_eval
 
@@ -85,6 +96,8 @@ def run_suite(
         "model": str(model_dir),
         "suite": suite,
         "tasks": scores,
+        "questions": questions,
+        "context_length": model.context_length,
         "harness": lm_eval.__version__,
         "limit": limit,
         "truncated_requests": model.num_truncated,
@@ -94,7 +107,7 @@ def run_suite(
 
 @contextmanager
 def patched_harness() -> Iterator[None]:
-    """The harness without progress bars for each task's documents and without metrics that are code from the hub.
+    """The harness without progress bars for each task's documents, and without metrics that are code from the hub.
 
     `evaluate.load` downloads a metric as Python code and runs it; datasets has run no code since version 4.0.
 
@@ -102,6 +115,7 @@ def patched_harness() -> Iterator[None]:
         UserError: if the harness is not installed.
     """
     try:
+        import datasets
         import evaluate
         import lm_eval.api.task
     except ImportError as error:
@@ -113,12 +127,21 @@ def patched_harness() -> Iterator[None]:
         patch.object(lm_eval.api.task, "tqdm", lambda documents, **_: documents),
         patch.object(evaluate, "load", _refuse_remote_code),
     ):
-        yield
+        bars_were_disabled = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not bars_were_disabled:
+                datasets.enable_progress_bars()
 
 
 @patched_harness()
 def load_tasks(
-    names: list[str], include_path: Path | None = None, num_fewshot: int | None = None
+    names: list[str],
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    data_dir: Path | None = None,
 ) -> dict[str, dict[str, dict]]:
     """Loads tasks with their data: {name: {"tasks": {name: Task}, "groups": {name: Group}}}.
 
@@ -134,35 +157,46 @@ def load_tasks(
     if not set(names) <= set(manager.all_subtasks):  # reading the harness's 14,000 task files takes 10 seconds
         included, manager = manager.all_tasks, TaskManager(include_path=include_path)
         _check_task_names(names, manager.all_tasks, included, include_path)
-    loaded, failed = {}, []
+    loaded, failed, from_hub = {}, [], False
     for name in names:
         try:
-            loaded[name] = manager.load([name])
+            with local_datasets(data_dir):
+                group = manager.load([name])
+            for task_name, task in group["tasks"].items():
+                if num_fewshot is not None or task.config.num_fewshot is None:
+                    task.set_config("num_fewshot", num_fewshot or 0)
+                if isinstance(task.dataset, LocalSplits):
+                    task.dataset.check_fewshot(task_name, task.config.num_fewshot)
+                task.set_fewshot_seed(1234)
+            loaded[name] = group
         except Exception as error:  # whatever a task file, its functions or its data raise
             dataset = (manager.task_index[name].cfg or {}).get("dataset_path")
             failed.append(f"{name}{f' (data set {dataset})' if dataset else ''}: {str(error).strip() or repr(error)}")
+            from_hub |= not isinstance(error, UserError)
     if failed:
-        others = f" To evaluate only the others: --tasks {','.join(loaded)}." if loaded else ""
-        raise UserError(
-            f"{len(failed)} of {len(names)} tasks cannot be loaded:\n  "
-            + "\n  ".join(failed)
-            + "\nData sets of the hub are downloaded once and then cached: run this with an internet connection and without "
-            "HF_HUB_OFFLINE=1. Data sets that are code are not run: supply their rows with a task file of your own "
-            f"(--task_dir).{others}"
+        hint = (
+            "\nData sets of the hub are downloaded once and then cached: run this with an internet connection and without "
+            "HF_HUB_OFFLINE=1, or put their files (such as jnli.valid.jsonl) into a directory (--data_dir). Data sets that are "
+            "code are not run: supply their rows with a task file of your own (--task_dir)."
         )
+        lines = "\n  ".join(failed)
+        others = f"\nTo evaluate only the others: --tasks {','.join(loaded)}." if loaded else ""
+        raise UserError(f"{len(failed)} of {len(names)} tasks cannot be loaded:\n  {lines}{hint * from_hub}{others}")
     for name, task in ((name, task) for group in loaded.values() for name, task in group["tasks"].items()):
         _check_task_supported(name, task)
-        if num_fewshot is not None or task.config.num_fewshot is None:
-            task.set_config("num_fewshot", num_fewshot or 0)
-        task.set_fewshot_seed(1234)
     return loaded
 
 
 @patched_harness()
 def evaluate_tasks(
     model: "ChatGLM3LM", names: Iterable[str], loaded: dict[str, dict[str, dict]], limit: int | None, chat: bool
-) -> dict[str, dict[str, float]]:
-    """Runs loaded tasks: {task, or group if it has a mean: {metric, metric_stderr, n, few_shot}}.
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Runs loaded tasks.
+
+    Returns:
+        Scores {task, or group if it has a mean: {metric, metric_stderr (where known), metric_interval (95 %, where questions
+        are right or wrong), metric_chance (of multiple choice), n (questions), truncated (questions that lost their beginning),
+        few_shot}}, and {the same name: {digest of the questions, correct {metric: "0110..."}}}.
 
     Raises:
         UserError: if a task has fewer examples than `num_fewshot`.
@@ -171,6 +205,7 @@ def evaluate_tasks(
 
     tasks = {name: task for group in loaded.values() for name, task in group["tasks"].items()}
     raw: dict[str, dict] = {}
+    graded = {name: _record_results(task) for name, task in tasks.items()}
     for is_generation in (False, True):  # the harness applies the chat template to all tasks of a call
         selected = {
             name: task for name, task in tasks.items() if (task.OUTPUT_TYPE == "generate_until") == is_generation
@@ -189,17 +224,79 @@ def evaluate_tasks(
             except (AssertionError, ValueError) as error:  # raised if there are fewer examples than requested
                 hint = "If there are too few examples, lower num_fewshot."
                 raise UserError(f"{', '.join(selected)} cannot be evaluated ({error}). {hint}") from error
-    scores = {}
+    scores, questions = {}, {}
     for name in names:
         group, members = loaded[name]["groups"].get(name), loaded[name]["tasks"]
         results = {task: raw[task] for task in members}
         if group and group.has_aggregation:
             results = {name: group.aggregate(raw)}
         for task, values in results.items():
-            averaged = [members[task]] if task in members else members.values()
-            few_shot = max(member.config.num_fewshot for member in averaged)
-            scores[task] = _flatten_metrics(values) | {"n": values["sample_len"], "few_shot": few_shot}
-    return scores
+            averaged = {task: members[task]} if task in members else members
+            metrics: dict[str, Any] = _flatten_metrics(values)
+            questions[task] = _grades([(averaged[member], graded[member]) for member in averaged], metrics)
+            for metric, marks in questions[task]["correct"].items():
+                metrics[f"{metric}_interval"] = binomial_ci(marks.count("1"), len(marks))
+                if (chance := questions[task].get("chance")) is not None:
+                    metrics[f"{metric}_chance"] = chance
+            scores[task] = metrics | {
+                "n": values["sample_len"],
+                "truncated": sum(len(model.truncated_questions[member]) for member in averaged),
+                "few_shot": max(member.config.num_fewshot for member in averaged.values()),
+            }
+    return scores, questions
+
+
+def _record_results(task: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """A list that fills with (question, its metrics) while a task is graded: all questions under one filter, then the next."""
+    graded: list[tuple[Any, dict[str, Any]]] = []
+    process_results = task.process_results
+
+    def record(doc: Any, results: Any) -> dict[str, Any]:
+        metrics = process_results(doc, results)
+        graded.append((doc, metrics))
+        return metrics
+
+    task.process_results = record
+    return graded
+
+
+def _grades(graded: list[tuple[Any, list[tuple[Any, dict[str, Any]]]]], scores: dict[str, float]) -> dict[str, Any]:
+    """Which questions of a task, or of a group's tasks one after the other, were answered correctly.
+
+    Args:
+        graded: (task, what `_record_results` recorded).
+        scores: those of the task or group. A metric is left out if it is not the share of right answers.
+
+    Returns:
+        digest of the questions; correct {metric: "0110..."}; chance, of multiple choice: what guessing scores on average, or
+        always the same answer where all questions have the same choices, whichever is more.
+    """
+    several = len({filters.name for task, _ in graded for filters in task._filters}) > 1
+    digest, guesses, answers = hashlib.sha256(), [], Counter[tuple[tuple[str, ...], str]]()
+    marks: dict[str, list[float]] = defaultdict(list)
+    for task, results in graded:
+        num_docs = len(results) // len(task._filters)
+        for index, (doc, metrics) in enumerate(results):
+            if index < num_docs:
+                digest.update(json.dumps(doc, ensure_ascii=False, sort_keys=True, default=str).encode())
+                if task.OUTPUT_TYPE == "multiple_choice":
+                    choices = tuple(task.doc_to_choice(doc))
+                    guesses.append(1 / len(choices))
+                    answers[choices, str(task.doc_to_target(doc))] += 1
+            for metric, value in metrics.items():
+                marks[f"{metric} ({task._filters[index // num_docs].name})" if several else metric].append(value)
+    correct = {
+        metric: "".join("1" if value else "0" for value in values)
+        for metric, values in marks.items()
+        if all(isinstance(value, bool | int | float | numpy.generic) and value in (0, 1) for value in values)
+        and abs(float(numpy.mean(values)) - scores.get(metric, -1)) < 1e-6
+    }
+    result: dict[str, Any] = {"digest": digest.hexdigest()[:16], "correct": correct}
+    if guesses:
+        same_choices = len({choices for choices, _ in answers}) == 1
+        most_frequent = max(answers.values()) / len(guesses) if same_choices else 0.0
+        result["chance"] = max(sum(guesses) / len(guesses), most_frequent)
+    return result
 
 
 class ChatGLM3LM:
@@ -217,6 +314,8 @@ class ChatGLM3LM:
         self.context_length: int = model.config.max_position_embeddings
         self.num_truncated = 0
         """Requests that exceeded the context and lost their beginning."""
+        self.truncated_questions: dict[str, set[int]] = defaultdict(set)
+        """{task: questions of such requests}."""
 
     def apply_chat_template(self, messages: list[Message], add_generation_prompt: bool = True) -> list[Message]:
         """Leaves a dialogue as it is; `generate_until` encodes it."""
@@ -232,9 +331,9 @@ class ChatGLM3LM:
         complete = encode_batch(self.tokenizer, [context + continuation for context, continuation in pairs])
         contexts = encode_batch(self.tokenizer, [context.rstrip() for context, _ in pairs])
         sequences = []
-        for ids, context in zip(complete, contexts, strict=True):
+        for request, ids, context in zip(requests, complete, contexts, strict=True):
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, context, strict=False)))
-            fitted = self._fit(ids, self.context_length + 1)  # the last token is not an input
+            fitted = self._fit(request, ids, self.context_length + 1)  # the last token is not an input
             sequences.append((fitted, max(len(self.template.prefix), len(fitted) - len(ids) + shared)))
         return self._score(sequences)
 
@@ -250,7 +349,8 @@ class ChatGLM3LM:
                 max_new_tokens = min(max_new_tokens, self.context_length // 2)  # the rest is the prompt's
                 config = generation_config(self.template, settings, max_new_tokens)
                 room = self.context_length - max_new_tokens
-                prompts = [self._fit(self._encode_context(requests[index].args[0]), room) for index in indices]
+                selected = [requests[index] for index in indices]
+                prompts = [self._fit(request, self._encode_context(request.args[0]), room) for request in selected]
                 for batch in batches_by_length(prompts, self.batch_size, longest_first=True):
                     batch_prompts = [prompts[row] for row in batch]
                     outputs = generate_batch(self.model, self.tokenizer, batch_prompts, config, stop_texts)
@@ -259,11 +359,13 @@ class ChatGLM3LM:
                     bar.update(len(batch))
         return [answers[index] for index in range(len(requests))]
 
-    def _fit(self, ids: list[int], room: int) -> list[int]:
-        """The prefix and the end of `ids`, `room` tokens at most."""
+    def _fit(self, request: Any, ids: list[int], room: int) -> list[int]:
+        """The prefix and the end of the request's `ids`, `room` tokens at most, as the harness truncates."""
         prefix = self.template.prefix
         excess = max(0, len(prefix) + len(ids) - room)
-        self.num_truncated += excess > 0
+        if excess:
+            self.num_truncated += 1
+            self.truncated_questions[request.task_name].add(request.doc_id)
         return [*prefix, *ids[excess:]]
 
     def _encode_context(self, context: str | list[Message]) -> list[int]:

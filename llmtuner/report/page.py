@@ -16,7 +16,7 @@ from llmtuner.eval.intervals import wilson_interval
 from llmtuner.eval.language import HAN, KANA, LANGUAGES
 from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
-from llmtuner.eval.scores import score_rows
+from llmtuner.eval.scores import is_no_better_than_chance, paired_rows, score_rows
 from llmtuner.files import atomic_write_text
 from llmtuner.report.checks import UNKNOWN, get_nested, percent, run_checks
 from llmtuner.report.figures import STEPS as FIGURE_STEPS
@@ -274,18 +274,29 @@ def _parts(text: str) -> list[tuple[str, bool]]:
 
 
 def _suites(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The scores of each standard suite that was run, one row per task and metric."""
-    return [
-        {
-            "suite": suite.get("suite", ""),
-            "model": Path(suite.get("model", "")).name,
-            "limit": suite.get("limit"),
-            "harness": suite.get("harness"),
-            "rows": score_rows(suite.get("tasks", {})),
-        }
-        for name, suite in sorted(metrics.items())
-        if name.startswith("suite_")
-    ]
+    """The scores of each standard suite that was run, one row per task and metric, with what is lost of the base's."""
+    suites = []
+    for name, suite in sorted(metrics.items()):
+        if name.startswith("suite_"):
+            base = metrics.get(f"suite_{suite.get('suite')}_base", {})
+            lost = {(row["task"], row["metric"]): row for row in paired_rows(base, suite) if base is not suite}
+            suites.append(
+                {
+                    "suite": suite.get("suite", ""),
+                    "model": Path(suite.get("model", "")).name,
+                    "limit": suite.get("limit"),
+                    "harness": suite.get("harness"),
+                    "rows": [
+                        {
+                            **row,
+                            "no_better_than_chance": is_no_better_than_chance(row),
+                            "lost": lost.get((row["task"], row["metric"])),
+                        }
+                        for row in score_rows(suite.get("tasks", {}))
+                    ],
+                }
+            )
+    return suites
 
 
 def read_json(path: Path) -> dict[str, Any]:

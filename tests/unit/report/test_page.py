@@ -75,6 +75,23 @@ def test_a_run_with_only_step_1(tmp_path):
     assert "tiles" not in [attributes.get("class") for _, attributes in outline.tags]
 
 
+def test_suites_show_chance_and_what_is_lost(tmp_path):
+    def suite(model, marks, interval, **more):
+        scores = {"acc": marks.count("1") / 4, "acc_interval": interval, "acc_chance": 0.5, "n": 4, "few_shot": 0}
+        questions = {"jnli": {"digest": "x", "correct": {"acc": marks}}}
+        return {"suite": "ja", "model": model, "tasks": {"jnli": scores | more}, "questions": questions}
+
+    base, chat = suite("base", "1111", [0.6, 1.0]), suite("chat", "1010", [0.1, 0.9], truncated=3)
+    put(tmp_path, {"step1": METRICS["step1"], "suite_ja_base": base, "suite_ja_chat": chat})
+    seen = words(report(tmp_path))
+    assert "jnliacc 1.000 (0.600 to 1.000) 0.500 40" in seen
+    assert (
+        "jnliacc 0.500 (0.100 to 0.900) 0.500: the model is no better 4, 3 of which lost their beginning050.0 % ("
+        in seen
+    )
+    assert seen.count("Lost of the base model's score") == 1
+
+
 def test_pipeline(work_dir, no_figures):
     text = report(work_dir)
     stages = [words("<body>" + one) for one in re.findall(r'<li class="stage .*?</li>', text, re.DOTALL)]
@@ -122,7 +139,7 @@ def test_a_run_with_everything(work_dir):
         "Answers in the language of the question no line in another Japanese 99.9%99% of lines, 2 undecided",
         "Tokens per second 1,234 1,234",
         "penalty ✓ selectedrepetition_penalty 1.1",
-        "jnliacc 0.310 ± 0.066 503",
+        "jnliacc 0.310 ± 0.066 – 503",
         "chat_model, at most 50 documents per task, lm_eval 0.4.13",
         "Settings of step 6 3",
         "日本語&#34;, &#34;&lt;script&gt;",
