@@ -287,11 +287,15 @@ def evaluate_suite(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         num_fewshot=options.num_fewshot,
         data_dir=options.data_dir,
+        trained_length=PROFILE.context_length,
     )
     print0(format_scores(result["tasks"]))
     if result["truncated_requests"]:
         print0(f"{result['truncated_requests']:,} requests exceeded the model's context of {result['context_length']:,} tokens "
                "and lost their beginning.")  # fmt: skip
+    if result["longer_questions"]:
+        print0(f"{result['longer_questions']:,} questions are longer than the {PROFILE.context_length:,} tokens of a sequence "
+               "in training.")  # fmt: skip
     if options.model != "base":
         kept = paired_rows(pipeline.load_metrics(f"suite_{options.suite}_base"), result)
         if kept:

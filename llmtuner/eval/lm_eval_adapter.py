@@ -54,6 +54,7 @@ def run_suite(
     batch_size: int = 16,
     num_fewshot: int | None = None,
     data_dir: Path | None = None,
+    trained_length: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model on the tasks of a suite.
 
@@ -68,11 +69,12 @@ def run_suite(
         batch_size: requests in one forward pass.
         num_fewshot: examples before each question; by default what each task specifies.
         data_dir: directory of data files, see `suite_data.local_datasets`.
+        trained_length: tokens of a sequence in training, above which questions are counted.
 
     Returns:
         model, suite, tasks (see `evaluate_tasks`), questions {task: {digest, correct {metric: "0110..."}}} for
         `scores.paired_rows`, context_length (tokens), truncated_requests (too long for the model's context: they lost
-        their beginning), harness (version), limit, seconds.
+        their beginning), trained_length, longer_questions (than that, of all tasks), harness (version), limit, seconds.
 
     Raises:
         UserError: if the harness is missing, a name is unknown, a task's data is unavailable, or a number is too small.
@@ -88,6 +90,7 @@ def run_suite(
     names = list(dict.fromkeys(tasks or SUITES[suite]))
     loaded = load_tasks(names, include_path, num_fewshot, data_dir)
     model = ChatGLM3LM(*load_for_evaluation(model_dir), batch_size=batch_size)
+    model.trained_length = trained_length
     scores, questions = evaluate_tasks(model, names, loaded, limit, chat)
 
     import lm_eval
@@ -101,6 +104,8 @@ def run_suite(
         "harness": lm_eval.__version__,
         "limit": limit,
         "truncated_requests": model.num_truncated,
+        "trained_length": trained_length,
+        "longer_questions": len(model.longer_questions),
         "seconds": timer.seconds(),
     }
 
@@ -316,6 +321,9 @@ class ChatGLM3LM:
         """Requests that exceeded the context and lost their beginning."""
         self.truncated_questions: dict[str, set[int]] = defaultdict(set)
         """{task: questions of such requests}."""
+        self.trained_length: int | None = None
+        self.longer_questions: set[tuple[str, int]] = set()
+        """(task, question) of requests longer than `trained_length`."""
 
     def apply_chat_template(self, messages: list[Message], add_generation_prompt: bool = True) -> list[Message]:
         """Leaves a dialogue as it is; `generate_until` encodes it."""
@@ -363,6 +371,8 @@ class ChatGLM3LM:
         """The prefix and the end of the request's `ids`, `room` tokens at most, as the harness truncates."""
         prefix = self.template.prefix
         excess = max(0, len(prefix) + len(ids) - room)
+        if self.trained_length and len(prefix) + len(ids) > self.trained_length:
+            self.longer_questions.add((request.task_name, request.doc_id))
         if excess:
             self.num_truncated += 1
             self.truncated_questions[request.task_name].add(request.doc_id)

@@ -180,7 +180,8 @@ def test_truncated_questions_are_counted(few_tasks, lively_dir, data_dir, monkey
     rows = [sum_row(number) for number in range(6)]
     rows[2]["question"] = rows[4]["question"] = "An apple. " * 60
     write(data_dir, "gsm8k", rows)
-    result = run_suite("ja", lively_dir, ["gsm8k", TASKS["jnli"]], num_fewshot=0, data_dir=data_dir)
+    result = run_suite("ja", lively_dir, ["gsm8k", TASKS["jnli"]], num_fewshot=0, data_dir=data_dir, trained_length=60)
+    assert result["longer_questions"] == 2 + 6
     assert result["tasks"]["gsm8k"]["truncated"] == 2
     assert result["tasks"][TASKS["jnli"]]["truncated"] == 6  # a token a byte
     assert result["truncated_requests"] == 2 + 6 * 3  # with each of three choices
