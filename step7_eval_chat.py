@@ -25,7 +25,7 @@ import constants
 import pipeline
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
 from llmtuner.console import Timer, UserError, display_path, format_table, print0, print_header, progress_bar, run_cli
-from llmtuner.eval.language import LANGUAGES
+from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES
 from llmtuner.files import atomic_write_json, atomic_write_text, check_writable
 from llmtuner.report.checks import percent
 
@@ -154,9 +154,29 @@ def evaluate() -> dict[str, Any]:
     metrics: dict[str, Any] = {
         metric: {name: values[metric] for name, values in by_model.items()} for metric in by_model["base"]
     }
+    metrics["lost"] = {
+        name: lost_of_base(questions, answers["base"], answers[name]) for name in MODELS if name != "base"
+    }
     metrics |= {"generation": generation, "seconds": timer.seconds()}
     pipeline.write_model_card(CHAT_MODEL_DIR, metrics)
     return metrics
+
+
+def lost_of_base(questions: "list[Question]", before: list[str], after: list[str]) -> dict[str, Any]:
+    """What a model lost of the base's right answers in each retained language, see `scores.lost_percent`."""
+    from llmtuner.eval.questions import is_correct
+    from llmtuner.eval.scores import lost_percent
+
+    lost = {}
+    for language in RETAINED_LANGUAGES:
+        graded = [index for index, question in enumerate(questions) if question.group == language and question.value]
+        marks = [
+            "".join("1" if is_correct(questions[index], answers[index]) else "0" for index in graded)
+            for answers in (before, after)
+        ]
+        if graded:
+            lost[language] = lost_percent(*marks)
+    return lost
 
 
 def write_answers(questions: "list[Question]", answers: dict[str, list[str]]) -> None:
@@ -213,6 +233,13 @@ def print_results(metrics: dict[str, Any]) -> None:
             f"The chat model answers under its selected settings ({metrics['generation']['chosen']}), the others greedily."
         )
 
+    lost = metrics.get("lost")  # not measured by earlier versions
+    if lost:
+        print_header("right answers lost of the base's, percent")
+        rows = [[name, *(lost_cell(losses.get(code)) for code in RETAINED_LANGUAGES)] for name, losses in lost.items()]
+        print0(format_table(["lost in", *RETAINED_LANGUAGES], rows))
+        print0("The same questions before and after; 95 % bootstrap intervals over questions. Negative: gained.")
+
     confusion = metrics.get("language_confusion")  # not measured by earlier versions
     if confusion:
         print_header("answers in the language of the question")
@@ -240,6 +267,13 @@ def print_results(metrics: dict[str, Any]) -> None:
     print0(format_table(["settings", "repeated", "longest loop", "finished", "right", "tokens/s"], rows))
     chosen = metrics["generation"]["chosen"]
     print0(f"Selected: {chosen} (least repetition at a cost of at most 2 points of accuracy in any language).")
+
+
+def lost_cell(lost: "dict[str, Any] | None") -> str:
+    if lost is None or lost["lost"] is None:
+        return "–"
+    interval = "" if lost["interval"] is None else " ({:.1f} to {:.1f})".format(*lost["interval"])
+    return f"{lost['lost']:.1f} %{interval} of {lost['n']:,}"
 
 
 def chat() -> None:

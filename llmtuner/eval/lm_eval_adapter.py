@@ -21,7 +21,7 @@ from llmtuner.console import Timer, UserError, progress_bar
 from llmtuner.data.template import Message, Template
 from llmtuner.eval.bits_per_byte import padded_logits
 from llmtuner.eval.generation import batches_by_length, generate_batch, generation_config
-from llmtuner.eval.scores import binomial_ci
+from llmtuner.eval.intervals import wilson_interval
 from llmtuner.eval.suite_data import LocalSplits, local_datasets
 from llmtuner.model.loading import load_for_evaluation
 from llmtuner.tokenizer.fast import encode, encode_batch
@@ -240,7 +240,7 @@ def evaluate_tasks(
             metrics: dict[str, Any] = _flatten_metrics(values)
             questions[task] = _grades([(averaged[member], graded[member]) for member in averaged], metrics)
             for metric, marks in questions[task]["correct"].items():
-                metrics[f"{metric}_interval"] = binomial_ci(marks.count("1"), len(marks))
+                metrics[f"{metric}_interval"] = wilson_interval(marks.count("1"), len(marks))
                 if (chance := questions[task].get("chance")) is not None:
                     metrics[f"{metric}_chance"] = chance
             scores[task] = metrics | {

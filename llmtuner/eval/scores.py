@@ -9,16 +9,7 @@ from llmtuner.console import format_table
 
 NOT_METRICS = ("n", "few_shot", "truncated")
 NOTES_OF_METRICS = ("_stderr", "_interval", "_chance")
-Z_95 = 1.96
 NUM_RESAMPLES = 10_000
-
-
-def binomial_ci(num_correct: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share of right answers by Wilson (1927), which is sensible at 0 and 1 also, unlike score ± error."""
-    share, spread = num_correct / n, Z_95**2 / n
-    center = (share + spread / 2) / (1 + spread)
-    half = Z_95 / (1 + spread) * (share * (1 - share) / n + spread / n / 4) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def score_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

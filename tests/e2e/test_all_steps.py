@@ -195,6 +195,8 @@ def test_evaluation_finishes_the_chat_model(run_of_all_steps):
         assert metrics["repetition"]["chat"]["ja"] == candidate["repeated_4gram_ratio"]
     own = json.loads((run_of_all_steps / "chat_model" / "generation_config.json").read_text())
     assert {name: own[name] for name in chosen} == chosen
+    lost = metrics["lost"]["chat"]["zh"]
+    assert (lost["before"], lost["after"]) == tuple(metrics["accuracy"][model]["zh"] for model in ("base", "chat"))
     card = (run_of_all_steps / "chat_model" / "README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card
     assert metrics["generation"]["chosen"] in card

@@ -2,19 +2,13 @@
 
 import pytest
 
-from llmtuner.eval.scores import binomial_ci, format_paired, format_scores, lost_percent, paired_rows, score_rows
-
-
-def test_interval_of_a_share():
-    assert binomial_ci(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)  # as in Wilson (1927)
-    assert binomial_ci(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe (1998), table 1
-    low, high = binomial_ci(7, 10)
-    assert (1 - high, 1 - low) == pytest.approx(binomial_ci(3, 10))
+from llmtuner.eval.intervals import wilson_interval
+from llmtuner.eval.scores import format_paired, format_scores, lost_percent, paired_rows, score_rows
 
 
 @pytest.mark.parametrize(("right", "named"), [(20, True), (27, True), (32, False), (5, True)])
 def test_scores_no_better_than_chance_are_named(right, named):
-    scores = {"acc": right / 100, "acc_stderr": 0.04, "acc_interval": binomial_ci(right, 100), "acc_chance": 0.2}
+    scores = {"acc": right / 100, "acc_stderr": 0.04, "acc_interval": wilson_interval(right, 100), "acc_chance": 0.2}
     table = format_scores({"task": {**scores, "n": 100, "truncated": 3, "few_shot": 0}})
     assert ("No better than chance: task." in table) == named
     assert f"{right / 100:.4f}  0.0400" in table
