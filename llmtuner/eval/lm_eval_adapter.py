@@ -30,10 +30,14 @@ HARNESS_REQUIREMENT = "lm_eval==0.4.13"
 # MMLU-ProX asks the same questions in all three languages.
 SUITES = {
     "ja": [
-        *(
-            f"ja_leaderboard_{task}"
-            for task in ("jcommonsenseqa", "jnli", "marc_ja", "jsquad", "jaqket_v2", "mgsm", "xlsum", "xwinograd")
-        ),
+        "ja_leaderboard_jcommonsenseqa",
+        "ja_leaderboard_jnli",
+        "ja_leaderboard_marc_ja",
+        "ja_leaderboard_jsquad",
+        "ja_leaderboard_jaqket_v2",
+        "ja_leaderboard_mgsm",
+        "ja_leaderboard_xlsum",
+        "ja_leaderboard_xwinograd",
         "mmlu_prox_lite_ja",
     ],
     "zh": ["ceval-valid", "cmmlu", "mmlu_prox_lite_zh"],

@@ -124,6 +124,7 @@ def test_every_step_has_help_and_refuses_what_it_does_not_know(script, tmp_path)
         (["--web", "--batch_size", "16"], "--batch_size requires --suite"),
         (["--num_fewshot", "0"], "--num_fewshot requires --suite"),
         (["--task_dir", "."], "--task_dir requires --suite"),
+        (["--data_dir", "."], "--data_dir requires --suite"),
         (["--port", "7860"], "--port requires --web"),
         (["--suite", "ja", "--host", "0.0.0.0"], "--host requires --web"),
         (["--suite", "ja", "--limit", "0"], "--limit is 0; it must be at least 1"),
