@@ -245,16 +245,16 @@ def _common_name(names: Sequence[str]) -> str:
     """lora-1-42 and lora-1-43 -> lora-1: what the names have in common."""
     if len(names) == 1:
         return names[0]
-    split = [re.split(r"[-_./ ]+", name) for name in names]
+    split = [re.findall(r"[-_./ ]*[^-_./ ]+", name) for name in names]  # parts with the marks before them
     if len({len(parts) for parts in split}) == 1:
         common = [parts[0] for parts in zip(*split, strict=True) if len({*parts}) == 1]
     else:
         common = [
             parts[0] for parts in itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*split, strict=False))
         ]
-    if common[-1:] == ["seed"]:
+    if common and common[-1].strip("-_./ ") == "seed":
         common.pop()
-    return "-".join(common) or names[0]
+    return "".join(common).strip("-_./ ") or names[0]
 
 
 def _is_same(runs: Sequence[Run], step: str) -> bool:

@@ -60,6 +60,20 @@ def test_runs_that_differ_in_their_seeds_are_one_recipe(tmp_path, no_figures):
     assert line(text, "Held-out loss, end") == ["0.52000.5000 to 0.5400", expected]
 
 
+@pytest.mark.parametrize(
+    ("names", "common"),
+    [
+        (["lora_2_epochs-42", "lora_2_epochs-43"], "lora_2_epochs"),
+        (["seed-42-long", "seed-43-long"], "seed-long"),
+        (["a/seed_1", "a/seed_2"], "a"),
+        (["lora-1", "lora-2-again"], "lora"),
+        (["x", "y"], "x"),
+    ],
+)
+def test_a_recipe_is_called_what_its_runs_have_in_common(names, common):
+    assert compare._common_name(names) == common
+
+
 def test_the_model_is_a_setting_unless_its_training_is_shown(tmp_path):
     for name in ("a", "b"):
         save_run(tmp_path / name / "step5_pt_adapter", seed=name, stage="pt")
