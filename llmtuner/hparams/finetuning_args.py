@@ -70,6 +70,18 @@ class FinetuningArguments:
         ABOVE_0,
         resume_safe=True,
     )
+    divergence_factor: float = setting(
+        3.0,
+        "Loss or gradient norm above so many times its running median is high.",
+        (lambda value: 1 < value < float("inf"), "greater than 1"),
+        resume_safe=True,
+    )
+    divergence_steps: int = setting(
+        10,
+        "Stop after so many steps in a row with a high loss or gradient norm; 0: never (so with disable_shuffling).",
+        NOT_NEGATIVE,
+        resume_safe=True,
+    )
     dry_run: bool = setting(
         False,
         "Check everything, measure a few real steps, print what the run will take, and leave nothing.",

@@ -21,6 +21,7 @@ from llmtuner.aliases import THROUGHPUT_KEYS, locate, rename_keys
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.train.best_checkpoint import best_metric, find_best
+from llmtuner.train.divergence import STOPPED_FILE
 from llmtuner.train.flops import Utilization
 
 
@@ -239,7 +240,7 @@ class TimedSave(TrainerCallback):
     def is_due(self) -> bool:
         """Tells in the middle of a step whether a checkpoint after the next one could come too late."""
         elapsed = time.perf_counter() - self.saved_state_at
-        return elapsed + 2 * self.step_seconds + self.save_seconds >= self.interval
+        return self.interval < math.inf and elapsed + 2 * self.step_seconds + self.save_seconds >= self.interval
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved_state_at = self.step_end = time.perf_counter()
@@ -294,9 +295,13 @@ class GracefulStopCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (self.trainer.output_dir / STOPPED_FILE).unlink(missing_ok=True)
         self.trainer.meter.start_time = time.perf_counter()
         state.compute_steps(args, state.max_steps)  # Trainer resumes with the intervals of the checkpoint
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.should_stop:
             control.should_save = control.should_training_stop = True
+        if self.trainer.is_save_postponed:
+            control.should_save = True

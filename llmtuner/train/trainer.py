@@ -11,6 +11,7 @@ One optimizer step, from transformers/trainer.py; what is marked with * is defin
                 _record_micro_batch * counts tokens, remembers loss and documents
                 _finish_step *        on the last micro-batch: all-reduces the figures of the step
                     _check_finite *   raises on all ranks, before the last backward pass, if a loss is NaN or infinite
+                    _check_divergence *   raises likewise after many steps with a high loss or gradient norm in a row
             accelerator.backward
         _clip_grad_norm *             first the norm of each group, on steps that are logged
         optimizer.step                parameter groups of create_optimizer *
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy
 import torch
@@ -40,7 +41,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from llmtuner.console import UserError
+from llmtuner.console import UserError, print0
 from llmtuner.data.packing import PackedDataCollator, PadToMultiple
 from llmtuner.eval.bits_per_byte import Windows, document_bits
 from llmtuner.files import atomic_write_json
@@ -59,11 +60,19 @@ from llmtuner.train.callbacks import (
     is_training_finished,
     peak_memory_gb,
 )
-from llmtuner.train.checkpointing import TMP_DIR, cleanup_on_failure, commit_checkpoint
+from llmtuner.train.checkpointing import (
+    TMP_DIR,
+    checkpoint_step,
+    cleanup_on_failure,
+    commit_checkpoint,
+    list_checkpoints,
+)
+from llmtuner.train.divergence import STOPPED_FILE, DivergenceMonitor
 from llmtuner.train.flops import Utilization
 from llmtuner.train.loss import linear_cross_entropy_sum
 
 MAX_DOCUMENTS_IN_ERROR = 8
+START_OVER = "overwrite_output_dir: true; steps: OVERWRITE=1"
 LR_GROUPS = ("learning_rate", "loraplus", "embedding_learning_rate")  # in the order of the optimizer's parameter groups
 
 
@@ -133,6 +142,12 @@ class PackedTrainer(Trainer):
         self.should_stop = self.should_save = False
         self.lr_groups: list[str] = []  # the entry of LR_GROUPS of each parameter group, where they differ
         self.embedding_lr: float | None = None  # of the current step
+        self.divergence = DivergenceMonitor(finetuning_args.divergence_factor, finetuning_args.divergence_steps)
+        if self.args.train_sampling_strategy == "sequential":  # one data set after another: losses jump between them
+            self.divergence.steps = 0
+        self.last_grad_norm: torch.Tensor | float = 0.0
+        self.last_micro_batches: list[MicroBatch] = []  # of the step before
+        self.is_save_postponed = False
         self.group_norms: dict[str, torch.Tensor] = {}  # grad_norm_... of a step that is logged
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -224,12 +239,15 @@ class PackedTrainer(Trainer):
         count = sum(batch.num_target_tokens for batch in self.micro_batches)
         should_save = self.is_world_process_zero() and self.timed_save.is_due()
         known = losses.new_tensor([count, self.stop_signal.received is not None, should_save])
-        sums = torch.cat([losses.sum()[None], not_finite.sum()[None], known])
+        norm = torch.as_tensor(self.last_grad_norm, dtype=losses.dtype, device=losses.device)
+        sums = torch.cat([losses.sum()[None], not_finite.sum()[None], norm[None], known])
         sums = self.accelerator.reduce(sums, reduction="sum")
-        loss, num_not_finite, num_target_tokens, stop_requests, save_requests = sums.tolist()
+        loss, num_not_finite, norm_sum, num_target_tokens, stop_requests, save_requests = sums.tolist()
         self._check_finite(not_finite, num_not_finite)
+        loss /= self.accelerator.num_processes
+        self._check_divergence(loss, norm_sum / self.accelerator.num_processes)
         self.should_stop, self.should_save = stop_requests > 0, save_requests > 0
-        self.meter.loss += loss / self.accelerator.num_processes
+        self.meter.loss += loss
         self.meter.target_tokens += int(num_target_tokens)
         self.meter.steps += 1
         self.micro_batches = []
@@ -247,15 +265,71 @@ class PackedTrainer(Trainer):
         if not num_not_finite:
             return
         batches = [batch for batch, is_bad in zip(self.micro_batches, not_finite, strict=True) if is_bad]
-        doc_ids = [int(doc_id) for batch in batches for sequence in batch.doc_ids for doc_id in sequence]
-        documents = gather_object([self.describe_document(doc_id) for doc_id in doc_ids])
-        others = len(documents) - MAX_DOCUMENTS_IN_ERROR
-        raise UserError(
+        documents = format_documents(gather_object(self._describe_documents(batches)))
+        self._stop(
+            "not finite",
             f"the loss of step {self.state.global_step + 1} is not finite, so this step was not made. Its batch contains: "
-            + "; ".join(documents[:MAX_DOCUMENTS_IN_ERROR])
-            + (f" and {others} more" if others > 0 else "")
-            + ". Check these, or lower learning_rate; the same command resumes from the latest checkpoint."
+            f"{documents}. Check these, or lower learning_rate; the same command resumes from the latest checkpoint.",
         )
+
+    def _check_divergence(self, loss: float, last_grad_norm: float) -> None:
+        """Makes sure that loss and gradient norm have not been high for `divergence_steps` steps in a row.
+
+        Args:
+            loss: of this step, on all ranks.
+            last_grad_norm: of the step before, known only now without making a GPU wait; 0 for none.
+
+        Raises:
+            UserError: names what was high, the documents of these steps, and a checkpoint from before.
+        """
+        monitor, step = self.divergence, self.state.global_step + 1
+        norm_is_high = last_grad_norm > 0 and monitor.is_high("grad_norm", last_grad_norm)
+        loss_is_high = monitor.is_high("loss", loss)
+        if not (loss_is_high or norm_is_high):
+            monitor.streak = []
+        else:
+            steps = [
+                *([self.last_micro_batches] if norm_is_high else []),
+                *([self.micro_batches] if loss_is_high else []),
+            ]
+            worst = [max(batches, key=lambda batch: float(batch.loss)) for batches in steps if batches]
+            documents = gather_object(self._describe_documents(worst)[:MAX_DOCUMENTS_IN_ERROR])
+            name, value = ("loss", loss) if loss_is_high else ("grad_norm", last_grad_norm)
+            entry = {"step": step, "name": name, "value": value, "documents": documents[:MAX_DOCUMENTS_IN_ERROR]}
+            monitor.streak.append(entry)
+        if monitor.has_diverged():
+            self._stop("diverged", self._describe_divergence())
+        self.last_micro_batches = self.micro_batches
+
+    def _describe_divergence(self) -> str:
+        monitor = self.divergence
+        first, last = monitor.streak[0]["step"], monitor.streak[-1]
+        usual = monitor.limit(last["name"]) / monitor.factor
+        documents = dict.fromkeys(document for entry in monitor.streak for document in entry["documents"])
+        # The high loss of a step is that of the weights before it, which the checkpoint of the step before holds.
+        before = [path for path in list_checkpoints(self.output_dir) if checkpoint_step(path) <= first - 2]
+        if before:
+            kept = f"{before[0]} is from before: start over ({START_OVER}), or continue from its weights in another "
+            kept += f"output_dir (adapter_name_or_path: {before[0]})."
+        else:
+            kept = f"There is no checkpoint from before: start over ({START_OVER})."
+        return (
+            f"the run has diverged, so step {last['step']:,} was not made: in {len(monitor.streak)} steps in a row, from "
+            f"{first:,}, loss or gradient norm was above {monitor.factor:g} times its running median (divergence_factor). "
+            f"The {'loss' if last['name'] == 'loss' else 'gradient norm'} is {last['value']:.4g} instead of about "
+            f"{usual:.4g}. These batches contain: {format_documents([*documents])}. Check these documents, or lower "
+            f"learning_rate. {kept}"
+        )
+
+    def _describe_documents(self, batches: list[MicroBatch]) -> list[str]:
+        return [self.describe_document(int(id)) for batch in batches for sequence in batch.doc_ids for id in sequence]
+
+    def _stop(self, reason: str, message: str) -> NoReturn:
+        """Ends a run that cannot go on, and leaves the reason in output_dir for `llmtuner status`."""
+        if self.is_world_process_zero():
+            entry = {"reason": reason, "step": self.state.global_step, "message": message}
+            atomic_write_json(self.output_dir / STOPPED_FILE, entry)
+        raise UserError(message)
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -270,7 +344,9 @@ class PackedTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # nothing is clipped
             self._record_group_norms()
-        return super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.last_grad_norm = 0.0 if norm is None else norm
+        return norm
 
     def _record_group_norms(self) -> None:
         """Computes the gradient norm of the embeddings and of everything else, before clipping, on a step that is logged.
@@ -432,6 +508,7 @@ class PackedTrainer(Trainer):
     def resume_from_checkpoint(self, checkpoint: Path) -> None:
         """Continues training from a valid checkpoint as if the run had never stopped."""
         self.meter = ThroughputMeter.load(checkpoint)
+        self.divergence.load(checkpoint)
         self.args.eval_on_start = False  # done before the checkpoint
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if not is_training_finished(state, self.finetuning_args):
@@ -486,12 +563,20 @@ class PackedTrainer(Trainer):
                 output_dir, weights if isinstance(self.model, PeftModel) else {**self.model.state_dict(), **weights}
             )
 
+    def _may_be_diverging(self) -> bool:
+        """Whether the loss of the step just made, or its gradient norm, is too high for its weights to be kept."""
+        return bool(self.divergence.streak) or float(self.last_grad_norm) > self.divergence.limit("grad_norm")
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.output_dir / TMP_DIR)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint that appears under its name only when it is complete."""
         output_dir, step = self.output_dir, self.state.global_step
+        self.is_save_postponed = self._may_be_diverging() and not self.control.should_training_stop
+        if self.is_save_postponed:
+            print0(f"step {step:,}: the checkpoint waits until loss and gradient norm are near their medians again")
+            return
         self.meter.update_elapsed()
         with self.meter.paused(), cleanup_on_failure(output_dir, step):
             if self.is_world_process_zero():
@@ -503,9 +588,16 @@ class PackedTrainer(Trainer):
                 partial = output_dir / TMP_DIR / f"checkpoint-{step}"
                 atomic_write_json(partial / "training_args.json", self.settings)
                 self.meter.save(partial / "throughput.json")
+                self.divergence.save(partial)
                 best = self.best_evaluation()
                 commit_checkpoint(output_dir, step, self.args.save_total_limit, best["step"] if best else None)
             self.accelerator.wait_for_everyone()
+
+
+def format_documents(documents: list[str]) -> str:
+    """Lists documents for a message, of many the first ones and the number of the others."""
+    others = len(documents) - MAX_DOCUMENTS_IN_ERROR
+    return "; ".join(documents[:MAX_DOCUMENTS_IN_ERROR]) + (f" and {others} more" if others > 0 else "")
 
 
 def forward_packed(model: Any, attention: str, inputs: dict, **options: Any) -> Any:

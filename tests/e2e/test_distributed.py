@@ -1,5 +1,6 @@
 """Training in two processes: the same result as one, stopping together, failing together."""
 
+import json
 import re
 import shutil
 import signal
@@ -254,13 +255,17 @@ def test_zero2_in_bf16_saves_a_complete_model_where_no_adapter_is_trained(bf16_r
 
 
 def test_zero2_in_bf16_is_resumed_exactly(bf16_run, tmp_path):
+    bf16_run |= {"sample_steps": 4, "sample_prompts": ["小镇"]}  # answered by rank 0 alone, and by no other
     run_in_bf16(bf16_run, tmp_path)
     out, log = tmp_path / "adapter", log_of(tmp_path / "adapter")
+    samples = (out / "samples.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["step"] for line in samples.splitlines()] == [0, 4, 8]
     adapter = load_file(out / "adapter_model.safetensors")
     shutil.rmtree(out / "checkpoint-8")
     output = run_in_bf16(bf16_run, tmp_path)
     assert f"resuming from {out}/checkpoint-4" in output
     assert log_of(out) == log
+    assert (out / "samples.jsonl").read_text(encoding="utf-8") == samples
     assert all(
         torch.equal(tensor, adapter[name]) for name, tensor in load_file(out / "adapter_model.safetensors").items()
     )
