@@ -1,5 +1,6 @@
 """What the tests share: no network, one thread, small models that are made on the spot, and a browser."""
 
+import gc
 import json
 import os
 import shutil
@@ -98,7 +99,7 @@ def tiny_run(tiny_model_dir, tmp_path):
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        plot_loss=True,
+        plot_loss=False,  # a second of each run
     )
 
 
@@ -124,6 +125,12 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield chromium
         chromium.close()
+
+
+def pytest_collection_finish():
+    """What was imported stays: each run of a test collects garbage several times, and would visit a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -39,6 +39,7 @@ class ForkServer:
 
     def __init__(self, *modules):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment["PYTHONPATH"] = str(Path(__file__).with_name("start"))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen([sys.executable, "-P", __file__, *modules], env=environment, **pipes)
 

@@ -22,6 +22,7 @@ STEPS = {
     "step6": "step6_train_sft_single_gpu.py",
     "step7": "step7_eval_chat.py",
 }
+START = ROOT / "tests" / "start"  # for PYTHONPATH of new interpreters that import DeepSpeed
 CHOICES = ("PROFILE", "WORK_DIR", "CORPUS_DIR", "BASE_MODEL_DIR", "OVERWRITE", "SKIP_COMPLETED")
 
 

@@ -241,12 +241,17 @@ def _tokenize_dataset(
 
 @contextmanager
 def _gc_frozen() -> Iterator[None]:
-    """Freezes existing objects (gc.freeze): otherwise every collection would visit half a million objects of libraries."""
+    """Freezes existing objects (gc.freeze): otherwise every collection would visit half a million objects of libraries.
+
+    If the process has frozen objects before, they stay frozen.
+    """
+    frozen_before = gc.get_freeze_count() > 0
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
 
 
 class _BatchReader:

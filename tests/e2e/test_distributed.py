@@ -1,6 +1,7 @@
 """Training in two processes: the same result as one, stopping together, failing together."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from llmtuner.data.packing import PackedDataset
 from llmtuner.train import checkpointing
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
-from tests.scripts import environment_with, fork_server, free_port
+from tests.scripts import START, environment_with, fork_server, free_port
 from tests.training import log_of, losses_of
 
 pytestmark = pytest.mark.distributed
@@ -80,7 +81,7 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
     train(settings, tmp_path / "whole")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command = [*torchrun, *write_settings(settings, tmp_path / "stopped")]
-    environment = environment_with(DS_ACCELERATOR="cpu", PYTHONPATH=ROOT)
+    environment = environment_with(DS_ACCELERATOR="cpu", PYTHONPATH=f"{ROOT}{os.pathsep}{START}")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = subprocess.Popen(command, env=environment, cwd=tmp_path, **streams)
     log = tmp_path / "stopped" / "trainer_log.jsonl"

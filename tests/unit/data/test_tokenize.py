@@ -32,9 +32,13 @@ def test_the_collector_leaves_old_objects_alone_only_while_tokens_are_made(corpu
     monkeypatch.setattr(
         Template, "encode_documents", lambda *args: frozen.append(gc.get_freeze_count()) or encode(*args)
     )
+    gc.unfreeze()
     load_tokenized_dataset("documents", "pt", tokenizer, settings(corpus))
     assert min(frozen) > 0
     assert gc.get_freeze_count() == 0
+    gc.freeze()  # as the process of these tests has had from its start
+    load_tokenized_dataset("dialogues", "sft", tokenizer, settings(corpus))
+    assert gc.get_freeze_count() > 0
 
 
 def test_documents_are_stored_with_their_origin(corpus, tokenizer, monkeypatch):

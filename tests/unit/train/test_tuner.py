@@ -75,7 +75,7 @@ def test_adam_in_8_bits_learns_about_the_same(tiny_run, tmp_path):
 def test_training_learns_and_merges_to_the_same_logits(tiny_run, tiny_model_dir, tmp_path, stage, dataset):
     from peft import PeftModel
 
-    metrics = run_exp({**tiny_run, "stage": stage, "dataset": dataset})
+    metrics = run_exp({**tiny_run, "stage": stage, "dataset": dataset, "plot_loss": True})
     assert metrics["eval_loss"]["last"] < metrics["eval_loss"]["first"]
     assert metrics["tokens"] > 0
     assert metrics["padding_ratio"] < 0.3  # a small set ends with sequences that fill its last batch up
