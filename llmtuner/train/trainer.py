@@ -573,9 +573,11 @@ class PackedTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves a checkpoint that appears under its name only when it is complete."""
         output_dir, step = self.output_dir, self.state.global_step
-        self.is_save_postponed = self._may_be_diverging() and not self.control.should_training_stop
-        if self.is_save_postponed:
-            print0(f"step {step:,}: the checkpoint waits until loss and gradient norm are near their medians again")
+        was_postponed, self.is_save_postponed = self.is_save_postponed, False
+        if self._may_be_diverging() and not self.control.should_training_stop:
+            self.is_save_postponed = True
+            if not was_postponed:
+                print0(f"step {step:,}: the checkpoint waits until loss and gradient norm are near their medians again")
             return
         self.meter.update_elapsed()
         with self.meter.paused(), cleanup_on_failure(output_dir, step):
