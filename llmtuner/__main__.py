@@ -47,6 +47,11 @@ def main() -> None:
         help="WORK_DIR of the steps, or output_dir of a training run",
     )
     command.add_argument("--output", metavar="PAGE.html", type=Path, default=Path("compare.html"))
+    text = "where a run stands: step, loss, hours left, last checkpoint, warnings; from another process"
+    command = commands.add_parser("status", help=text, description=text, allow_abbrev=False)
+    command.add_argument(
+        "directory", metavar="DIR", type=Path, help="WORK_DIR of the steps, or output_dir of a training run"
+    )
     options, settings = parser.parse_known_args()
     if settings and options.command not in WITH_SETTINGS:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
@@ -80,6 +85,10 @@ def run(options: argparse.Namespace, settings: list[str]) -> None:
             from llmtuner.report.compare import write_comparison
 
             print(write_comparison(options.directories, options.output))
+        case "status":
+            from llmtuner.report.status import format_status
+
+            print(format_status(options.directory))
 
 
 def cli() -> None:

@@ -74,6 +74,26 @@ def _release_all_locks() -> None:
         release_lock(lock_file)
 
 
+def lock_holder(lock_file: Path) -> str | None:
+    """Returns which process holds a lock, by its own words; None if none does."""
+    lock_file = lock_file.resolve()
+    if lock_file in _held:  # opening and closing the file would release it
+        return lock_file.read_text(encoding="utf-8")
+    try:
+        descriptor = os.open(lock_file, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in LOCKS_UNSUPPORTED:
+            return None
+        return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+    finally:
+        os.close(descriptor)  # which releases it
+    return None
+
+
 def release_lock(lock_file: Path) -> None:
     """Releases a lock that `acquire_lock` took."""
     lock_file = lock_file.resolve()

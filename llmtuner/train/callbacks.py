@@ -21,8 +21,8 @@ from llmtuner.aliases import THROUGHPUT_KEYS, locate, rename_keys
 from llmtuner.files import atomic_write_json
 from llmtuner.hparams import FinetuningArguments
 from llmtuner.train.best_checkpoint import best_metric, find_best
-from llmtuner.train.divergence import STOPPED_FILE
 from llmtuner.train.flops import Utilization
+from llmtuner.train.run_status import State, write_run_status
 
 
 @dataclass
@@ -162,6 +162,23 @@ class TrainBeginCallback(TrainerCallback):
             action()
 
 
+class RunStatusCallback(TrainerCallback):
+    """Writes into output_dir that a run is running, and whether it came to its end."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._write("running", state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._write("interrupted" if self.trainer.should_stop else "finished", state)
+
+    def _write(self, name: State, state: Any) -> None:
+        if state.is_world_process_zero:
+            write_run_status(self.trainer.output_dir, name, state.global_step, state.max_steps)
+
+
 class InitialLossCallback(TrainerCallback):
     """Logs the loss on each dataset before the first step, once the model has been prepared for its devices.
 
@@ -295,8 +312,6 @@ class GracefulStopCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            (self.trainer.output_dir / STOPPED_FILE).unlink(missing_ok=True)
         self.trainer.meter.start_time = time.perf_counter()
         state.compute_steps(args, state.max_steps)  # Trainer resumes with the intervals of the checkpoint
 

@@ -10,7 +10,6 @@ from typing import Any
 from llmtuner.files import atomic_write_json
 
 STATE_FILE = "divergence.json"  # in a checkpoint
-STOPPED_FILE = "stopped.json"  # in output_dir: why a run that did not finish stopped
 WINDOW = 100  # steps of the running median
 # How many values a median needs. A learning rate that is far too high ruins the loss within three steps; the gradient of
 # fresh adapters grows at first, since their B matrices are zero.

@@ -67,9 +67,10 @@ from llmtuner.train.checkpointing import (
     commit_checkpoint,
     list_checkpoints,
 )
-from llmtuner.train.divergence import STOPPED_FILE, DivergenceMonitor
+from llmtuner.train.divergence import DivergenceMonitor
 from llmtuner.train.flops import Utilization
 from llmtuner.train.loss import linear_cross_entropy_sum
+from llmtuner.train.run_status import State, write_run_status
 
 MAX_DOCUMENTS_IN_ERROR = 8
 START_OVER = "overwrite_output_dir: true; steps: OVERWRITE=1"
@@ -324,11 +325,10 @@ class PackedTrainer(Trainer):
     def _describe_documents(self, batches: list[MicroBatch]) -> list[str]:
         return [self.describe_document(int(id)) for batch in batches for sequence in batch.doc_ids for id in sequence]
 
-    def _stop(self, reason: str, message: str) -> NoReturn:
-        """Ends a run that cannot go on, and leaves the reason in output_dir for `llmtuner status`."""
+    def _stop(self, state: State, message: str) -> NoReturn:
+        """Ends a run that cannot go on, and leaves the reason in output_dir."""
         if self.is_world_process_zero():
-            entry = {"reason": reason, "step": self.state.global_step, "message": message}
-            atomic_write_json(self.output_dir / STOPPED_FILE, entry)
+            write_run_status(self.output_dir, state, self.state.global_step, self.state.max_steps, message)
         raise UserError(message)
 
     @property

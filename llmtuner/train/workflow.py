@@ -32,6 +32,7 @@ from llmtuner.train.best_checkpoint import best_metric, retention_loss
 from llmtuner.train.callbacks import (
     GracefulStopSignal,
     InitialLossCallback,
+    RunStatusCallback,
     TrainBeginCallback,
     is_training_finished,
     peak_memory_gb,
@@ -117,7 +118,7 @@ def _train(
             partial(_collect_invalid_rows, dataset.train.token_dataset, output_dir),
         )
         samples = {name: even_subset(part, INITIAL_LOSS_SAMPLES) for name, part in dataset.per_dataset.items()}
-        for callback in (self_check, on_train_begin, InitialLossCallback(trainer, samples)):
+        for callback in (self_check, on_train_begin, RunStatusCallback(trainer), InitialLossCallback(trainer, samples)):
             trainer.add_callback(callback)
         if args.finetuning.sample_steps:
             trainer.add_callback(SampleCallback(trainer, tokenizer, args))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtuner.console import TrainingInterrupted, UserError
+from llmtuner.report.status import format_status
 from llmtuner.train.divergence import DivergenceMonitor
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
@@ -74,8 +75,9 @@ def test_diverged_run_stops_with_the_checkpoint_from_before(long_run, monkeypatc
     with pytest.raises(UserError, match="diverged, so step 9 was not made: in 3 steps in a row, from 7,") as error:
         run_exp(long_run)
     assert "documents.jsonl, line" in str(error.value)
-    stopped = json.loads((output_dir / "stopped.json").read_text())
-    assert stopped == {"reason": "diverged", "step": 8, "message": str(error.value)}
+    status = json.loads((output_dir / "status.json").read_text())
+    assert status == {"state": "diverged", "step": 8, "max_steps": 14, "message": str(error.value)}
+    assert f"diverged in step 9 of 14\n  {error.value}" in format_status(output_dir)
 
 
 def test_no_checkpoint_is_saved_of_a_diverging_state(long_run, monkeypatch):
@@ -91,4 +93,4 @@ def test_a_jump_postpones_a_checkpoint_and_no_more(long_run, monkeypatch, tmp_pa
     assert saved["steps"] == 14
     checkpoints = sorted(int(path.name[11:]) for path in (tmp_path / "jump").glob("checkpoint-*"))
     assert checkpoints == [4, 9, 12, 14]  # 9 instead of 8
-    assert not (tmp_path / "jump" / "stopped.json").exists()
+    assert "jump: finished after step 14 of 14" in format_status(tmp_path / "jump")
