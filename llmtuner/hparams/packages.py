@@ -2,7 +2,11 @@
 
 import fnmatch
 import importlib.util
+import netrc
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from llmtuner.console import interpreter
@@ -36,6 +40,12 @@ REQUIRED_PACKAGES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "plot_loss": {"True": (("matplotlib",), "matplotlib")},
 }
 
+# Tracker -> (variable of its mode, modes in which it needs no account, variable of its key).
+ACCOUNTS = {
+    "wandb": ("WANDB_MODE", ("offline", "disabled", "dryrun"), "WANDB_API_KEY"),
+    "swanlab": ("SWANLAB_MODE", ("local", "offline", "disabled"), "SWANLAB_API_KEY"),
+}
+
 
 def missing_packages(setting: str, value: Any) -> Iterator[str]:
     """Yields what is wrong for each value of a setting whose package is not installed, or that nobody knows."""
@@ -48,7 +58,24 @@ def missing_packages(setting: str, value: Any) -> Iterator[str]:
                         f"{setting}: {name} needs {modules[0]}, which is not installed. Run: "
                         f"{interpreter()} -m pip install {package}"
                     )
+                elif setting == "report_to" and name in ACCOUNTS:
+                    yield from _missing_account(name)
                 break
         else:
             if setting == "report_to" and name not in ("none", "all"):
                 yield f"report_to is {name}; it can be none, all, or some of {', '.join(REQUIRED_PACKAGES[setting])}"
+
+
+def _missing_account(tracker: str) -> Iterator[str]:
+    """Yields what to do if a tracker would ask for a key, which nobody answers once the data has been prepared."""
+    mode_variable, modes, key_variable = ACCOUNTS[tracker]
+    if os.environ.get(mode_variable) in modes or os.environ.get(key_variable):
+        return
+    for path in (os.environ.get("NETRC") or "~/.netrc", f"~/.{tracker}/.netrc"):  # where `wandb login` keeps the key
+        with suppress(OSError, netrc.NetrcParseError):
+            if any(tracker in host for host in netrc.netrc(Path(path).expanduser()).hosts):
+                return
+    yield (
+        f"report_to: {tracker} knows no account to log in with. Run {tracker} login, set {key_variable}, or keep its files "
+        f"in output_dir: {mode_variable}={modes[0]}"
+    )

@@ -1,6 +1,7 @@
 """Answers a few fixed prompts during training, so that one can read how the model changes."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmtuner.data.template import Message, Template
 from llmtuner.files import atomic_write_text
 from llmtuner.hparams import TrainArgs
 from llmtuner.tokenizer.fast import encode_batch
+from llmtuner.train.trackers import GuardedTracker
 from llmtuner.train.trainer import PackedTrainer, forward_packed
 
 SAMPLES_FILE = "samples.jsonl"  # in output_dir: one line for each prompt and step
@@ -83,6 +85,7 @@ class SampleCallback(TrainerCallback):
         with self.trainer.meter.paused():
             answers = continue_greedily(self.trainer, self.ids, self.template.stop_token_ids, MAX_NEW_TOKENS)
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+            texts = [text.rstrip("\ufffd") for text in texts]  # a last character of which bytes are missing
             samples = [
                 {"step": step, "prompt": prompt, "answer": text}
                 for prompt, text in zip(self.prompts, texts, strict=True)
@@ -94,9 +97,14 @@ class SampleCallback(TrainerCallback):
                 shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
                 tqdm.write(f"step {step:>6,}: {sample['prompt']} → {shown}")
             for callback in self.trainer.callback_handler.callbacks:
-                writer: Any = callback.tb_writer if isinstance(callback, TensorBoardCallback) else None
-                for sample in samples if writer else ():
-                    writer.add_text(f"samples/{sample['prompt']}", sample["answer"], step)
+                if isinstance(callback, GuardedTracker) and isinstance(callback.tracker, TensorBoardCallback):
+                    callback.guard(partial(_write_text, callback.tracker.tb_writer, samples))
+
+
+def _write_text(writer: Any, samples: list[dict[str, Any]]) -> None:
+    """Sends samples to TensorBoard, whose writer is None after the end."""
+    for sample in samples if writer else ():
+        writer.add_text(f"samples/{sample['prompt']}", sample["answer"], sample["step"])
 
 
 def _to_line(sample: dict[str, Any]) -> str:

@@ -71,6 +71,7 @@ from llmtuner.train.divergence import DivergenceMonitor
 from llmtuner.train.flops import Utilization
 from llmtuner.train.loss import linear_cross_entropy_sum
 from llmtuner.train.run_status import State, write_run_status
+from llmtuner.train.trackers import guard_trackers
 
 MAX_DOCUMENTS_IN_ERROR = 8
 START_OVER = "overwrite_output_dir: true; steps: OVERWRITE=1"
@@ -121,6 +122,7 @@ class PackedTrainer(Trainer):
         self.windows = windows
         self.eval_subsets: dict[str, Any] = {}  # dataset name -> validation set, whose loss is logged beside eval_loss
         self.attention = self.model.config._attn_implementation or ""
+        guard_trackers(self.callback_handler, self.output_dir)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         log = JsonlLogCallback(self.output_dir / "trainer_log.jsonl")

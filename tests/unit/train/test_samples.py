@@ -56,7 +56,7 @@ def test_samples_leave_no_trace_and_resume(saving_run, tmp_path, monkeypatch):
         tokenizer.decode(generate_batch(model, tokenizer, [[*prefix, *ids]], config)[0], skip_special_tokens=True)
         for ids in encode_batch(tokenizer, PROMPTS)
     ]
-    assert [sample["answer"] for sample in samples[-2:]] == [text.strip() for text in expected]
+    assert [sample["answer"] for sample in samples[-2:]] == [text.strip().rstrip("\ufffd") for text in expected]
 
     texts = {}
     for events in Path(sampled["output_dir"]).rglob("events.out.tfevents.*"):
@@ -73,7 +73,7 @@ def test_questions_are_asked_as_in_a_chat(tiny_run):
     samples = run_exp(run)["samples"]
     assert [sample["step"] for sample in samples] == [0, 0, 2, 2]
     expected = generate_answers(*trained_model(run), PROMPTS, MAX_NEW_TOKENS)
-    assert [sample["answer"] for sample in samples[2:]] == expected.texts
+    assert [sample["answer"] for sample in samples[2:]] == [text.rstrip("\ufffd") for text in expected.texts]
 
 
 @pytest.mark.parametrize(
