@@ -18,7 +18,8 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     share = correct / total
     center = (share + Z * Z / (2 * total)) / (1 + Z * Z / total)
     half = Z / (1 + Z * Z / total) * math.sqrt(share * (1 - share) / total + Z * Z / (4 * total * total))
-    return max(0.0, center - half), min(1.0, center + half)
+    # At the ends the formula gives 0 and 1 but for rounding.
+    return max(0.0, center - half) if correct else 0.0, min(1.0, center + half) if correct < total else 1.0
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:

@@ -163,7 +163,7 @@ def test_the_report_of_an_old_run_has_all_figures(tmp_path, capsys):
     for name in RUNS.values():
         assert f"{work_dir / name} was written by an earlier version: log.jsonl, settings.json read under" in output
     for figure in (
-        "18 of 20 checks passed",
+        "20 of 22 checks passed",
         "0 unreachable tokens",
         "60 of 60 Chinese and 60 of 60 English answers identical",
         "at most 0.02 points off",
