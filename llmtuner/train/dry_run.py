@@ -43,7 +43,7 @@ from llmtuner.train.workflow import (
     run_fingerprint,
 )
 
-TIMED_SECONDS, MIN_TIMED_STEPS, MAX_TIMED_STEPS = 5, 2, 50
+TIMED_SECONDS, MIN_TIMED_STEPS, MAX_TIMED_STEPS = 4, 2, 50
 RESUME_TOLERANCE = (
     1e-3  # of the loss of the step after a checkpoint, relative: kernels on GPUs may sum in another order
 )
