@@ -100,8 +100,8 @@ def local_datasets(directory: Path | None) -> Iterator[None]:
         try:
             return download(task, dataset_kwargs, **kwargs)
         except Exception as error:  # whatever `datasets` raises without a connection
-            looked_for = _candidates(directory, name, questions or "test")[0]
-            raise UserError(f"{looked_for} does not exist, and the hub has not answered: {error}") from error
+            missing = _candidates(directory, name, questions or "test")[0]
+            raise UserError(f"{missing} does not exist, and the hub has not answered: {error}") from error
 
     with patch.object(ConfigurableTask, "download", read_or_download):
         yield
