@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtuner.console import UserError
@@ -111,7 +112,7 @@ def backward_stand_in(grad, query, key, value, *rest):
 
 def test_flash_attention_gets_bounds_and_bf16(monkeypatch):
     for operator, function in (("_varlen_attn", stand_in), ("_varlen_attn_backward", backward_stand_in)):
-        torch.library.register_kernel(f"torch_attn::{operator}", "cpu", function)
+        library.register_kernel(f"torch_attn::{operator}", "cpu", function)
 
     def flash(q, k, v, rows, scaling):
         return attention._flash_attention(q, k, v, DOCUMENTS, scaling)
