@@ -3,6 +3,7 @@
 transformers and tokenizers are imported inside functions: they take seconds, and a step's first message comes before.
 """
 
+import json
 import os
 import re
 import shutil
@@ -25,12 +26,14 @@ SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 SPECIAL_TOKENS += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2; <unk> also pads
 SPACE = "▁"  # sentencepiece's symbol for a space in a piece
-TOKENIZER_FILES = (
+TOKENIZER_FILES = (  # what transformers reads
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
     "chat_template.jinja",
+    "additional_chat_templates",  # a directory
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 PROCESSORS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 """tokenizer -> the sentencepiece processor that encodes for it: same ids, at least twice as fast on Japanese and Chinese"""
@@ -226,6 +229,10 @@ def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFas
     tokenizer = build_fast_tokenizer(model_file)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
+    config_file = directory / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of transformers knows
+    config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     if model_file.resolve() != (directory / "tokenizer.model").resolve():
         shutil.copyfile(model_file, directory / "tokenizer.model")
     return tokenizer
@@ -237,29 +244,32 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
         save_tokenizer(source / "tokenizer.model", destination)
         return
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if (source / name).is_dir():
+            shutil.copytree(source / name, destination / name, dirs_exist_ok=True)
+        elif (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
 
 
 def load_tokenizer(directory: Path | str) -> Any:
     """Loads the fast tokenizer of a model directory, from `tokenizer.model` if there is no `tokenizer.json`.
 
-    With a `tokenizer.model`, `encode_batch` uses it (`PROCESSORS`).
+    The file is taken as it is: some tokenizer classes that `AutoTokenizer` chooses build another tokenizer from it. With
+    ChatGLM3's special tokens and a `tokenizer.model`, `encode_batch` uses the latter (`PROCESSORS`).
 
     Raises:
         UserError: if the directory has neither, a file is damaged, or the two differ in their pieces.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     path = Path(directory)
     model_file = path / "tokenizer.model"
     if (path / "tokenizer.json").is_file():
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # a damaged file raises almost anything
             raise UserError(
                 f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}). Create or download "
-                "tokenizer.json, tokenizer_config.json and config.json again."
+                "tokenizer.json and tokenizer_config.json again."
             ) from error
     elif model_file.is_file():
         tokenizer = build_fast_tokenizer(model_file)
@@ -267,9 +277,9 @@ def load_tokenizer(directory: Path | str) -> Any:
         raise UserError(
             f"{path} has no tokenizer.json or tokenizer.model. A model directory must contain its tokenizer."
         )
-    if model_file.is_file():
+    vocabulary = tokenizer.get_vocab()
+    if model_file.is_file() and vocabulary.keys() >= {*SPECIAL_TOKENS}:
         processor = to_processor(read_sentencepiece(model_file))
-        vocabulary = tokenizer.get_vocab()
         ids = list(range(len(processor)))
         pieces = dict(zip(processor.id_to_piece(ids), ids, strict=True))
         differs = any(vocabulary.get(piece) != index for piece, index in pieces.items())

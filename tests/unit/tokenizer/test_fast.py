@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from llmtuner.tokenizer.fast import (
     PROCESSORS,
     SPECIAL_TOKENS,
     build_fast_tokenizer,
+    copy_tokenizer,
     encode,
     encode_batch,
     load_tokenizer,
@@ -87,6 +89,8 @@ def test_saved_tokenizer_loads_without_remote_code(merged_file, tmp_path):
     texts = JAPANESE[:5] + CHINESE + ENGLISH + ODD + INJECTED
     assert encode_batch(loaded, texts) == encode_batch(built, texts)
     assert loaded.get_vocab() == built.get_vocab()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows no other name
     assert (tmp_path / "tokenizer.model").read_bytes() == merged_file.read_bytes()
 
 
@@ -140,6 +144,48 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
         (tmp_path / "tokenizer.model").write_bytes(other.SerializeToString())
         with pytest.raises(UserError, match="differ in their pieces"):
             load_tokenizer(tmp_path)
+
+
+def byte_level_tokenizer(directory, **settings):
+    """A byte-level BPE of another base, which groups digits by three, with its settings for transformers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator([*ENGLISH, *CHINESE, "123 456 123456"] * 3, trainer)
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|end|>", "chat_template": "{{ 1 }}", **settings}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return backend
+
+
+def test_another_bases_tokenizer_json_is_taken_as_it_is(tmp_path, base_file):
+    backend = byte_level_tokenizer(tmp_path / "base")
+    shutil.copyfile(base_file, tmp_path / "base" / "tokenizer.model")  # another tokenizer: not used to encode
+    tokenizer = load_tokenizer(tmp_path / "base")
+    for text in [*CHINESE, *ENGLISH, "price: 123456"]:
+        assert encode(tokenizer, text) == backend.encode(text).ids, text
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|end|>", "{{ 1 }}")
+
+
+def test_all_files_of_another_bases_tokenizer_are_copied(tmp_path):
+    byte_level_tokenizer(tmp_path / "base", extra_special_tokens=["<|tool|>"])
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ 2 }}")
+    (tmp_path / "base" / "added_tokens.json").write_text('{"<|tool|>": 400}')
+    (tmp_path / "base" / "additional_chat_templates").mkdir()
+    (tmp_path / "base" / "additional_chat_templates" / "rag.jinja").write_text("{{ 3 }}")
+    (tmp_path / "copy").mkdir()
+    for _ in range(2):  # again into what is there
+        copy_tokenizer(tmp_path / "base", tmp_path / "copy")
+    base, copy = (load_tokenizer(tmp_path / name) for name in ("base", "copy"))
+    assert copy.chat_template == base.chat_template == {"default": "{{ 2 }}", "rag": "{{ 3 }}"}
+    assert copy.get_vocab() == base.get_vocab()
+    assert (tmp_path / "copy" / "added_tokens.json").is_file()
 
 
 @pytest.mark.parametrize(
