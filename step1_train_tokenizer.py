@@ -14,13 +14,16 @@ WORK_DIR/step1_ja_tokenizer/ja_bpe.model and WORK_DIR/metrics/step1.json.
 import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import constants
 import pipeline
 from constants import CORPUS_DIR, JA_TOKENIZER, PROFILE, TOKENIZER_MIX
 from llmtuner.console import Timer, UserError, format_table, print0, print_header, progress, run_cli
 from llmtuner.outputs import atomic_directory
+
+if TYPE_CHECKING:
+    from llmtuner.tokenizer.vocab import Vocab
 
 
 def main() -> None:
@@ -37,23 +40,18 @@ def main() -> None:
 
     # Check: fail now rather than after an hour of training.
     pipeline.start_step("step1")
-    base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
+    base_dir = pipeline.require_base_model(weights=False)
     pipeline.require_corpus()
-    from llmtuner.tokenizer.fast import (
-        SPECIAL_TOKENS,
-        check_sentencepiece_spec,
-        display_tokens,
-        read_sentencepiece,
-        to_processor,
-    )
-    from llmtuner.tokenizer.merge_vocab import count_scripts, merge_as_original, merge_vocab, new_candidates
+    from llmtuner.tokenizer.merge_vocab import count_scripts, merge_as_original, new_candidates
     from llmtuner.tokenizer.sentencepiece_bpe import short_sentences, split_sentences, train_bpe
+    from llmtuner.tokenizer.vocab import SentencePieceVocab, Vocab, read_vocab
 
     held_out = pipeline.held_out_texts("ja")
     next(pipeline.tokenizer_corpus(1))
     next(pipeline.reference_texts(), None)
-    base = read_sentencepiece(base_model)
-    check_sentencepiece_spec(base, base_model)
+    base = read_vocab(base_dir)
+    if (options.method == "sentencepiece" or options.compare) and not isinstance(base, SentencePieceVocab):
+        raise UserError(f"--method sentencepiece and --compare need a tokenizer.model, which {base_dir} does not have.")
 
     # Load: a stream of documents in the proportions of the mix.
     read: dict[str, dict[str, int]] = {}
@@ -77,43 +75,42 @@ def main() -> None:
     with atomic_directory(JA_TOKENIZER.parent, replace=True) as directory:
         model_file = directory / JA_TOKENIZER.name
         if options.method == "continued":
-            tokens = continue_bpe(base, documents(), read_sentencepiece(options.start) if options.start else None)
-            model_file.write_bytes(merge_vocab(base, tokens, placeholders=False).SerializeToString())
+            tokens = continue_bpe(base, documents(), read_vocab(options.start) if options.start else None)
+            base.append(tokens, after_special=False).save(model_file)
         else:
             trained = train_bpe(sentences(), model_file, PROFILE.ja_vocab_size)
             skipped = trained.skipped
             if skipped:
                 raise UserError(f"sentencepiece would skip {skipped} sentences, which must not happen.")
-            tokens = new_candidates(base, read_sentencepiece(model_file))
+            tokens = [*new_candidates(base, read_vocab(model_file))]
         seconds = timer.seconds()
         if options.compare:
             original_file = directory / "original_bpe.model"
             train_bpe(sentences(), original_file, PROFILE.ja_vocab_size, chatglm3_spec=False)
 
     # Say what came out.
-    model = read_sentencepiece(JA_TOKENIZER)
+    model = read_vocab(JA_TOKENIZER)
     total = sum(counts["bytes"] for counts in read.values())
     rows = [
         [name, f"{counts['documents']:,}", f"{counts['bytes'] / 1e6:.1f}", f"{counts['bytes'] / total:.0%}"]
         for name, counts in read.items()
     ]
     print0(format_table(["data set", "documents", "MB", "ratio"], rows))
-    by_script = count_scripts(tokens)
+    by_script = count_scripts(map(base.text, tokens))
     rows = [[script, f"{count:,}"] for script, count in by_script.most_common(12)]
     print0("\n" + format_table(["written in", "new tokens"], rows))
 
     print_header("held-out Japanese text")
-    splits: dict[str, tuple[Any, int]] = {"base": (to_processor(base), 0)}
-    splits[options.method] = (to_processor(model), len(tokens))
+    splits: dict[str, tuple[Vocab, int]] = {"base": (base, 0)}
+    splits[options.method] = (model, len(tokens))
     if options.compare:
-        as_original = merge_as_original(base, read_sentencepiece(JA_TOKENIZER.parent / "original_bpe.model"))
-        added = len(as_original.pieces) - len(base.pieces) - len(SPECIAL_TOKENS)
-        splits["original project"] = (to_processor(as_original), added)
+        as_original = merge_as_original(base, read_vocab(JA_TOKENIZER.parent / "original_bpe.model"))
+        splits["original project"] = (as_original, len(as_original.tokens) - base.first_new_id)
     per_character = {name: tokens_per_character(split, held_out) for name, (split, _) in splits.items()}
     rows = [[name, f"{added:,}", f"{per_character[name]:.3f}"] for name, (_, added) in splits.items()]
     print0(format_table(["tokenizer", "new tokens", "tokens per character"], rows))
     for example in short_sentences(held_out, count=3):
-        lines = (" | ".join(display_tokens(split.encode(example, out_type=str))) for split, _ in splits.values())
+        lines = (" | ".join(split.display(*split.encode([example]))) for split, _ in splits.values())
         print0("\n" + "\n".join(lines))
 
     if options.method == "continued" and len(tokens) < PROFILE.num_new_tokens:
@@ -122,7 +119,7 @@ def main() -> None:
         "step1",
         {
             "method": options.method,
-            "vocab_size": len(model.pieces),
+            "vocab_size": len(model.tokens),
             "new_pieces": len(tokens),
             "input_bytes": total,
             "skipped": skipped,
@@ -135,14 +132,14 @@ def main() -> None:
     )
 
 
-def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list[str]:
+def continue_bpe(base: "Vocab", documents: Iterable[str], start: "Vocab | None") -> list[str]:
     """Trains tokens on top of the base tokenizer's own; each line is a text of its own, as a message is.
 
     Args:
-        start: a sentencepiece model whose tokens come first, as far as they may be added.
+        start: another tokenizer, whose tokens come first, as far as they may be added.
     """
     from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
-    from llmtuner.tokenizer.merge_vocab import filter_candidates, merge_reachable, merge_vocab
+    from llmtuner.tokenizer.merge_vocab import filter_candidates, merge_reachable
     from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
     writing_system = WRITING_SYSTEMS[constants.WRITING_SYSTEM]
@@ -151,7 +148,7 @@ def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list
         chosen = filter_candidates(base, start, writing_system, pipeline.reference_texts()).accepted
         unreachable = set(merge_reachable(base, chosen)[1])
         tokens = [token for token in chosen if token not in unreachable][: PROFILE.num_new_tokens]
-        base = merge_vocab(base, tokens, placeholders=False)
+        base = base.append(tokens, after_special=False)
     missing = PROFILE.num_new_tokens - len(tokens)
     lines = segment_corpus(
         base, (line for text in documents for line in text.splitlines() if line.strip()), writing_system
@@ -163,9 +160,9 @@ def continue_bpe(base: Any, documents: Iterable[str], start: Any | None) -> list
     return tokens
 
 
-def tokens_per_character(processor: Any, texts: list[str]) -> float:
+def tokens_per_character(vocab: "Vocab", texts: list[str]) -> float:
     """Average number of tokens per character."""
-    return sum(map(len, processor.encode(texts))) / sum(map(len, texts))
+    return sum(map(len, vocab.encode(texts))) / sum(map(len, texts))
 
 
 if __name__ == "__main__":

@@ -35,19 +35,10 @@ def main() -> None:
         pipeline.start_step("step2", *([JA_TOKENIZER] if options.candidates == JA_TOKENIZER else []))
     else:
         print_header("The original project's merge, to compare with step 2")
-    base_model = pipeline.require_base_model(weights=False) / "tokenizer.model"
+    base_dir = pipeline.require_base_model(weights=False)
     pipeline.require_corpus()
     from llmtuner.tokenizer.comparison import compare, encoding_mismatches
-    from llmtuner.tokenizer.fast import (
-        SPECIAL_TOKENS,
-        check_sentencepiece_spec,
-        display_tokens,
-        load_tokenizer,
-        read_sentencepiece,
-        save_tokenizer,
-        special_token_ids,
-        to_processor,
-    )
+    from llmtuner.tokenizer.fast import load_tokenizer
     from llmtuner.tokenizer.merge_vocab import (
         count_scripts,
         filter_candidates,
@@ -56,48 +47,46 @@ def main() -> None:
         unreachable_tokens,
     )
     from llmtuner.tokenizer.sentencepiece_bpe import short_sentences
+    from llmtuner.tokenizer.vocab import SentencePieceVocab, Vocab, read_vocab
     from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
     # Load: the base, the candidates, and held-out text to measure with.
-    base, candidates = read_sentencepiece(base_model), read_sentencepiece(options.candidates)
-    check_sentencepiece_spec(base, base_model)
+    base, candidates = read_vocab(base_dir), read_vocab(options.candidates)
     held_out = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
 
     # Do: keep the tokens that only Japanese text can contain, rank them below the base vocabulary, drop unreachable ones.
+    merged: Vocab
     if exact:
         reference = progress(pipeline.reference_texts(), "reading Chinese text", unit=" documents")
         filtered = filter_candidates(base, candidates, WRITING_SYSTEMS[constants.WRITING_SYSTEM], reference)
         merged, unused = merge_reachable(base, filtered.accepted)
         rejection_counts = {**filtered.rejected, "unreachable": len(unused)}
-    else:
+    elif isinstance(base, SentencePieceVocab):
         merged, rejection_counts = merge_as_original(base, candidates), {}
-    added = [piece.piece for piece in merged.pieces[len(base.pieces) + len(SPECIAL_TOKENS) :]]
+    else:
+        raise UserError(f"--method original needs a tokenizer.model, which {base_dir} does not have.")
+    added = merged.tokens[base.first_new_id :]
     if not added:
-        raise UserError(
-            f"none of the tokens of {options.candidates} is new to {base_model}: there is nothing to merge."
-        )
-    by_script = count_scripts(added)
+        raise UserError(f"none of the tokens of {options.candidates} is new to {base_dir}: there is nothing to merge.")
+    by_script = count_scripts(map(base.text, added))
     rows = [[f"rejected: {reason}", f"{count:,}"] for reason, count in sorted(rejection_counts.items()) if count]
     rows += [[f"added: {script}", f"{count:,}"] for script, count in by_script.most_common()]
     print0(format_table(["candidates", "tokens"], rows))
 
     # Check: the tokenizer as it is saved and loaded again.
-    before, after = to_processor(base), to_processor(merged)
     with atomic_directory(MERGED_TOKENIZER_DIR if exact else ORIGINAL_MERGE_DIR, replace=True) as directory:
-        model_file = directory / "tokenizer.model"
-        model_file.write_bytes(merged.SerializeToString())
         if exact:
-            save_tokenizer(model_file, directory)
+            merged.save_model_files(directory, base_dir)
             tokenizer = load_tokenizer(directory)
             for texts in held_out.values():
-                mismatches = encoding_mismatches(tokenizer, after, texts)
+                mismatches = encoding_mismatches(tokenizer, merged, texts)
                 if mismatches:
-                    raise UserError(
-                        f"tokenizer.json and tokenizer.model encode this text differently: {mismatches[0][:200]!r}"
-                    )
-    unreachable = unreachable_tokens(base, merged)
-    special_ids_kept = special_token_ids(merged) == special_token_ids(base)
-    results = {language: compare(before, after, texts) for language, texts in held_out.items()}
+                    raise UserError(f"the saved tokenizer encodes this text differently: {mismatches[0][:200]!r}")
+        else:
+            merged.save(directory / merged.file_name)
+    unreachable = [str(base.text(token)) for token in unreachable_tokens(base, merged)]
+    special_ids_kept = merged.special_ids() == base.special_ids()
+    results = {language: compare(base, merged, texts) for language, texts in held_out.items()}
 
     # Say what came out.
     print_header("held-out text before and after")
@@ -121,7 +110,7 @@ def main() -> None:
     for language, name in LANGUAGES.items():
         print0(f"\n{name}")
         for sentence in short_sentences(held_out[language], count=1):
-            old, new = (display_tokens(processor.encode(sentence, out_type=str)) for processor in (before, after))
+            old, new = (vocab.display(*vocab.encode([sentence])) for vocab in (base, merged))
             print0(f"  before  {' | '.join(old)}\n  after   {' | '.join(new)}")
             segmentations[language] = {"text": sentence, "before": old, "after": new}
 
@@ -136,7 +125,7 @@ def main() -> None:
 
     metrics: dict[str, Any] = {
         "method": options.method,
-        "base_pieces": len(base.pieces),
+        "base_pieces": base.base_range.stop,
         "added_pieces": len(added),
         "pieces_by_script": dict(by_script.most_common()),
         "unreachable_tokens": len(unreachable),
@@ -150,7 +139,7 @@ def main() -> None:
         },
     }
     if exact:
-        outcome = f"{len(added):,} tokens added to {len(base.pieces):,}; Japanese takes {results['ja'].token_ratio:.0%} of the tokens"
+        outcome = f"{len(added):,} tokens added to {base.base_range.stop:,}; Japanese takes {results['ja'].token_ratio:.0%} of the tokens"
         pipeline.finish_step("step2", metrics, outcome)
     else:
         atomic_write_json(ORIGINAL_MERGE_DIR / "metrics.json", metrics)

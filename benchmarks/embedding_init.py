@@ -33,7 +33,7 @@ from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.eval.generation import generate_answers
 from llmtuner.model.loading import load_for_evaluation, load_model
 from llmtuner.tokenizer import fast
-from llmtuner.tokenizer.merge_vocab import merge_vocab
+from llmtuner.tokenizer.vocab import Vocab, read_vocab
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import METHODS, NewTokens, find_new_tokens, init_new_embeddings
 from llmtuner.weights.focus import focus_weights, static_vectors
@@ -261,18 +261,17 @@ def make_kana_base(options: argparse.Namespace) -> None:
     import pipeline
 
     base_dir = pipeline.require_base_model()
-    base = fast.read_sentencepiece(base_dir / "tokenizer.model")
-    num_base = len(base.pieces)
-    pieces = [piece.piece for piece in fast.read_sentencepiece(constants.JA_TOKENIZER).pieces[num_base:]]
+    base = read_vocab(base_dir)
+    num_base = len(base.tokens)
+    pieces = read_vocab(constants.JA_TOKENIZER).tokens[num_base:]
     known, unknown = pieces[: options.known], pieces[options.known :]
 
-    def save(proto: Any, directory: Path) -> Path:
+    def save(vocab: Vocab, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
-        fast.save_tokenizer(directory / "tokenizer.model", directory)
+        vocab.save_model_files(directory, base_dir)
         return directory
 
-    taught = save(merge_vocab(base, known), target / "taught")
+    taught = save(base.append(known), target / "taught")
     new = find_new_tokens(base_dir / "tokenizer.model", taught / "tokenizer.model")
     resize_token_embeddings(base_dir, taught, new, constants.EMBEDDING_ROWS_MULTIPLE)
     pretrain(taught, target / "trained")
@@ -283,10 +282,10 @@ def make_kana_base(options: argparse.Namespace) -> None:
     model = load_model(target / "trained")
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.weight.data[: len(order)] = module.weight.data[order].clone()  # type: ignore[union-attr]
-    continued = merge_vocab(base, known, placeholders=False)
+    continued = base.append(known, after_special=False)
     result = save(continued, target / "base")
     model.save_pretrained(str(result))
-    merged = save(merge_vocab(continued, unknown), target / "work" / "step2_merged_tokenizer")
+    merged = save(continued.append(unknown), target / "work" / "step2_merged_tokenizer")
     (target / "work" / "corpus").symlink_to(constants.CORPUS_DIR.resolve())
     spelled = find_new_tokens(result / "tokenizer.model", merged / "tokenizer.model").base_ids
     print0(f"a new token replaces {sum(map(len, spelled)) / len(spelled):.2f} base tokens; the base is {result}")

@@ -41,6 +41,7 @@ from llmtuner.tokenizer import fast, merge_vocab
 from llmtuner.tokenizer.comparison import compare
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
 from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes, split_sentences, train_bpe
+from llmtuner.tokenizer.vocab import SentencePieceVocab, Vocab, read_vocab
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
 JAPANESE = WRITING_SYSTEMS["japanese"]
@@ -68,21 +69,19 @@ def num_bytes(documents: Iterable[str]) -> int:
 
 def measure_merge(options: argparse.Namespace) -> None:
     """Ways of merging Japanese tokens into ChatGLM3's tokenizer."""
-    base, corpora = fast.read_sentencepiece(options.base), options.corpora
+    base, corpora = SentencePieceVocab.read(options.base), options.corpora
     merges, seconds, pairs = merge_all(base, options)
-    num_base = len(base.pieces) + len(fast.SPECIAL_TOKENS)
     ja = {file.name.split(".")[0]: list(texts(corpora, file.name)) for file in sorted(corpora.glob("ja_*.test.*"))}
     others = {language: list(lines_of(texts(corpora, f"{language}_*.test.*"))) for language in ("zh", "en")}
     stdlib = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:400]
     others["code"] = list(lines_of(file.read_text(encoding="utf-8", errors="ignore") for file in stdlib))
-    before, results = fast.to_processor(base), {}
+    results = {}
     for name, merged in merges.items():
-        after = fast.to_processor(merged)
         unreachable = len(merge_vocab.unreachable_tokens(base, merged))
-        result: Values = {"added": len(merged.pieces) - num_base, "unreachable": unreachable}
-        result["ja"] = {file: round(compare(before, after, documents).token_ratio, 4) for file, documents in ja.items()}
+        result: Values = {"added": merged.first_new_id - base.first_new_id, "unreachable": unreachable}
+        result["ja"] = {file: round(compare(base, merged, documents).token_ratio, 4) for file, documents in ja.items()}
         for language, lines in others.items():
-            ids = (fast.encode_sentencepiece(processor, lines) for processor in (before, after))
+            ids = (vocab.encode(lines) for vocab in (base, merged))
             changed = [line for line, old, new in zip(lines, *ids, strict=True) if old != new]
             beyond_quotes = sum(not quotes_japanese(line) for line in changed)
             result[language] = {"lines": len(lines), "changed": len(changed), "beyond_quotes": beyond_quotes}
@@ -97,10 +96,11 @@ def measure_merge(options: argparse.Namespace) -> None:
     save_results(options.output, {"arguments": arguments, "seconds": seconds, "merges": results, "relative": relative})
 
 
-def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float], list[tuple[str, str]]]:
+def merge_all(
+    base: SentencePieceVocab, options: argparse.Namespace
+) -> tuple[dict[str, Vocab], dict[str, float], list[tuple[str, str]]]:
     """Merged models by name, seconds to learn, and pairs (ours, theirs) to compare."""
-    num_base = len(base.pieces) + len(fast.SPECIAL_TOKENS)
-    merges: dict[str, Any] = {}
+    merges: dict[str, Vocab] = {}
     seconds: dict[str, float] = {}
 
     def japanese() -> Iterator[str]:
@@ -111,14 +111,14 @@ def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], d
     def chinese() -> Iterator[str]:
         return texts(options.corpora, "zh_*.train.*")
 
-    def learn(start: Any, count: int) -> list[str]:
+    def learn(start: Vocab, count: int) -> list[str]:
         corpus = segment_corpus(start, lines_of(japanese()), JAPANESE)
         return list(train_continued_bpe(corpus, count, JAPANESE, chinese()))
 
     def added(name: str) -> int:
-        return len(merges[name].pieces) - num_base
+        return merges[name].first_new_id - base.first_new_id
 
-    def filtered(candidates: Any) -> Any:
+    def filtered(candidates: Vocab) -> Vocab:
         accepted = merge_vocab.filter_candidates(base, candidates, JAPANESE, chinese()).accepted
         return merge_vocab.merge_reachable(base, accepted)[0]
 
@@ -129,9 +129,9 @@ def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], d
             sentences = (sentence for text in japanese() for sentence in split_sentences(text))
             train_bpe(sentences, file, options.vocab_size, chatglm3_spec=chatglm3_spec)
             seconds[name] = round(time.perf_counter() - start, 1)
-            merges[name] = merge_vocab.merge_as_original(base, fast.read_sentencepiece(file))
+            merges[name] = merge_vocab.merge_as_original(base, read_vocab(file))
             if chatglm3_spec:
-                merges["the same pieces, filtered, below"] = filtered(fast.read_sentencepiece(file))
+                merges["the same pieces, filtered, below"] = filtered(read_vocab(file))
     # Ours with as many tokens as each of theirs.
     pairs = [(f"continued BPE, as many as {name}", name) for name in original]
     start = time.perf_counter()
@@ -140,12 +140,11 @@ def merge_all(base: Any, options: argparse.Namespace) -> tuple[dict[str, Any], d
     for ours, theirs in pairs:
         merges[ours] = merge_vocab.merge_reachable(base, pieces[: added(theirs)])[0]
     if options.candidates:
-        candidates, seed = fast.read_sentencepiece(options.candidates), "seed list"
+        candidates, seed = read_vocab(options.candidates), "seed list"
         merges[f"{seed}, original"] = merge_vocab.merge_as_original(base, candidates)
         merges[f"{seed}, filtered, below"] = kept = filtered(candidates)
-        pieces = [piece.piece for piece in kept.pieces[num_base:]]
-        start = merge_vocab.merge_vocab(base, pieces, placeholders=False)
-        pieces += learn(start, added(f"{seed}, original") - len(pieces))
+        pieces = kept.tokens[base.first_new_id :]
+        pieces += learn(base.append(pieces, after_special=False), added(f"{seed}, original") - len(pieces))
         merges[f"{seed}, filtered, filled up by continued BPE"] = merge_vocab.merge_reachable(base, pieces)[0]
         pairs.append((f"{seed}, filtered, filled up by continued BPE", f"{seed}, original"))
     return merges, seconds, pairs
@@ -215,17 +214,17 @@ def measure_training(options: argparse.Namespace) -> None:
 
 def learn_sample(base_file: Path, corpora: Path, size: int) -> Values:
     """Learns from a sample of `size` bytes and encodes the test files."""
-    base = fast.read_sentencepiece(base_file)
+    base = read_vocab(base_file)
     streams = {name: texts(corpora, f"{name}.train.*") for name in SETS}
     proportions = {name: num_bytes(texts(corpora, f"{name}.train.*")) for name in SETS}
     sample = (text for _, text in interleave_by_bytes(streams, proportions, size))
     corpus = segment_corpus(base, lines_of(sample), JAPANESE)
     pieces = list(train_continued_bpe(corpus, NUM_NEW_TOKENS, JAPANESE, texts(corpora, "zh_*.train.*")))
-    processor = fast.to_processor(merge_vocab.merge_reachable(base, pieces)[0])
+    merged = merge_vocab.merge_reachable(base, pieces)[0]
     tokens, characters = {"all": 0}, {"all": 0}
     for file in sorted(corpora.glob("ja_*.test.*")):
         name, held_out = file.name.split(".")[0], list(texts(corpora, file.name))
-        tokens[name], characters[name] = sum(map(len, processor.encode(held_out))), sum(map(len, held_out))
+        tokens[name], characters[name] = sum(map(len, merged.encode(held_out))), sum(map(len, held_out))
     tokens["all"], characters["all"] = sum(tokens.values()), sum(characters.values())
     per_character = {name: round(tokens[name] / characters[name], 5) for name in tokens}
     return {"pieces": len(pieces), "tokens_per_character": per_character}

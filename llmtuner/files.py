@@ -116,6 +116,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def has_chatglm_tokenizer(directory: Path) -> bool:
+    """Whether a model directory's tokenizer is the sentencepiece model of ChatGLM3, and not a tokenizer.json of another base."""
+    converted = directory / "tokenizer.json"
+    return (directory / "tokenizer.model").is_file() and (
+        not converted.is_file() or b'"[gMASK]"' in converted.read_bytes()
+    )
+
+
 def checksum(path: Path) -> str:
     """Sixteen hexadecimal digits that change when a file, or the model in a directory, changes; "" if missing.
 

@@ -101,8 +101,8 @@ def _conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
 def make_tokenizer(texts: list[str], directory: Path) -> None:
     """Trains a tokenizer on Chinese and English with ChatGLM3's rules; the nine special tokens follow its pieces."""
     from llmtuner.tokenizer.fast import SPECIAL_TOKENS, read_sentencepiece, save_tokenizer
-    from llmtuner.tokenizer.merge_vocab import find_unreachable
     from llmtuner.tokenizer.sentencepiece_bpe import split_sentences, train_bpe
+    from llmtuner.tokenizer.vocab import SentencePieceVocab
 
     sentences = (sentence for text in texts for sentence in split_sentences(text))
     model_file = directory / "trained.model"
@@ -115,7 +115,7 @@ def make_tokenizer(texts: list[str], directory: Path) -> None:
             break
         del proto.pieces[:]
         proto.pieces.extend(kept)
-        unwanted = find_unreachable(proto)
+        unwanted = SentencePieceVocab(proto).unreachable()
     model_file.write_bytes(proto.SerializeToString())
     save_tokenizer(model_file, directory)
     model_file.unlink()

@@ -10,9 +10,9 @@ from llmtuner.tokenizer.fast import (
     BYTE,
     CONTROL,
     NORMAL,
-    SPECIAL_TOKENS,
     UNKNOWN,
 )
+from llmtuner.tokenizer.vocab import SentencePieceVocab
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 from tests.helpers import ROOT
 
@@ -72,6 +72,10 @@ def make_sentencepiece(pieces, **rules):
     return proto
 
 
+def make_vocab(pieces, **rules):
+    return SentencePieceVocab(make_sentencepiece(pieces, **rules))
+
+
 def save_model(proto, directory):
     file = directory / "hand.model"
     file.write_bytes(proto.SerializeToString())
@@ -79,7 +83,7 @@ def save_model(proto, directory):
 
 
 def new_tokens(merged, base):
-    return [piece.piece for piece in merged.pieces[len(base.pieces) + len(SPECIAL_TOKENS) :]]
+    return merged.tokens[base.first_new_id :]
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmtuner.tokenizer.fast import encode_fast, encode_sentencepiece
+from llmtuner.tokenizer.fast import encode_fast
+from llmtuner.tokenizer.vocab import Vocab
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,11 +36,10 @@ class Comparison:
         return self.tokens_after / self.tokens_before
 
 
-def compare(before: Any, after: Any, texts: Sequence[str], window: int = 8) -> Comparison:
+def compare(before: Vocab, after: Vocab, texts: Sequence[str], window: int = 8) -> Comparison:
     """Counts tokens and collects the texts whose ids differ.
 
     Args:
-        before, after: sentencepiece processors (`to_processor`).
         texts: at least one that is not empty.
         window: number of tokens to show of a change.
     """
@@ -47,17 +47,17 @@ def compare(before: Any, after: Any, texts: Sequence[str], window: int = 8) -> C
     changes = []
     for start in range(0, len(texts), BATCH_SIZE):
         batch = list(texts[start : start + BATCH_SIZE])
-        for old, new in zip(encode_sentencepiece(before, batch), encode_sentencepiece(after, batch), strict=True):
+        for old, new in zip(before.encode(batch), after.encode(batch), strict=True):
             tokens_before += len(old)
             tokens_after += len(new)
             if old != new:
                 first = next((i for i, (left, right) in enumerate(zip(old, new, strict=False)) if left != right), 0)
                 shown = slice(first, first + window)
-                changes.append(EncodingChange(before.id_to_piece(old[shown]), after.id_to_piece(new[shown])))
+                changes.append(EncodingChange(before.display(old[shown]), after.display(new[shown])))
     return Comparison(len(texts), tokens_before, tokens_after, changes)
 
 
-def encoding_mismatches(tokenizer: "PreTrainedTokenizerFast", processor: Any, texts: Sequence[str]) -> list[str]:
-    """The texts to which a fast tokenizer and a sentencepiece processor assign different ids."""
-    fast, expected = encode_fast(tokenizer, texts), encode_sentencepiece(processor, texts)
+def encoding_mismatches(tokenizer: "PreTrainedTokenizerFast", vocab: Vocab, texts: Sequence[str]) -> list[str]:
+    """The texts to which a fast tokenizer assigns other ids than the vocabulary that it was made from."""
+    fast, expected = encode_fast(tokenizer, texts), vocab.encode(texts)
     return [text for text, ids, expected_ids in zip(texts, fast, expected, strict=True) if ids != expected_ids]

@@ -8,6 +8,8 @@ is first segmented by the base tokenizer, and the most frequent pairs of adjacen
         continued お | 茶 | を | 飲 | み | ました。             (ま+した, then ました+。)
 
 All tokens of the text are in one array, as a doubly linked list, so that all positions of a pair can be merged at once.
+In byte-level BPE a token may begin or end inside a character; a new token spells complete characters only, or the leading
+bytes that only characters of the new language's script begin with (`partial_bytes`).
 """
 
 import heapq
@@ -15,16 +17,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
-from llmtuner.tokenizer.fast import NORMAL, SPACE, encode_sentencepiece, to_processor
-from llmtuner.tokenizer.writing_systems import ALL_CHARACTERS, WritingSystem, find_strings
+from llmtuner.tokenizer.fast import SPACE
+from llmtuner.tokenizer.vocab import BOUNDARY, Vocab
+from llmtuner.tokenizer.writing_systems import ALL_CHARACTERS, WritingSystem, find_strings, partial_bytes
 
 MAX_TOKEN_LENGTH = 16  # characters; sentencepiece's default
 BATCH_SIZE = 4_096  # lines encoded at once
-BOUNDARY = 0  # a token that is never merged: <unk>, which replaces everything that no new token may contain
 MERGED = -1  # a token that has been merged into the one before it
 
 
@@ -34,43 +35,36 @@ class SegmentedCorpus:
 
     tokens: np.ndarray
     """int32: ids; `BOUNDARY` between lines and in place of runs of tokens that cannot be part of a new one."""
-    id_to_token: list[str]
-    """The base's pieces, then the characters of the writing system that the base encodes as bytes."""
+    vocab: Vocab
+    """The base, followed by the characters of the writing system that it encodes as the bytes of byte fallback."""
     base_vocab_size: int
     uncommon_runs: Counter[str]
     """Runs of shared characters that the other language does not write, with their frequencies."""
 
 
-def segment_corpus(base: Any, lines: Iterable[str], writing_system: WritingSystem) -> SegmentedCorpus:
+def segment_corpus(base: Vocab, lines: Iterable[str], writing_system: WritingSystem) -> SegmentedCorpus:
     """Segments lines with the base tokenizer; needs 4 bytes of memory per token.
 
     Args:
-        base: sentencepiece model (`read_sentencepiece`).
         lines: read once, as a stream.
     """
-    # Characters without a piece become temporary pieces, so that each is one token and not its three bytes.
-    known = {piece.piece for piece in base.pieces}
-    letters = writing_system.letter_pattern.findall(ALL_CHARACTERS)
-    extended = type(base)()
-    extended.CopyFrom(base)
-    lowest = min(piece.score for piece in base.pieces if piece.type == NORMAL)
-    for rank, letter in enumerate((letter for letter in letters if letter not in known), start=1):
-        extended.pieces.add(piece=letter, score=lowest - rank, type=NORMAL)
-    processor = to_processor(extended)
-
-    id_to_token = [piece.piece if piece.type == NORMAL else "" for piece in extended.pieces]
-    usable = np.array([bool(token) and bool(writing_system.token_pattern.fullmatch(token)) for token in id_to_token])
+    # Characters in bytes become temporary tokens, so that each is one token and not its three bytes.
+    vocab = base.append(
+        base.missing_characters(writing_system.letter_pattern.findall(ALL_CHARACTERS)), after_special=False
+    )
+    texts = [vocab.text(token) for token in vocab.tokens]
+    usable = np.array([text is None or bool(text and writing_system.token_pattern.fullmatch(text)) for text in texts])
+    usable[BOUNDARY] = False
     uncommon_runs: Counter[str] = Counter()
     parts = [np.zeros(1, np.int32)]
     stream = iter(lines)
     while batch := list(islice(stream, BATCH_SIZE)):
-        encoded = encode_sentencepiece(processor, batch)
-        ids = np.fromiter((index for line in encoded for index in (*line, BOUNDARY)), np.int32)
+        ids = vocab.segment(batch)
         ids[~usable[ids]] = BOUNDARY
         repeated = (ids[1:] == BOUNDARY) & (ids[:-1] == BOUNDARY)
         parts.append(ids[np.concatenate([[True], ~repeated])])
         uncommon_runs.update(writing_system.uncommon_runs("\n".join(batch)))
-    return SegmentedCorpus(np.concatenate(parts), id_to_token, len(base.pieces), uncommon_runs)
+    return SegmentedCorpus(np.concatenate(parts), vocab, len(base.tokens), uncommon_runs)
 
 
 def train_continued_bpe(
@@ -123,13 +117,14 @@ class ContinuedBPE:
             allowed_strings: strings of only shared characters that may become tokens.
         """
         self.writing_system, self.allowed_strings, self.count = writing_system, allowed_strings, count
-        self.id_to_token = list(corpus.id_to_token)
-        self.base_vocab_size, self.first_new = corpus.base_vocab_size, len(corpus.id_to_token)
+        self.vocab, self.id_to_token = corpus.vocab, list(corpus.vocab.tokens)
+        self.base_vocab_size, self.first_new = corpus.base_vocab_size, len(self.id_to_token)
+        self.partial_tokens = {*map(self.vocab.from_bytes, partial_bytes(writing_system))}
         self.token_to_id = {token: index for index, token in enumerate(self.id_to_token) if token}
         self.tokens = corpus.tokens
         self.min_count = initial_min_count(corpus)
         size = self.first_new + count
-        self.exclusive, self.shared, self.starts_with_space = (np.zeros(size, bool) for _ in range(3))
+        self.exclusive, self.shared, self.partial, self.starts_with_space = (np.zeros(size, bool) for _ in range(4))
         self.length = np.zeros(size, np.int32)
         for index, token in enumerate(self.id_to_token):
             self._register(index, token)
@@ -139,11 +134,16 @@ class ContinuedBPE:
         self.tokens[(temporary & ~allowed)[self.tokens]] = BOUNDARY
 
     def _register(self, index: int, token: str) -> None:
-        body = token.removeprefix(SPACE)
-        self.exclusive[index] = self.writing_system.exclusive_pattern.search(token) is not None
+        text = self.vocab.text(token)
+        self.partial[index] = text is None
+        if text is None:
+            self.length[index] = 1
+            return
+        body = text.removeprefix(SPACE)
+        self.exclusive[index] = self.writing_system.exclusive_pattern.search(text) is not None
         self.shared[index] = not body or self.writing_system.shared_run_pattern.fullmatch(body) is not None
-        self.starts_with_space[index] = token.startswith(SPACE)
-        self.length[index] = len(token)
+        self.starts_with_space[index] = text.startswith(SPACE)
+        self.length[index] = len(text)
 
     def train(self) -> Iterator[str]:
         """Yields new tokens by rank; fewer than `count` if the text has no more."""
@@ -182,6 +182,7 @@ class ContinuedBPE:
     def _can_merge(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Which pairs of ids may become a token, judged by their characters."""
         allowed = self.exclusive[left] | self.exclusive[right] | (self.shared[left] & self.shared[right])
+        allowed |= self.partial[left] | self.partial[right]  # what they spell together decides (`_may_become_token`)
         fits = self.length[left] + self.length[right] <= MAX_TOKEN_LENGTH
         return (left > BOUNDARY) & (right > BOUNDARY) & ~self.starts_with_space[right] & allowed & fits
 
@@ -189,13 +190,23 @@ class ContinuedBPE:
         """Adds a pair as a candidate, or as a pending merge if it forms an existing token."""
         token = self.id_to_token[left] + self.id_to_token[right]
         if token in self.token_to_id:  # however rare, sentencepiece would merge it
-            self.pending_merges.setdefault(self.token_to_id[token], []).append((left, right, positions))
-        elif len(positions) < self.min_count:
-            return
-        elif self.exclusive[left] or self.exclusive[right] or token.removeprefix(SPACE) in self.allowed_strings:
+            if self.vocab.unions_merge:
+                self.pending_merges.setdefault(self.token_to_id[token], []).append((left, right, positions))
+        elif len(positions) >= self.min_count and self._may_become_token(left, right, token):
             pairs = self.pairs.setdefault(token, [])
             pairs.append((left, right, positions))
             heapq.heappush(self.heap, (-_count(pairs), token))
+
+    def _may_become_token(self, left: int, right: int, token: str) -> bool:
+        text = self.vocab.text(token)
+        if text is None:
+            return token in self.partial_tokens
+        complete = not (self.partial[left] or self.partial[right])  # then `_can_merge` has judged the characters
+        if not complete and not self.writing_system.token_pattern.fullmatch(text):
+            return False
+        return (
+            bool(self.writing_system.exclusive_pattern.search(text)) or text.removeprefix(SPACE) in self.allowed_strings
+        )
 
     def _next_token(self) -> str | None:
         """Makes the currently most frequent candidate a token, and merges it in the text."""

@@ -10,7 +10,6 @@ import torch
 import constants
 import pipeline
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import read_sentencepiece
 from llmtuner.weights.embedding_init import find_new_tokens, init_new_embeddings, median_norm
 from llmtuner.weights.lazy_checkpoint import open_checkpoint
 from llmtuner.weights.resize_embeddings import EMBEDDING_WEIGHTS
@@ -29,14 +28,13 @@ def fill_disk(*_):
 def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, tmp_path, monkeypatch):
     import step3_resize_model as step3
     from llmtuner.tokenizer.fast import save_tokenizer
-    from llmtuner.tokenizer.merge_vocab import merge_vocab
+    from llmtuner.tokenizer.vocab import read_vocab
     from llmtuner.weights.embedding_init import METHODS
 
     assert sorted(step3.METHODS) == sorted(METHODS)
     merged = tmp_path / "work" / "step2_merged_tokenizer"
     merged.mkdir(parents=True)
-    proto = merge_vocab(read_sentencepiece(published / "tokenizer.model"), ["ま", "す", "ます"])
-    (tmp_path / "merged.model").write_bytes(proto.SerializeToString())
+    read_vocab(published).append(["ま", "す", "ます"]).save(tmp_path / "merged.model")
     save_tokenizer(tmp_path / "merged.model", merged)
     zero = tmp_path / "work" / "step3_zero"
     for name, value in {"BASE_MODEL_DIR": published, "MERGED_TOKENIZER_DIR": merged, "ZERO_DIR": zero}.items():

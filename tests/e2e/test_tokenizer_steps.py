@@ -19,6 +19,7 @@ from llmtuner.tokenizer.sentencepiece_bpe import (
     split_sentences,
     train_bpe,
 )
+from llmtuner.tokenizer.vocab import read_vocab
 from tests.helpers import ROOT
 from tests.tokenizers import CHINESE, ENGLISH, JA, JAPANESE, make_sentencepiece, new_tokens, save_model, write_corpus
 
@@ -146,9 +147,9 @@ def test_step_1_by_sentencepiece_or_on_top_of_other_pieces(places, tiny_tokenize
     second = run_step(command, work, tiny_tokenizer_dir, corpus, OVERWRITE="1")
     assert second.returncode == 0, second.stderr
     base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
+    vocab = read_vocab(tiny_tokenizer_dir)
     chosen = new_tokens(
-        merge_reachable(base, filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE).accepted)[0],
-        base,
+        merge_reachable(vocab, filter_candidates(vocab, read_vocab(candidate_file), JA, CHINESE).accepted)[0], vocab
     )
     pieces = [piece.piece for piece in read_sentencepiece(work / "step1_ja_tokenizer" / "ja_bpe.model").pieces]
     assert pieces[len(base.pieces) :][: len(chosen)] == chosen

@@ -2,10 +2,7 @@
 
 import pytest
 
-from llmtuner.tokenizer.fast import (
-    build_fast_tokenizer,
-    read_sentencepiece,
-)
+from llmtuner.tokenizer.fast import build_fast_tokenizer
 from llmtuner.tokenizer.merge_vocab import (
     filter_candidates,
     merge_reachable,
@@ -14,6 +11,7 @@ from llmtuner.tokenizer.sentencepiece_bpe import (
     split_sentences,
     train_bpe,
 )
+from llmtuner.tokenizer.vocab import read_vocab
 from tests.tokenizers import CHINESE, JA, JAPANESE, ORIGINAL
 
 
@@ -31,10 +29,10 @@ def candidate_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def merged_file(base_file, candidate_file, tmp_path_factory):
-    base = read_sentencepiece(base_file)
-    choice = filter_candidates(base, read_sentencepiece(candidate_file), JA, CHINESE)
+    base = read_vocab(base_file)
+    choice = filter_candidates(base, read_vocab(candidate_file), JA, CHINESE)
     file = tmp_path_factory.mktemp("merged") / "tokenizer.model"
-    file.write_bytes(merge_reachable(base, choice.accepted)[0].SerializeToString())
+    merge_reachable(base, choice.accepted)[0].save(file)
     return file
 
 
