@@ -58,7 +58,7 @@ def main() -> None:
     from llmtuner.weights import embedding_init
     from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
 
-    new = embedding_init.find_new_tokens(BASE_MODEL_DIR / "tokenizer.model", MERGED_TOKENIZER_DIR / "tokenizer.model")
+    new = embedding_init.find_new_tokens(BASE_MODEL_DIR, MERGED_TOKENIZER_DIR)
     merged_tokenizer = load_tokenizer(MERGED_TOKENIZER_DIR)
     weights = usage_weights(merged_tokenizer, new) if "focus" in methods.values() else None
 

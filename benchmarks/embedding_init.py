@@ -92,7 +92,7 @@ def main() -> None:
     import pipeline
 
     base_dir, merged_dir = pipeline.require_base_model(), constants.MERGED_TOKENIZER_DIR
-    new = find_new_tokens(base_dir / "tokenizer.model", merged_dir / "tokenizer.model")
+    new = find_new_tokens(base_dir, merged_dir)
     tokenizer = fast.load_tokenizer(merged_dir)
     sources = [get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in constants.TOKENIZER_MIX]
     japanese = [text for source in sources for text in training_documents(source, constants.VALIDATION_SHARE)]
@@ -180,7 +180,7 @@ def measure_random_weights() -> dict[str, Values]:
     generator = torch.Generator().manual_seed(0)
     pairs = torch.randint(3, first_id, (TINY_NEW_TOKENS, 2), generator=generator).tolist()
     prompts = torch.randint(3, first_id, (TINY_PROMPTS, TINY_PROMPT_LEN), generator=generator)
-    init_fn = rows_maker(NewTokens(first_id, pairs, unk_id=0))
+    init_fn = rows_maker(NewTokens(first_id, pairs, 0, range(3, first_id - 9)))
     resizable = ResizableModel(model, first_id, torch.float16, init_fn)
     before = continuations(model, prompts)
     hidden = hidden_states(model, before)
@@ -272,7 +272,7 @@ def make_kana_base(options: argparse.Namespace) -> None:
         return directory
 
     taught = save(base.append(known), target / "taught")
-    new = find_new_tokens(base_dir / "tokenizer.model", taught / "tokenizer.model")
+    new = find_new_tokens(base_dir, taught)
     resize_token_embeddings(base_dir, taught, new, constants.EMBEDDING_ROWS_MULTIPLE)
     pretrain(taught, target / "trained")
 
@@ -287,7 +287,7 @@ def make_kana_base(options: argparse.Namespace) -> None:
     model.save_pretrained(str(result))
     merged = save(continued.append(unknown), target / "work" / "step2_merged_tokenizer")
     (target / "work" / "corpus").symlink_to(constants.CORPUS_DIR.resolve())
-    spelled = find_new_tokens(result / "tokenizer.model", merged / "tokenizer.model").base_ids
+    spelled = find_new_tokens(result, merged).base_ids
     print0(f"a new token replaces {sum(map(len, spelled)) / len(spelled):.2f} base tokens; the base is {result}")
 
 

@@ -63,9 +63,10 @@ def resize(source: Path, destination: str) -> None:
     from llmtuner.weights.resize_embeddings import resize_token_embeddings
 
     generator = random.Random(0)
-    base_ids = [generator.sample(range(3, FIRST_NEW_ID - 9), 3) for _ in range(NUM_NEW_TOKENS)]
+    base_range = range(3, FIRST_NEW_ID - 9)
+    base_ids = [generator.sample(base_range, 3) for _ in range(NUM_NEW_TOKENS)]
     Path(destination).mkdir()
-    resize_token_embeddings(source, Path(destination), NewTokens(FIRST_NEW_ID, base_ids, 0), MULTIPLE)
+    resize_token_embeddings(source, Path(destination), NewTokens(FIRST_NEW_ID, base_ids, 0, base_range), MULTIPLE)
 
 
 def compare(source: Path, resized: str) -> None:

@@ -60,6 +60,14 @@ def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session", params=["qwen3", "llama"])
+def family_dir(request, tmp_path_factory):
+    """A tiny model of another family, with tied embeddings or without."""
+    from tests.tiny_models import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
 @pytest.fixture
 def tiny_run(tiny_model_dir, tmp_path):
     """Settings of a run of a few steps over a few documents and dialogues."""

@@ -191,6 +191,9 @@ def tiny_model(directory, kind):
     )
     for parameter in model.parameters():  # nothing may hide behind a 0 or a 1
         torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():  # rows without an id, which no model that was trained ever chooses
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[len(tokenizer) :] = layer.weight[: len(tokenizer)].mean(dim=0)
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>" if kind == "qwen3" else "<|end_of_text|>")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

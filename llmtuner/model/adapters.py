@@ -63,13 +63,14 @@ def init_adapter(
     prepared: Any = model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft reads it
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `_add_adapter` ties
         if adapter is not None and create_new:
             prepared = _create_adapter_on_merged(model, finetuning, adapter)
         elif adapter is not None:
             prepared = _load_adapter(model, finetuning, adapter)
             print0(f"resuming from {adapter}: {_describe(prepared)}")
         elif finetuning.finetuning_type == "lora":
-            prepared = get_peft_model(model, _get_lora_config(model, finetuning))
+            prepared = _add_adapter(model, _get_lora_config(model, finetuning))
         elif finetuning.finetuning_type == "freeze":
             _setup_freeze_tuning(model, finetuning)
     _upcast_trainable(prepared)
@@ -77,9 +78,33 @@ def init_adapter(
     return prepared
 
 
+def _add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Adds an adapter to a model. Embeddings that are one matrix stay one, which is trained and saved once.
+
+    peft itself would train a copy for the input and leave the output layer with the frozen original or, with its
+    `ensure_weight_tying`, save the matrix twice. Set afterwards, that keeps plain peft from loading it for the input alone.
+
+    Raises:
+        UserError: if the adapter has trained them apart.
+    """
+    head: Any = model.get_output_embeddings()
+    config.ensure_weight_tying = False  # type: ignore[attr-defined]
+    adapted: Any = get_peft_model(model, config)
+    embeddings: Any = model.get_input_embeddings()
+    original = getattr(embeddings, "original_module", embeddings)
+    if original.weight is head.weight and isinstance(embeddings, ModulesToSaveWrapper):
+        if model.get_output_embeddings() is not head:
+            raise UserError(
+                "the adapter has trained input and output embeddings apart, which are one matrix in this model."
+            )
+        head.weight = embeddings.modules_to_save["default"].weight
+        config.ensure_weight_tying = True  # type: ignore[attr-defined]
+    return adapted
+
+
 def _setup_freeze_tuning(model: PreTrainedModel, finetuning: FinetuningArguments) -> None:
     """Freezes everything but some layers, or some of their modules, and named modules outside the layers."""
-    outside = [*finetuning.additional_target, *finetuning.freeze_extra_modules]
+    outside = _resolve_embeddings(model, [*finetuning.additional_target, *finetuning.freeze_extra_modules])
     _check_names(outside, _modules_with_parameters(model), "additional_target")
     num_trainable = finetuning.freeze_trainable_layers
     if num_trainable is None:
@@ -119,6 +144,26 @@ def _free_original_modules(model: torch.nn.Module) -> None:
                     module._parameters[name] = None
 
 
+def embedding_modules(model: PreTrainedModel) -> tuple[str, str]:
+    """Returns the names of the modules of input and output embeddings; the former twice if they are one matrix."""
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = getattr(embeddings, "weight", None) is getattr(head, "weight", None)
+    return names[id(embeddings)], names[id(embeddings if is_tied else head)]
+
+
+def embedding_parameters(model: Any) -> set[int]:
+    """Returns the `id` of every parameter of input and output embeddings, of their adapters as well."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {id(parameter) for layer in layers for parameter in layer.parameters()}
+
+
+def _resolve_embeddings(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Replaces `embed_tokens` and `lm_head` by this model's names of its embeddings, a tied matrix once."""
+    names = dict(zip(EMBEDDING_MODULES, embedding_modules(model), strict=True))
+    return list(dict.fromkeys(names.get(name, name) for name in targets))
+
+
 def find_all_linear_modules(model: PreTrainedModel) -> list[str]:
     """Returns the names of all linear modules but the output layer."""
     lm_head = model.get_output_embeddings()
@@ -144,18 +189,18 @@ def _check_names(names: list[str], known: list[str], setting: str) -> None:
 def _get_lora_config(
     model: PreTrainedModel, finetuning: FinetuningArguments, merged_adapter: dict[str, str] | None = None
 ) -> LoraConfig:
-    additional, known = finetuning.additional_target, find_all_linear_modules(model)
+    additional, known = _resolve_embeddings(model, finetuning.additional_target), find_all_linear_modules(model)
     _check_names(additional, _modules_with_parameters(model), "additional_target")
     if finetuning.lora_target == ["all"]:
         target = [name for name in known if name not in additional]
     else:
         target = finetuning.lora_target
-        if "lm_head" in target:
+        if not {"lm_head", embedding_modules(model)[1]}.isdisjoint(target):
             raise UserError(f"lora_target lm_head: {NO_LORA_ON_LM_HEAD}")
         _check_names(target, known, "lora_target")
     if both := sorted({*target} & {*additional}):
         raise UserError(f"{', '.join(both)}: named in lora_target and in additional_target. Train it in one way.")
-    by_row = [name for name in additional if name in EMBEDDING_MODULES and finetuning.train_new_tokens_only]
+    by_row = [name for name in additional if name in embedding_modules(model) and finetuning.train_new_tokens_only]
     config: dict[str, Any] = dict(
         r=finetuning.lora_rank,
         lora_alpha=finetuning.lora_alpha or 2 * finetuning.lora_rank,
@@ -193,7 +238,7 @@ def _create_adapter_on_merged(model: PreTrainedModel, finetuning: FinetuningArgu
         parameter.data = parameter.data.to(dtypes[name])
     print0(f"{adapter} is merged into the model in memory; a new adapter is trained on that")
     merged_adapter = {"path": str(adapter.resolve()), "sha256": adapter_checksum(adapter)}
-    return get_peft_model(merged, _get_lora_config(merged, finetuning, merged_adapter))  # type: ignore[return-value]
+    return _add_adapter(merged, _get_lora_config(merged, finetuning, merged_adapter))
 
 
 def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapter: Path) -> PeftModel:
@@ -220,7 +265,7 @@ def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapt
     try:
         config: Any = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = False
-        adapted: Any = get_peft_model(model, config)
+        adapted: Any = _add_adapter(model, config)
         _upcast_trainable(adapted)  # before its weights are loaded, or the model's dtype would round them
         weights = load_file(adapter / ADAPTER_WEIGHTS)
         if differing := weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
@@ -231,7 +276,9 @@ def _load_adapter(model: PreTrainedModel, finetuning: FinetuningArguments, adapt
             f"the adapter {adapter} does not fit the model {model.config.name_or_path}: {error}. Name the model it was "
             "trained on."
         ) from error
-    if "lm_head" in config.target_modules:  # the loss reads the matrix, not the layer
+    if not {"lm_head", embedding_modules(model)[1]}.isdisjoint(
+        config.target_modules
+    ):  # the loss reads the matrix, not the layer
         raise UserError(f"the adapter {adapter} holds LoRA of lm_head: {NO_LORA_ON_LM_HEAD}")
     return adapted
 

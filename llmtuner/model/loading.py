@@ -8,7 +8,13 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from llmtuner.console import UserError, llmtuner_command
@@ -38,7 +44,7 @@ def load_model(
         UserError: if the directory does not hold a complete, readable model.
     """
     path = Path(directory)
-    _read_config(path)
+    read_config(path)
     check_weight_files(path)
     if attention == VARLEN:
         register_varlen()
@@ -75,22 +81,34 @@ def default_attention(directory: Path | str) -> str | None:
 
     None lets transformers choose: some models of other families do not support sdpa.
     """
-    is_glm = _read_config(directory).model_type == "glm"
+    is_glm = read_config(directory).model_type == "glm"
     if torch.cuda.is_available():
         return (VARLEN if flash_varlen_available() else "sdpa") if is_glm else None
     return VARLEN if is_glm else "eager"
 
 
-def _read_config(directory: Path | str) -> Any:
+def read_config(directory: Path | str) -> Any:
+    """Reads the configuration of a causal language model that transformers knows.
+
+    Raises:
+        UserError: if there is none, it is damaged, needs remote code, or is that of another kind of model.
+    """
     if not (Path(directory) / "config.json").is_file():
         raise UserError(f"{directory} is not a model directory: it has no config.json.")
     _refuse_remote_code(Path(directory))
     try:
-        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises almost anything
         raise UserError(
             f"{directory} is not a model directory that can be used: {error}. Make or fetch it again."
         ) from error
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language"
+        raise UserError(
+            f"{directory} holds {kind} model (model_type {config.model_type!r}). Choose one that continues a text "
+            "(transformers' AutoModelForCausalLM), such as Llama, Qwen or GLM."
+        )
+    return config
 
 
 def _refuse_remote_code(directory: Path) -> None:
@@ -133,9 +151,10 @@ def choose_placement(directory: Path | str) -> EvalPlacement:
     Raises:
         UserError: if the directory holds no model, or a file of its weights is missing or damaged.
     """
+    config = read_config(directory)
     check_weight_files(Path(directory))
     stored_bytes = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-    num_parameters = stored_bytes // (4 if _read_config(directory).dtype == torch.float32 else 2)
+    num_parameters = stored_bytes // (4 if config.dtype == torch.float32 else 2)
     target = device()
     if target.type == "cuda":
         return EvalPlacement(target, "auto", stored_bytes, torch.cuda.mem_get_info()[0])
@@ -158,7 +177,7 @@ def check_vocab_and_context(directory: Path | str, tokenizer: Any, context_lengt
     Raises:
         UserError: if it has not, is not a model or is quantized, or a file of its weights is missing or damaged.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     check_weight_files(Path(directory))
     check_not_quantized(Path(directory))
     _check_vocab_size(config.vocab_size, tokenizer, directory)

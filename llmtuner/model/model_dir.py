@@ -66,7 +66,7 @@ def check_weight_files(directory: Path) -> None:
     """Reads the headers of a model's safetensors files, so that a damaged file is found before anything slow is done.
 
     Raises:
-        UserError: if a file that the index lists is missing, or one is damaged or truncated.
+        UserError: if there is none, one that the index lists is missing, or one is damaged or truncated.
     """
     index = directory / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.is_file() else None
@@ -74,6 +74,10 @@ def check_weight_files(directory: Path) -> None:
         files = set(weight_map.values())
     else:
         files = {file.name for file in directory.glob("model*.safetensors")}
+    if not files:
+        raise UserError(
+            f"{directory} has no *.safetensors weights; other formats are not loaded. Download the model as safetensors."
+        )
     if missing := sorted(name for name in files if not (directory / name).is_file()):
         raise UserError(f"{index} lists files that are missing: {abbreviate(missing)}. Download them.")
     for name in sorted(files):

@@ -45,7 +45,8 @@ from llmtuner.console import UserError, print0
 from llmtuner.data.packing import PackedDataCollator, PadToMultiple
 from llmtuner.eval.bits_per_byte import Windows, document_bits
 from llmtuner.files import atomic_write_json
-from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
+from llmtuner.hparams import FinetuningArguments
+from llmtuner.model.adapters import embedding_parameters
 from llmtuner.model.attention import VARLEN, Documents
 from llmtuner.train.best_checkpoint import find_best
 from llmtuner.train.callbacks import (
@@ -362,10 +363,10 @@ class PackedTrainer(Trainer):
         if not is_logged:
             return
         groups: dict[str, list[torch.Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
+        embeddings = embedding_parameters(self.model)
+        for parameter in self.model.parameters():
             if parameter.grad is not None:
-                is_embedding = any(module in name for module in EMBEDDING_MODULES)
-                groups.setdefault("embeddings" if is_embedding else "layers", []).append(parameter.grad)
+                groups.setdefault("embeddings" if id(parameter) in embeddings else "layers", []).append(parameter.grad)
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler else 1.0  # of fp16 gradients, which clipping will divide them by
         self.group_norms = {
@@ -384,9 +385,11 @@ class PackedTrainer(Trainer):
             peaks = dict(zip(LR_GROUPS, (base, base * (loraplus_ratio or 1), embedding_lr), strict=True))
             groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
             decayed = set(self.get_decay_parameter_names(self.model))
+            embeddings = embedding_parameters(self.model)
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    groups.setdefault((self._get_lr_group(name), name in decayed), []).append(parameter)
+                    lr_group = self._get_lr_group(name, id(parameter) in embeddings)
+                    groups.setdefault((lr_group, name in decayed), []).append(parameter)
             ordered = sorted(groups.items(), key=lambda group: LR_GROUPS.index(group[0][0]))
             self.lr_groups = [lr_group for (lr_group, _), _ in ordered]
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -403,9 +406,8 @@ class PackedTrainer(Trainer):
             )
         return super().create_optimizer(*args, **kwargs)
 
-    def _get_lr_group(self, name: str) -> str:
+    def _get_lr_group(self, name: str, is_embedding: bool) -> str:
         """Returns the entry of LR_GROUPS that a parameter belongs to."""
-        is_embedding = any(module in name for module in EMBEDDING_MODULES)
         if is_embedding and self.finetuning_args.embedding_learning_rate is not None:
             return "embedding_learning_rate"
         return "loraplus" if self.finetuning_args.loraplus_lr_ratio and ".lora_B." in name else "learning_rate"
@@ -561,9 +563,12 @@ class PackedTrainer(Trainer):
         if weights is None:
             super().save_model(output_dir, _internal_call)
         else:
-            self._save(
-                output_dir, weights if isinstance(self.model, PeftModel) else {**self.model.state_dict(), **weights}
-            )
+            if not isinstance(self.model, PeftModel):
+                tied = {*getattr(self.model, "all_tied_weights_keys", {})}  # they are in `weights` under another name
+                weights = {
+                    name: weight for name, weight in self.model.state_dict().items() if name not in tied
+                } | weights
+            self._save(output_dir, weights)
 
     def _may_be_diverging(self) -> bool:
         """Whether the loss of the step just made, or its gradient norm, is too high for its weights to be kept."""

@@ -195,7 +195,7 @@ def build_trainer(
     }
     trainer = PackedTrainer(
         args.finetuning,
-        PackedDataCollator(tokenizer.pad_token_id),
+        PackedDataCollator(tokenizer.pad_token_id or 0),  # without one any id will do: no token attends to padding
         settings,
         dataset.train.token_dataset.describe_document,
         stop,

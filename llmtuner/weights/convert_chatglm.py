@@ -313,6 +313,7 @@ def open_chatglm(directory: Path) -> LazyCheckpoint:
         GenerationConfig(**generation_config_args(directory, specials)),
         convert_tensors(tensors, settings, per_head=not config.get("multi_query_attention", False)),
         directory,
+        {"model.embed_tokens.weight": "input", "lm_head.weight": "output"},
     )
 
 

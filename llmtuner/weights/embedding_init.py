@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import torch
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import BOS, EOS, SPACE, SPECIAL_TOKENS, UNK
+from llmtuner.tokenizer.vocab import read_vocab
 
 METHODS = {
     "mean": "mean of the rows of the base tokens that spell it (SambaLingo, arXiv 2404.05829)",
@@ -27,7 +26,6 @@ METHODS = {
 }
 CONVEX_METHODS = ("mean", "first_weighted", "last_weighted", "global_mean", "focus")
 _LOG_WEIGHT_STEP = {"mean": 0.0, "first_weighted": -2.0, "last_weighted": 2.0}  # from token to token
-_NUM_CONTROL_TOKENS = len((UNK, BOS, EOS))  # before the base-vocabulary tokens; the special tokens come after them
 _ROW_CHUNK = 4096
 _COLUMN_CHUNK = 256
 
@@ -39,39 +37,25 @@ class NewTokens:
     first_id: int
     base_ids: list[list[int]]
     """For each new token the ids of the base tokens that spell it."""
-    unk_id: int
+    unk_id: int | None
+    """The id of the token for what cannot be encoded; None if the tokenizer has none."""
+    base_range: range
+    """The ids of the base vocabulary, without control and special tokens."""
 
     @property
     def end(self) -> int:
         """One past the last new id."""
         return self.first_id + len(self.base_ids)
 
-    @property
-    def base_range(self) -> range:
-        """The ids of the base vocabulary, without control and special tokens."""
-        return range(_NUM_CONTROL_TOKENS, self.first_id - len(SPECIAL_TOKENS))
 
-
-def find_new_tokens(base_tokenizer: Path, merged_tokenizer: Path) -> NewTokens:
-    """Compares two sentencepiece models: new tokens come after the base's pieces and the special tokens.
+def find_new_tokens(base: Path, merged: Path) -> NewTokens:
+    """Compares the tokenizers of two directories: new tokens come after all ids of the base, special ones included.
 
     Raises:
-        UserError: if the second does not begin with the pieces of the first.
+        UserError: if one of them cannot be read, or the second does not keep the ids of the first.
     """
-    base = sentencepiece.SentencePieceProcessor(model_file=str(base_tokenizer))
-    merged = sentencepiece.SentencePieceProcessor(model_file=str(merged_tokenizer))
-    size = base.get_piece_size()
-    if any(base.id_to_piece(i) != merged.id_to_piece(i) for i in range(size)):
-        raise UserError(
-            f"{merged_tokenizer} does not begin with the pieces of {base_tokenizer}. Merge again with this base."
-        )
-    first_id = size + len(SPECIAL_TOKENS)
-    prefix = base.encode("\n")  # [▁, newline]: what follows is split as in the middle of a text
-    base_ids = []
-    for new_id in range(first_id, merged.get_piece_size()):
-        text = merged.id_to_piece(new_id).replace(SPACE, " ")
-        base_ids.append(base.encode("\n" + text)[len(prefix) :])
-    return NewTokens(first_id, base_ids, base.unk_id())
+    before, after = read_vocab(base), read_vocab(merged)
+    return NewTokens(before.first_new_id, before.spell_new_tokens(after), before.unk_id, before.base_range)
 
 
 def init_new_embeddings(
@@ -106,7 +90,7 @@ def init_new_embeddings(
         noise = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
         rows = noise * _base_std(matrix, new)
     elif method == "global_mean":
-        rows = _base_mean(matrix, new).expand(count, width).clone()
+        rows = base_mean(matrix, new).expand(count, width).clone()
     elif method == "focus":
         assert weights is not None, "the method focus needs the weights from focus_weights"
         rows = weighted_rows(matrix, weights)
@@ -149,7 +133,8 @@ def median_norm(matrix: torch.Tensor, new: NewTokens) -> float:
     return float(torch.cat([chunk.norm(dim=1) for chunk in _base_row_chunks(matrix, new)]).median())
 
 
-def _base_mean(matrix: torch.Tensor, new: NewTokens) -> torch.Tensor:
+def base_mean(matrix: torch.Tensor, new: NewTokens) -> torch.Tensor:
+    """Mean of the base-vocabulary rows: [width] in fp32."""
     total = torch.stack([chunk.sum(dim=0, dtype=torch.float64) for chunk in _base_row_chunks(matrix, new)]).sum(dim=0)
     return (total / len(new.base_range)).float()
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 2**23
 MAX_SHARD_BYTES = 2_000_000_000
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+EmbeddingKind = Literal["input", "output", "tied"]
 LICENSE_FILES = ("MODEL_LICENSE", "LICENSE")  # derived weights keep the licence of the original
 
 
@@ -81,6 +82,14 @@ def concatenate(name: str, parts: Sequence[LazyTensor]) -> LazyTensor:
 
     num_rows = sum(part.shape[0] for part in parts)
     return LazyTensor(name, (num_rows, *parts[0].shape[1:]), parts[0].dtype, read_rows, parts[0].source)
+
+
+def tensors_equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors are bit-identical."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    chunks = zip(a.chunks(), b.chunks(), strict=True)
+    return all(torch.equal(*(chunk.contiguous().view(torch.uint8) for chunk in pair)) for pair in chunks)
 
 
 @contextmanager
@@ -279,6 +288,10 @@ class LazyCheckpoint:
     tensors: list[LazyTensor]
     source: Path
     """The directory that it is read from."""
+    embeddings: dict[str, EmbeddingKind]
+    """The names of both embedding matrices, or of the only one that serves as input and output ("tied")."""
+    alias: str | None = None
+    """The name by which transformers knows a tied matrix as the output layer's; no tensor has it."""
 
     def write(self, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> WriteStats:
         """Writes the model, and the licence file of its source, into an existing directory.

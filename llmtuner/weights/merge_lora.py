@@ -14,8 +14,14 @@ from llmtuner.files import checksum
 from llmtuner.model.model_dir import MERGED_ADAPTER, adapter_checksum, read_json
 from llmtuner.outputs import atomic_directory, check_destination, finish_publishing
 from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
-from llmtuner.weights.lazy_checkpoint import LazyCheckpoint, LazyTensor, open_checkpoint, open_safetensors
-from llmtuner.weights.resize_embeddings import EMBEDDING_WEIGHTS, open_model
+from llmtuner.weights.lazy_checkpoint import (
+    LazyCheckpoint,
+    LazyTensor,
+    open_checkpoint,
+    open_safetensors,
+    tensors_equal,
+)
+from llmtuner.weights.resize_embeddings import open_model
 
 PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -49,11 +55,11 @@ def merge_adapter(
 
     Without an adapter the base is saved unchanged, such as the output of finetuning_type full.
 
-    Sums are computed in fp32 and stored in the base's dtype. If the adapter was trained on a resized model and holds both
+    Sums are computed in fp32 and stored in the base's dtype. If the adapter was trained on a resized model and holds all
     embedding matrices, the base is resized to match, and the adapter's tokenizer is saved.
 
     Args:
-        base: a Glm checkpoint, or ChatGLM3 as originally released.
+        base: as of `open_model`.
         max_shard_gb: maximum size of a file, in GB.
         overwrite: whether an earlier result in `destination` may be replaced.
 
@@ -85,12 +91,13 @@ def plan_merge(base: Path, adapter: Path | None) -> tuple[LazyCheckpoint, Path]:
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     for part in _adapter_chain(adapter) if adapter else ():
         read_weights = _lora_weights if (part / "adapter_config.json").is_file() else _full_weights
-        merged = read_weights(part, tensors)
+        merged = read_weights(part, _with_alias(tensors, checkpoint))
+        _drop_alias(part, merged, checkpoint)
         for name, tensor in merged.items():
-            _check_shape(part, tensors[name], tensor)
+            _check_shape(part, tensors[name], tensor, name in checkpoint.embeddings)
         tensors |= merged
     adapter = adapter or base
-    vocab_size = _merged_vocab_size(tensors, adapter)
+    vocab_size = _merged_vocab_size([tensors[name].shape[0] for name in checkpoint.embeddings], adapter)
     has_tokenizer = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = adapter if has_tokenizer else base
     num_ids = len(load_tokenizer(tokenizer))
@@ -241,15 +248,30 @@ def _apply_lora(adapter: Path, old: LazyTensor, parts: dict[str, LazyTensor], co
     return replace(old, read_rows=read_rows, source=f"{old.source} with {lora_a.source}")
 
 
-def _check_shape(adapter: Path, old: LazyTensor, new: LazyTensor) -> None:
+def _with_alias(tensors: dict[str, LazyTensor], checkpoint: LazyCheckpoint) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint, of which a tied matrix is found under both of its names."""
+    alias = checkpoint.alias
+    return {**tensors, alias: replace(tensors[next(iter(checkpoint.embeddings))], name=alias)} if alias else tensors
+
+
+def _drop_alias(adapter: Path, merged: dict[str, LazyTensor], checkpoint: LazyCheckpoint) -> None:
+    """Drops what an adapter holds of a tied matrix as the output layer's, if it is what it holds as the input's."""
+    alias, matrix = checkpoint.alias, next(iter(checkpoint.embeddings))
+    if alias in merged and not (matrix in merged and tensors_equal(merged[matrix], merged.pop(alias))):
+        raise _mismatch_error(
+            adapter, f"it trained {alias} apart from {matrix}, which are one matrix in the model (tie_word_embeddings)"
+        )
+
+
+def _check_shape(adapter: Path, old: LazyTensor, new: LazyTensor, is_embedding: bool) -> None:
     """Makes sure that a tensor keeps its shape; only embedding matrices may get more rows."""
-    resized = old.name in EMBEDDING_WEIGHTS and new.shape[0] > old.shape[0]
+    resized = is_embedding and new.shape[0] > old.shape[0]
     if new.shape != old.shape and not (resized and new.shape[1:] == old.shape[1:]):
         raise _mismatch_error(adapter, f"{old.name} is {list(new.shape)}, the model's {list(old.shape)}")
 
 
-def _merged_vocab_size(tensors: dict[str, LazyTensor], adapter: Path) -> int:
-    input_rows, output_rows = (tensors[name].shape[0] for name in EMBEDDING_WEIGHTS)
+def _merged_vocab_size(num_rows: list[int], adapter: Path) -> int:
+    input_rows, output_rows = num_rows[0], num_rows[-1]
     if input_rows != output_rows:
         reason = f"{input_rows:,} input and {output_rows:,} output embedding rows; resize the base first"
         raise _mismatch_error(adapter, f"{reason} (step3_resize_model.py)")

@@ -19,7 +19,7 @@ from llmtuner.weights.embedding_init import (
 from llmtuner.weights.focus import focus_weights
 
 BASE = range(3, 51)  # after <unk>, <s>, </s>; nine special tokens and four padding rows follow
-NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unk_id=0)
+NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], 0, range(3, 51))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_statistics_cover_the_base_vocabulary_only(matrix):
     mean = init_new_embeddings(matrix, NEW, "global_mean")
     assert torch.allclose(mean, base_tokens.mean(dim=0).expand(4, -1), atol=1e-5)
     assert median_norm(matrix, NEW) == pytest.approx(float(base_tokens.norm(dim=1).median()))
-    many = NewTokens(60, [[5]] * 2000, unk_id=0)
+    many = NewTokens(60, [[5]] * 2000, 0, range(3, 51))
     noise = init_new_embeddings(matrix, many, "random")
     assert float(noise.std()) == pytest.approx(float(base_tokens.std()), rel=0.02)
     assert abs(float(noise.mean())) < 0.02

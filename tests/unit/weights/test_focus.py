@@ -11,7 +11,7 @@ from llmtuner.weights import focus
 from llmtuner.weights.embedding_init import NewTokens, position_weights
 from llmtuner.weights.focus import focus_weights, sparsemax, static_vectors
 
-NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], unk_id=0)
+NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], 0, range(3, 51))
 
 
 @pytest.fixture(autouse=True)

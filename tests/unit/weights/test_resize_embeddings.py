@@ -6,18 +6,31 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+)
 
 import constants
 import pipeline
 from llmtuner.console import UserError
 from llmtuner.files import MARKER
+from llmtuner.model.model_dir import read_json
 from llmtuner.outputs import atomic_directory
+from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.weights import lazy_checkpoint
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import NewTokens, init_new_embeddings
-from llmtuner.weights.resize_embeddings import EMBEDDING_WEIGHTS, resize_token_embeddings, rows_equal
+from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
 from tests.checkpoints import bits, publish, weights
+from tests.helpers import TEXTS
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +40,8 @@ def model(glm):
 
 # ---------------------------------------------------------------------------------------------------------------- resizing
 FIRST, UNKNOWN = 409, 0
-NEW = NewTokens(FIRST, [[5, 9], [7], *([[11, 12, number] for number in range(20, 180)])], UNKNOWN)
+EMBEDDING_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
+NEW = NewTokens(FIRST, [[5, 9], [7], *([[11, 12, number] for number in range(20, 180)])], UNKNOWN, range(3, 400))
 
 
 def resize(source, destination, new=NEW, **options):
@@ -124,12 +138,12 @@ def edit_config(directory, **changes):
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (lambda to: edit_config(to, tie_word_embeddings=True), "tied embeddings"),
-        (lambda to: without(to, "lm_head.weight"), "tied embeddings"),
+        (lambda to: edit_config(to, tie_word_embeddings=True), "two different matrices"),
+        (lambda to: without(to, "lm_head.weight"), "1 missing: lm_head.weight"),
         (lambda to: without(to, "model.norm.weight"), "1 missing: model.norm.weight"),
         (lambda to: edit_config(to, vocab_size=640), "of another shape"),
-        (lambda to: edit_config(to, hidden_size="wide"), "cannot be read"),
-        (lambda to: edit_config(to, model_type="unheard-of"), "cannot be read"),
+        (lambda to: edit_config(to, hidden_size="wide"), "that can be used"),
+        (lambda to: edit_config(to, model_type="unheard-of"), "that can be used"),
         (lambda to: (to / "config.json").unlink(), "cannot read"),
     ],
 )
@@ -149,7 +163,7 @@ def without(directory, name):
 
 def test_base_with_fewer_rows_than_ids(glm, tmp_path):
     with pytest.raises(UserError, match="512 embedding rows, but its tokenizer has 513 ids"):
-        resize(glm, tmp_path / "zero", NewTokens(513, [[5]], 0))
+        resize(glm, tmp_path / "zero", NewTokens(513, [[5]], 0, range(3, 504)))
 
 
 def test_base_without_generation_config(glm, tmp_path):
@@ -175,3 +189,144 @@ def test_base_as_published_is_for_step_3_only(published, monkeypatch):
     (published / "config.json").write_text("")
     with pytest.raises(UserError, match="not valid JSON"):
         pipeline.require_base_model()
+
+
+# ------------------------------------------------------------------------------------------------------- other families
+def new_tokens(directory):
+    """As many new tokens as the tiny models' tokenizers might get, each spelled by two or three of 410 ordinary ones."""
+    first = len(load_tokenizer(directory))
+    return NewTokens(first, [[300 + number, 290, 5][: 2 + number % 2] for number in range(100)], None, range(410))
+
+
+def test_other_families_are_resized_tied_or_not(family_dir, tmp_path):
+    new = new_tokens(family_dir)
+    kinds = {}
+
+    def init_fn(matrix, kind):
+        kinds[kind] = len(matrix)
+        return init_new_embeddings(matrix, new, "mean")
+
+    result = resize(family_dir, tmp_path / "zero", new, init_fn=init_fn)
+    is_tied = read_json(family_dir / "config.json")["tie_word_embeddings"]
+    assert kinds == ({"tied": 512} if is_tied else {"input": new.first_id, "output": new.first_id})
+    assert result.vocab_size == 576
+    config = read_json(tmp_path / "zero" / "config.json")
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (576, is_tied)
+    assert config["appended_rows"] == [new.first_id, new.end]
+    before, after = (load_file(directory / "model.safetensors") for directory in (family_dir, tmp_path / "zero"))
+    assert before.keys() == after.keys()
+    assert ("lm_head.weight" in after) == (not is_tied)
+    for name, old in before.items():
+        if name in EMBEDDING_WEIGHTS:
+            assert torch.equal(bits(old[: new.first_id]), bits(after[name][: new.first_id]))
+            assert torch.equal(after[name][new.first_id], (old[300] + old[290]) / 2)
+            assert torch.allclose(after[name][new.end :], old[:410].mean(dim=0))  # there is no <unk>
+        else:
+            assert torch.equal(bits(old), bits(after[name]))
+    assert rows_equal(family_dir, tmp_path / "zero", new.first_id)
+
+
+def test_greedy_answers_of_other_families_stay(family_dir, tmp_path):
+    new = new_tokens(family_dir)
+    resize(family_dir, tmp_path / "zero", new)
+    tokenizer = load_tokenizer(family_dir)
+    answers = {}
+    for directory in (family_dir, tmp_path / "zero"):
+        model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
+        options = dict(do_sample=False, max_new_tokens=20, eos_token_id=-1, pad_token_id=0)
+        prompts = [tokenizer(text, return_tensors="pt").input_ids for text in dict.fromkeys(TEXTS)]
+        answers[directory] = [model.generate(ids, **options)[0].tolist() for ids in prompts]
+    assert answers[family_dir] == answers[tmp_path / "zero"]
+    assert len({tuple(answer[-20:]) for answer in answers[family_dir]}) == len(answers[family_dir])
+
+
+def test_a_tied_matrix_that_lies_under_both_names(tmp_path):
+    """As some published checkpoints have it; transformers then compares the two."""
+    base = tiny_model(tmp_path / "base", "qwen3")
+    new = new_tokens(base)
+    resize(base, tmp_path / "expected", new)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    resize(base, tmp_path / "both", new)
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    resize(base, tmp_path / "as-output", new)
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    for name in ("both", "as-output"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_experts_in_files_with_other_names_than_the_models_stay(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    model = Qwen3MoeForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in load_file(tmp_path / "base" / "model.safetensors")
+    resize(tmp_path / "base", tmp_path / "zero", NewTokens(60, [[5, 6]] * 10, None, range(60)))
+    zero = AutoModelForCausalLM.from_pretrained(tmp_path / "zero").eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits[..., :60], zero(ids).logits[..., :60], atol=1e-6)
+
+
+def save_bias(directory):
+    PhiForCausalLM(
+        PhiConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(directory)
+
+
+def save_encoder_decoder(directory):
+    T5Config(vocab_size=64, d_model=16, num_layers=1).save_pretrained(directory)
+
+
+def save_encoder(directory):
+    CLIPConfig().save_pretrained(directory)
+
+
+def save_remote_code(directory):
+    directory.mkdir()
+    content = {"model_type": "novel", "auto_map": {"AutoConfig": "configuration_novel.NovelConfig"}}
+    (directory / "config.json").write_text(json.dumps(content))
+
+
+def save_pickle(directory):
+    tiny_model(directory, "llama")
+    (directory / "model.safetensors").rename(directory / "weights.bin")
+
+
+@pytest.mark.parametrize(
+    ("save", "part"),
+    [
+        (save_bias, r"has a bias \(lm_head.bias\), which is not supported"),
+        (save_encoder_decoder, "an encoder-decoder model"),
+        (save_encoder, "no causal language model"),
+        (save_remote_code, "needs code from its own directory"),
+        (save_pickle, "has no weights"),
+    ],
+)
+def test_model_of_a_kind_that_cannot_be_resized(tmp_path, save, part):
+    save(tmp_path / "base")
+    with pytest.raises(UserError, match=part):
+        resize(tmp_path / "base", tmp_path / "zero", NewTokens(60, [[5, 6]], None, range(60)))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_other_families_with_fewer_rows_than_ids(tmp_path, kind):
+    base = tiny_model(tmp_path / "base", kind)
+    rows = read_json(base / "config.json")["vocab_size"]
+    with pytest.raises(UserError, match=f"has {rows} embedding rows, but its tokenizer has {rows + 1} ids"):
+        resize(base, tmp_path / "zero", NewTokens(rows + 1, [[5]], None, range(410)))
