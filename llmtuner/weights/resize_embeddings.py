@@ -87,7 +87,8 @@ def open_model(directory: Path) -> LazyCheckpoint:
         if name in expected or not (ignored and re.search(ignored, name))
     }
     if get_checkpoint_conversion_mapping(config.model_type):  # files with other names than the model's, as of experts
-        expected, checked = ({name: part[name] for name in embeddings if name in part} for part in (expected, checked))
+        checked = {name: tensor for name, tensor in tensors.items() if name in embeddings}
+        expected = {name: expected[name] for name in embeddings}
     check_tensors(directory, checked, expected)
     return LazyCheckpoint(config, generation_config, list(tensors.values()), directory, embeddings, alias)
 

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from llmtuner.console import UserError
 from llmtuner.hparams import FinetuningArguments
-from llmtuner.model.adapters import init_adapter, save_adapter
+from llmtuner.model.adapters import embedding_parameters, init_adapter, save_adapter
 from llmtuner.model.loading import load_model
+from llmtuner.model.model_dir import read_json
 from llmtuner.train.tuner import export_model, run_exp
 from llmtuner.weights.merge_lora import merge_adapter
 from tests.training import NO_FIGURES, SFT
@@ -69,6 +70,64 @@ def test_new_rows_alone_are_trained_and_have_state(grown_dir, tmp_path):
     assert (before["lm_head.weight"] != after["lm_head.weight"]).any(dim=1)[first:end].all()
 
 
+@pytest.mark.parametrize("kind", ["embeddings", "new rows", "full"])
+def test_a_tied_matrix_is_trained_once_by_both_of_its_uses(grown_family_dir, tmp_path, kind):
+    """Against transformers' own model, which is untied for comparison: the gradients of both matrices add up."""
+    model, plain = prepare(grown_family_dir, **KINDS[kind]), load_model(grown_family_dir)
+    if plain.config.tie_word_embeddings:
+        plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    ids = IDS % 60 + plain.config.appended_rows[0]
+    for each in (model, plain):
+        each(input_ids=ids, labels=ids).loss.backward()
+    expected = [plain.model.embed_tokens.weight.grad, plain.lm_head.weight.grad]
+    if plain.config.tie_word_embeddings:
+        expected = [sum(expected)]
+    if kind == "new rows":
+        expected = [gradient[slice(*plain.config.appended_rows)] for gradient in expected]
+    embeddings = embedding_parameters(model)
+    found = [p.grad for p in model.parameters() if id(p) in embeddings and p.requires_grad]
+    assert len(found) == len(expected)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert torch.allclose(gradient, wanted, atol=1e-6)
+    save_adapter(model, tmp_path / "run", grown_family_dir)
+    names = load_file(next((tmp_path / "run").glob("*model.safetensors")))
+    assert sum("embed_tokens" in name or "lm_head" in name for name in names) == len(expected)
+
+
+@pytest.mark.parametrize("target", [["lm_head"], ["embed_tokens"], BOTH])
+@pytest.mark.parametrize("settings", [{}, {"train_new_tokens_only": True}, {"finetuning_type": "freeze"}])
+def test_either_name_of_a_tied_matrix_trains_it(family_dir, grown_family_dir, target, settings):
+    def trained(**settings):
+        model = prepare(grown_family_dir, lora_rank=4, **settings)
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    alone = 0 if "finetuning_type" in settings else trained()
+    rows = 60 if "train_new_tokens_only" in settings else 512
+    matrices = 1 if read_json(family_dir / "config.json")["tie_word_embeddings"] else len(target)
+    assert trained(additional_target=target, **settings) - alone == matrices * rows * 32
+
+
+def test_an_adapter_that_trained_a_tied_matrix_apart_is_refused(family_dir, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    if not read_json(family_dir / "config.json")["tie_word_embeddings"]:
+        pytest.skip("has two matrices")
+    model = get_peft_model(load_model(family_dir), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=BOTH))
+    train(model).save_pretrained(str(tmp_path / "run"), save_embedding_layers=False)
+    with pytest.raises(UserError, match=r"trained input and output embeddings apart"):
+        prepare(family_dir, tmp_path / "run", lora_rank=4)
+    with pytest.raises(UserError, match=r"trained lm_head\.weight apart from model\.embed_tokens\.weight"):
+        merge_adapter(family_dir, tmp_path / "run", tmp_path / "merged")
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    matrix = "base_model.model.model.embed_tokens.weight"
+    save_file(
+        {**weights, "base_model.model.lm_head.weight": weights[matrix].clone()},
+        tmp_path / "run" / "adapter_model.safetensors",
+    )
+    merge_adapter(family_dir, tmp_path / "run", tmp_path / "merged")  # as peft's `ensure_weight_tying` leaves it
+    assert torch.equal(stored(tmp_path / "merged")["model.embed_tokens.weight"], weights[matrix])
+
+
 def test_new_rows_need_a_model_that_step_3_has_grown(tiny_model_dir):
     with pytest.raises(UserError, match="was not resized by step 3"):
         prepare(tiny_model_dir, **KINDS["new rows"])
@@ -126,6 +185,15 @@ def test_gradients_are_the_same_with_checkpointing(grown_dir, kind, reentrant):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "embeddings", "new rows"])
 def test_training_goes_on_from_an_adapter(grown_dir, tmp_path, kind, capsys):
+    check_continued(grown_dir, tmp_path, kind, capsys)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "new rows"])
+def test_training_of_other_families_goes_on_from_an_adapter(grown_family_dir, tmp_path, kind, capsys):
+    check_continued(grown_family_dir, tmp_path, kind, capsys)
+
+
+def check_continued(grown_dir, tmp_path, kind, capsys):
     first = trained_run(grown_dir, tmp_path / "run", **KINDS[kind])
     again = prepare(grown_dir, tmp_path / "run", dtype=torch.bfloat16, **KINDS[kind])
     assert "resuming from" in capsys.readouterr().out
@@ -138,9 +206,18 @@ def test_training_goes_on_from_an_adapter(grown_dir, tmp_path, kind, capsys):
     merge_adapter(grown_dir, tmp_path / "run", tmp_path / "merged")
 
 
+@pytest.mark.parametrize("kind", ["embeddings", "new rows"])
+def test_a_new_adapter_on_a_merged_one_of_other_families(grown_family_dir, tmp_path, monkeypatch, kind):
+    check_new_adapter_on_merged(grown_family_dir, tmp_path, monkeypatch, kind)
+
+
 def test_a_new_adapter_on_a_merged_one_starts_as_on_the_exported_model(grown_dir, tmp_path, monkeypatch):
+    check_new_adapter_on_merged(grown_dir, tmp_path, monkeypatch, "embeddings")
+
+
+def check_new_adapter_on_merged(grown_dir, tmp_path, monkeypatch, kind):
     first, merged = tmp_path / "first", tmp_path / "merged"
-    trained_run(grown_dir, first, **KINDS["embeddings"])
+    trained_run(grown_dir, first, **KINDS[kind])
     merge_adapter(grown_dir, first, merged)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # none of which is touched
     torch.manual_seed(1)
