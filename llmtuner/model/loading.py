@@ -22,6 +22,9 @@ from llmtuner.model.attention import VARLEN, flash_varlen_available, register_va
 from llmtuner.model.model_dir import check_not_quantized, check_weight_files, is_original_chatglm, read_json
 from llmtuner.tokenizer.fast import load_tokenizer
 
+PLAIN_ATTENTION = ("glm", "llama", "mistral", "qwen2", "qwen3")
+"""model_type of models whose attention is softmax(q k) v and nothing more, as the tests show."""
+
 
 def device() -> torch.device:
     """Returns the GPU if there is one, else the CPU."""
@@ -81,10 +84,11 @@ def default_attention(directory: Path | str) -> str | None:
 
     None lets transformers choose: some models of other families do not support sdpa.
     """
-    is_glm = read_config(directory).model_type == "glm"
+    config = read_config(directory)
+    is_plain = config.model_type in PLAIN_ATTENTION and not getattr(config, "sliding_window", None)
     if torch.cuda.is_available():
-        return (VARLEN if flash_varlen_available() else "sdpa") if is_glm else None
-    return VARLEN if is_glm else "eager"
+        return (VARLEN if flash_varlen_available() else "sdpa") if is_plain else None
+    return VARLEN if is_plain else "eager"
 
 
 def read_config(directory: Path | str) -> Any:

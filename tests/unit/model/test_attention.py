@@ -1,14 +1,17 @@
 """Variable-length attention equals attention with a block-diagonal mask, in every way in which it is computed."""
 
+import numpy
 import pytest
 import torch
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtuner.console import UserError
+from llmtuner.data.packing import PackedDataCollator
 from llmtuner.model import attention, bucketed_attention
 from llmtuner.model.attention import VARLEN, Documents, autocast_dtype, varlen_attention
-from llmtuner.model.loading import default_attention
+from llmtuner.model.loading import default_attention, load_model
+from llmtuner.train.trainer import forward_packed
 from tests.training import gradients
 
 LENGTHS = [[3, 7, 2], [12], [1, 11]]
@@ -181,6 +184,26 @@ def test_attention_is_chosen_by_machine_and_model(tiny_model_dir, monkeypatch, t
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert default_attention(tiny_model_dir) == attention_name
     assert default_attention(tmp_path) is None
+
+
+@pytest.mark.parametrize("attention_name", ["eager", "sdpa", VARLEN])
+def test_packed_documents_of_other_families_are_as_if_alone(family_dir, attention_name):
+    assert default_attention(family_dir) == VARLEN
+    model = load_model(family_dir, attention=attention_name)
+    documents = [numpy.arange(start, start + size) for start, size in ((20, 9), (100, 4), (50, 7))]
+
+    def logits(*documents):
+        sequence = {
+            "input_ids": numpy.concatenate(documents),
+            "labels": numpy.concatenate(documents),
+            "position_ids": numpy.concatenate([numpy.arange(len(ids)) for ids in documents]),
+            "doc_ids": numpy.arange(len(documents)),
+        }
+        with torch.no_grad():
+            return forward_packed(model, attention_name, PackedDataCollator(pad_id=0)([sequence])).logits[0]
+
+    alone = torch.cat([logits(ids) for ids in documents])
+    torch.testing.assert_close(logits(*documents), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_products_have_the_dtype_of_autocast():

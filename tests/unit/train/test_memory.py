@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GlmConfig
+from transformers import AutoModelForCausalLM, GlmConfig, Qwen3Config
 from transformers.training_args import OptimizerNames
 
 from llmtuner.hparams import get_train_args
@@ -64,6 +64,29 @@ def make_model(finetuning, layers=3, attention="sdpa", dtype=torch.bfloat16):
 def make_estimator(processes=1, **settings):
     args = make_args(**{**BOTH, **settings})
     return StepEstimator(make_skeleton(make_config(1), args.finetuning, torch.bfloat16), args, processes)
+
+
+@pytest.mark.parametrize("settings", [BOTH, {"finetuning_type": "full"}, {**BOTH, "train_new_tokens_only": True}])
+@pytest.mark.parametrize("deepspeed", [None, ZERO])
+def test_a_tied_matrix_counts_once(settings, deepspeed):
+    def estimator(is_tied):
+        sizes = dict(hidden_size=WIDTH, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
+        config = Qwen3Config(vocab_size=ROWS, num_hidden_layers=1, tie_word_embeddings=is_tied, **sizes)
+        setattr(config, APPENDED_ROWS, [400, 500])
+        config._attn_implementation = "sdpa"
+        args = make_args(**settings, deepspeed=deepspeed)
+        return StepEstimator(make_skeleton(config, args.finetuning, torch.bfloat16), args)
+
+    estimators = [estimator(is_tied) for is_tied in (False, True)]
+    untied, tied = (each.estimate(4, checkpointing=False) for each in estimators)
+    by_row = "train_new_tokens_only" in settings
+    once = WIDTH * (100 if by_row else ROWS)
+    assert estimators[0].num_trained - estimators[1].num_trained == once
+    assert untied.optimizer - tied.optimizer == pytest.approx((12 if deepspeed else 8) * once, abs=8)  # of a step count
+    assert untied.gradients - tied.gradients == (2 if deepspeed else 4) * once
+    saved = untied.weights - tied.weights
+    assert saved == (2 if deepspeed else 4) * once + (2 * ROWS * WIDTH if by_row else 0)
+    assert untied.total > tied.total
 
 
 # ------------------------------------------------------------------------------------------------------ following a step
