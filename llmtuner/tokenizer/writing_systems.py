@@ -172,11 +172,11 @@ def partial_bytes(writing_system: WritingSystem) -> set[bytes]:
 
     Where a base spells a character byte by byte, tokens of such bytes are as harmless as the character: E1 9E begins Khmer
     letters only. E3 83 is not among those of Japanese, for it also begins ・, which Chinese writes. Code points that are not
-    assigned do not count.
+    assigned do not count, nor do a script's numerals, which stand in no other text either.
     """
     exclusive: set[bytes] = set()
     other: set[bytes] = set()
-    for character in regex.findall(r"\P{Cn}", ALL_CHARACTERS):
+    for character in _find_all(r"[\P{Cn}--[\p{N}--\p{sc=Common}]]"):
         encoded = character.encode()
         prefixes = (encoded[:length] for length in range(2, len(encoded)))
         (exclusive if writing_system.exclusive_pattern.match(character) else other).update(prefixes)
