@@ -5,9 +5,10 @@
     python step3_resize_model.py --norm-correction        scale new input rows to the mean norm of the old ones
 
 Old rows stay bit-identical. New output rows are weighted means of old ones, so no new token outscores the old ones, and
-greedy answers in Chinese and English stay what they were. Weights are streamed from disk to disk; memory holds one
-embedding matrix at a time. The result, the Zero model, loads in plain transformers without remote code. BASE_MODEL_DIR
-may be ChatGLM3's original checkpoint.
+greedy answers in Chinese and English stay what they were. Where input and output embeddings are one matrix (tied, as in
+small Qwen models), its rows are chosen as output rows. Weights are streamed from disk to disk; memory holds one embedding
+matrix at a time. The result, the Zero model, loads in plain transformers without remote code. BASE_MODEL_DIR may be
+ChatGLM3's original checkpoint, or any causal language model that transformers knows.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from llmtuner.console import Timer, UserError, print0, print_header, progress, r
 from llmtuner.outputs import atomic_directory
 
 if TYPE_CHECKING:
-    from typing import Literal
-
     import torch
+
+    from llmtuner.weights.lazy_checkpoint import EmbeddingKind
 
 # The names of `embedding_init.METHODS`, which would import torch before anything is checked.
 METHODS = ("mean", "focus", "first_weighted", "last_weighted", "global_mean", "random")
@@ -55,18 +56,26 @@ def main() -> None:
     from llmtuner.model.model_dir import is_original_chatglm, read_json
     from llmtuner.report.checks import MAX_LOGIT_DIFFERENCE
     from llmtuner.tokenizer.fast import copy_tokenizer, encode_batch, load_tokenizer
+    from llmtuner.tokenizer.vocab import read_vocab
     from llmtuner.weights import embedding_init
     from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
 
     new = embedding_init.find_new_tokens(BASE_MODEL_DIR, MERGED_TOKENIZER_DIR)
-    merged_tokenizer = load_tokenizer(MERGED_TOKENIZER_DIR)
-    weights = usage_weights(merged_tokenizer, new) if "focus" in methods.values() else None
+    weights = usage_weights(load_tokenizer(MERGED_TOKENIZER_DIR), new) if "focus" in methods.values() else None
 
-    def init_fn(matrix: "torch.Tensor", which: 'Literal["input", "output"]') -> "torch.Tensor":
+    def init_fn(matrix: "torch.Tensor", kind: "EmbeddingKind") -> "torch.Tensor":
+        if kind == "tied" and (options.norm_correction or methods["input"] != methods["output"]):
+            setting = "--norm-correction" if options.norm_correction else f"--init-output {methods['output']}"
+            raise UserError(
+                f"{BASE_MODEL_DIR} has one matrix for input and output embeddings (tie_word_embeddings), so that {setting} "
+                "would change the rows of both: a scaled row would outscore the old ones, and Chinese and English answers "
+                "would change. Leave it out."
+            )
         # A longer output row would outscore the old ones, so only input rows are scaled.
-        scaled = options.norm_correction and which == "input"
+        scaled = options.norm_correction and kind == "input"
+        method = methods["input" if kind == "input" else "output"]
         return embedding_init.init_new_embeddings(
-            matrix, new, methods[which], scaled, seed=int(which == "output"), weights=weights
+            matrix, new, method, scaled, seed=int(kind == "output"), weights=weights
         )
 
     with atomic_directory(ZERO_DIR, replace=True) as partial:
@@ -75,7 +84,7 @@ def main() -> None:
         if not rows_equal(BASE_MODEL_DIR, partial, new.first_id):
             raise UserError(f"rows just written to {partial} came back changed. Check the disk and run step 3 again.")
     print0(f"wrote {resized.stats}; rows are padded to a multiple of {constants.EMBEDDING_ROWS_MULTIPLE}")
-    details = f"the first {new.first_id:,} rows of both matrices are bit-identical to the base's"
+    details = f"the first {new.first_id:,} rows of all embeddings are bit-identical to the base's"
     print0(verdict("Old rows check", True, details))
     for which, method in methods.items():
         scaled = ", scaled" if options.norm_correction and which == "input" else ""
@@ -84,16 +93,16 @@ def main() -> None:
         print0("note: such output rows can outscore the old ones: Chinese and English answers may change")
 
     print_header("some new tokens and the base tokens they were made from")
-    base_tokenizer = load_tokenizer(BASE_MODEL_DIR)
+    base, merged = read_vocab(BASE_MODEL_DIR), read_vocab(MERGED_TOKENIZER_DIR)
     for offset in range(0, len(new.base_ids), max(1, len(new.base_ids) // 8)):
-        token = merged_tokenizer.convert_ids_to_tokens(new.first_id + offset)
-        print0(f"  {token}  <-  {' '.join(base_tokenizer.convert_ids_to_tokens(new.base_ids[offset]))}")
+        [token] = merged.display([new.first_id + offset])
+        print0(f"  {token}  <-  {' '.join(base.display(new.base_ids[offset]))}")
 
     difference = None
     if resized.stats.nbytes < MAX_BYTES_TO_COMPARE and not is_original_chatglm(
         read_json(BASE_MODEL_DIR / "config.json")
     ):
-        difference = max_logit_difference(encode_batch(base_tokenizer, PROBE_PROMPTS), new.first_id)
+        difference = max_logit_difference(encode_batch(load_tokenizer(BASE_MODEL_DIR), PROBE_PROMPTS), new.first_id)
         details = f"largest difference between base and Zero model over {len(PROBE_PROMPTS)} prompts: {difference}"
         print0("\n" + verdict("Old logits check", difference <= MAX_LOGIT_DIFFERENCE, details))
 
