@@ -82,6 +82,15 @@ def save_model(proto, directory):
     return file
 
 
+def merge_as_published(base, tokens):
+    """A merge with the pieces of the original project's: nine placeholders, and new tokens that all have the score 0."""
+    merged = type(base)()
+    merged.CopyFrom(base)
+    for token in [*(f"vcxv{number}" for number in range(1, 10)), *tokens]:
+        merged.pieces.add(piece=token, score=0.0, type=NORMAL)
+    return merged
+
+
 def new_tokens(merged, base):
     return merged.tokens[base.first_new_id :]
 

@@ -3,6 +3,7 @@
 transformers and tokenizers are imported inside functions: they take seconds, and a step's first message comes before.
 """
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # ChatGLM3's added tokens, with the ids right after the base vocabulary, in this order.
 SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 SPECIAL_TOKENS += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+# What the original project put at these ids, so that the tokens added behind them keep clear: pieces that no text produces
+PLACEHOLDERS = [f"vcxv{number}" for number in range(1, 10)]
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2; <unk> also pads
 SPACE = "▁"  # sentencepiece's symbol for a space in a piece
 TOKENIZER_FILES = (  # what transformers reads
@@ -44,6 +47,7 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 # Two noncharacters, which Unicode reserves for internal use. The chat template inserts them into the name of every special
 # token in a message, so that it is not recognised there; the tokenizer then removes them from the text.
 ESCAPE = "\ufdd0\ufdd1"
+ESCAPE_RULE = (ESCAPE, "")
 
 # Renders a conversation as ChatGLM3's `build_chat_input` does; only the template itself can produce roles.
 CHAT_TEMPLATE = """\
@@ -68,46 +72,68 @@ CHAT_TEMPLATE = """\
 def read_sentencepiece(model_file: Path) -> Any:
     """Reads a sentencepiece model as the protobuf message `ModelProto`.
 
+    The placeholders of the original project's merge become those of `merge_vocab`: control pieces with the special tokens'
+    names.
+
     Raises:
         UserError: if the file is missing or is not a sentencepiece model.
     """
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
     try:
-        proto.ParseFromString(model_file.read_bytes())
+        content = model_file.read_bytes()
+        proto.ParseFromString(content)
     except OSError as error:
         raise UserError(f"cannot read the tokenizer model {model_file} ({error.strerror or error}).") from error
     except DecodeError as error:
         raise UserError(f"{model_file} is not a sentencepiece model ({error}). Download or create it again.") from error
     if not proto.pieces:
         raise UserError(f"{model_file} is not a sentencepiece model: it has no pieces. Download or create it again.")
+    if PLACEHOLDERS[0].encode() in content:
+        names = [piece.piece for piece in proto.pieces]
+        first = names.index(PLACEHOLDERS[0]) if PLACEHOLDERS[0] in names else 0
+        if names[first : first + len(PLACEHOLDERS)] == PLACEHOLDERS:
+            for index, token in enumerate(SPECIAL_TOKENS, start=first):
+                proto.pieces[index].piece, proto.pieces[index].type = token, CONTROL
     return proto
 
 
-def check_sentencepiece_spec(proto: Any, model_file: Path) -> None:
+def has_tied_scores(proto: Any) -> bool:
+    """Whether pieces share a score, as those that the original project added: sentencepiece merges the leftmost pair first.
+
+    No order of merges says the same: 「いたい」 needs いた before たい, 「たいた」 the other way round.
+    """
+    scores = [piece.score for piece in proto.pieces if piece.type == NORMAL]
+    return len(set(scores)) < len(scores)
+
+
+def check_sentencepiece_spec(proto: Any, model_file: Path, allow_ties: bool = False) -> None:
     """Makes sure that a model tokenizes by ChatGLM3's spec; any other would be converted incorrectly.
+
+    Args:
+        allow_ties: pieces may share a score (`has_tied_scores`).
 
     Raises:
         UserError: lists every difference.
     """
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
+    pieces = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
     kinds = {piece.type for piece in proto.pieces}
     problems = [
         problem
         for broken, problem in [
             (trainer.model_type != 2, "it is not a BPE model"),
             (not trainer.byte_fallback, "it has no byte fallback"),
-            (bool(normalizer.precompiled_charsmap), f"it normalizes text ({normalizer.name})"),
+            (_rules(normalizer) not in ([], [ESCAPE_RULE]), f"it normalizes text ({normalizer.name})"),
             (not normalizer.add_dummy_prefix, "it adds no space before a text"),
             (normalizer.remove_extra_whitespaces, "it removes whitespace"),
             ([piece.piece for piece in proto.pieces[:3]] != [UNK, BOS, EOS], f"ids 0, 1, 2 are not {UNK} {BOS} {EOS}"),
             (bool(kinds - {NORMAL, UNKNOWN, CONTROL, BYTE}), "it has user-defined or unused pieces"),
             (
-                len(set(scores.values())) < len(scores),
-                "pieces have the same score, so the order of merges is undefined",
+                not allow_ties and has_tied_scores(proto),
+                "pieces have the same score, as in the original project's models, whose vocabulary is extended already",
             ),
             # sentencepiece can merge a character that is not a piece; ordered merges cannot
-            (not set().union(*scores) <= scores.keys(), "some pieces contain a character that is not a piece"),
+            (not set().union(*pieces) <= pieces, "some pieces contain a character that is not a piece"),
         ]
         if broken
     ]
@@ -116,6 +142,16 @@ def check_sentencepiece_spec(proto: Any, model_file: Path) -> None:
             f"{model_file} does not follow ChatGLM3's spec: {'; '.join(problems)}. "
             "Use ChatGLM3's own tokenizer.model, or train one with this spec."
         )
+
+
+def _rules(normalizer: Any) -> list[tuple[str, str]]:
+    """The rules by which a sentencepiece model replaces strings before it encodes."""
+    if not normalizer.precompiled_charsmap:
+        return []
+    try:
+        return sentencepiece.SentencePieceNormalizer(normalizer_spec=normalizer).Decompile()
+    except RuntimeError as error:
+        return [("", str(error))]  # damaged
 
 
 def special_token_ids(proto: Any) -> dict[str, int]:
@@ -142,7 +178,7 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
 
     sentencepiece merges the adjacent pair whose union has the highest score. An ordered list of merges is equivalent: all
     splits of a piece into two pieces, by descending score of the piece. The nine special tokens come after the pieces of a
-    base model; in a merged one they keep these ids.
+    base model; in a merged one they keep these ids. A model with tied scores splits the text itself, which cannot be saved.
 
     Args:
         model_file: `tokenizer.model`, base or merged.
@@ -150,14 +186,17 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: if the file is unreadable, has another spec or misplaced special tokens.
     """
-    from tokenizers import AddedToken, Tokenizer, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     proto = read_sentencepiece(model_file)
-    check_sentencepiece_spec(proto, model_file)
-    specials = special_token_ids(proto)
+    check_sentencepiece_spec(proto, model_file, allow_ties=True)
+    specials, tied = special_token_ids(proto), has_tied_scores(proto)
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    backend = Tokenizer(models.BPE(vocabulary, ordered_merges(proto), unk_token=UNK, fuse_unk=True, byte_fallback=True))
+    merges = [] if tied else ordered_merges(proto)
+    backend = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True, byte_fallback=True, ignore_merges=tied)
+    )
     backend.normalizer = normalizers.Sequence(
         [normalizers.Replace(ESCAPE, ""), normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
@@ -171,7 +210,7 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
     )
     for token, index in specials.items():
         assert backend.token_to_id(token) == index
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token=UNK,
         pad_token=UNK,
@@ -183,6 +222,28 @@ def build_fast_tokenizer(model_file: Path) -> "PreTrainedTokenizerFast":
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+    if tied:  # only now: the class copies its backend, and Python code cannot be copied
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_SentencePieceSplit(proto))
+    return tokenizer
+
+
+class _SentencePieceSplit:
+    """Splits normalized text into the tokens of a sentencepiece model; a character that becomes bytes is one part."""
+
+    def __init__(self, proto: Any):
+        bare = type(proto)()
+        bare.CopyFrom(proto)
+        bare.normalizer_spec.add_dummy_prefix = False  # the text has it already
+        self.processor = to_processor(bare)
+
+    def pre_tokenize(self, text: Any) -> None:
+        """Splits a `PreTokenizedString` in place; tokenizers calls this method."""
+        text.split(self._split)
+
+    def _split(self, _: int, text: Any) -> list[Any]:
+        tokens = self.processor.encode(str(text), out_type="proto").pieces
+        bounds = itertools.accumulate((len(token.surface) for token in tokens), initial=0)
+        return [text[start:end] for start, end in itertools.pairwise(bounds) if start < end]
 
 
 def _sentencepiece_decoder() -> Any:
@@ -223,11 +284,17 @@ def ordered_merges(proto: Any) -> list[tuple[str, str]]:
 def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFast":
     """Saves the fast tokenizer, its chat template and `tokenizer.model` for `AutoTokenizer` and step 2, and returns it.
 
+    With tied scores, `AutoTokenizer` loads a slow tokenizer with `tokenizer.model` as its encoder instead.
+
     Raises:
         UserError: as `build_fast_tokenizer`.
     """
     tokenizer = build_fast_tokenizer(model_file)
     directory.mkdir(parents=True, exist_ok=True)
+    proto = read_sentencepiece(model_file)
+    if has_tied_scores(proto):
+        _save_slow_tokenizer(proto, directory)
+        return tokenizer
     tokenizer.save_pretrained(directory)
     config_file = directory / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -236,6 +303,36 @@ def save_tokenizer(model_file: Path, directory: Path) -> "PreTrainedTokenizerFas
     if model_file.resolve() != (directory / "tokenizer.model").resolve():
         shutil.copyfile(model_file, directory / "tokenizer.model")
     return tokenizer
+
+
+def _save_slow_tokenizer(proto: Any, directory: Path) -> None:
+    """Saves a tokenizer whose text `AutoTokenizer` encodes by sentencepiece, without remote code.
+
+    `Speech2TextTokenizer` is the one class of transformers that encodes and decodes by a sentencepiece model and leaves the
+    text as it is; no speech is meant. For Glm, `AutoTokenizer` overrules `tokenizer_class` unless `auto_map` names code of
+    the directory, which it runs only if it is told to trust it. There is none, and its name says what to do.
+    """
+    with_rule = type(proto)()
+    with_rule.CopyFrom(proto)
+    sentencepiece.set_min_log_level(1)  # compiling a rule is no news
+    normalizer = sentencepiece.SentencePieceNormalizer(norm_map=[ESCAPE_RULE])
+    rules = type(proto.normalizer_spec).FromString(normalizer.serialized_normalizer_spec())
+    with_rule.normalizer_spec.precompiled_charsmap = rules.precompiled_charsmap
+    config = {
+        "tokenizer_class": "Speech2TextTokenizer",
+        "auto_map": {"AutoTokenizer": ["load_without.trust_remote_code", None]},
+        **{"unk_token": UNK, "pad_token": UNK, "bos_token": BOS, "eos_token": EOS},
+        "extra_special_tokens": SPECIAL_TOKENS,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    vocabulary |= special_token_ids(proto)
+    (directory / "tokenizer.json").unlink(missing_ok=True)  # of a run before
+    (directory / "tokenizer.model").write_bytes(with_rule.SerializeToString())
+    (directory / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:

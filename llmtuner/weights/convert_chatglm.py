@@ -61,6 +61,10 @@ ROPE_BUFFER = "transformer.rotary_pos_emb.inv_freq"  # a buffer in some checkpoi
 
 MAX_PADDING_ROWS = 255  # the original embeddings have 226 rows without an id; many more belong to another model
 DEFAULT_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.8}  # the defaults of ChatGLM3's own chat()
+TIED_SCORES = (
+    "tokens share a score, which a tokenizer.json cannot express: transformers encodes by tokenizer.model itself, as a slow "
+    "tokenizer (docs/chatglm3-6b.md, The original project's models)"
+)
 EOS_TOKEN_ID, PAD_TOKEN_ID = 2, 0  # </s> and <unk>
 
 
@@ -260,7 +264,7 @@ def check_tokenizer(model_file: Path, num_rows: int) -> dict[str, int]:
         UserError: if it is unreadable, follows another spec, or has more ids than rows or far fewer.
     """
     proto = read_sentencepiece(model_file)
-    check_sentencepiece_spec(proto, model_file)
+    check_sentencepiece_spec(proto, model_file, allow_ties=True)
     specials = special_token_ids(proto)
     num_ids = max(len(proto.pieces), *(index + 1 for index in specials.values()))
     if not 0 <= num_rows - num_ids <= MAX_PADDING_ROWS:
@@ -343,6 +347,8 @@ def convert_chatglm(source: Path, destination: Path, overwrite: bool = False) ->
     with atomic_directory(destination, replace=overwrite, made_from=made_from) as partial:
         if (source / "tokenizer.model").is_file():
             save_tokenizer(source / "tokenizer.model", partial)
+            if not (partial / "tokenizer.json").is_file():
+                lines.append(TIED_SCORES)
         else:
             lines.append(f"{source} has no tokenizer.model: only the weights are converted.")
         stats = checkpoint.write(partial)

@@ -97,7 +97,7 @@ def build_vocabulary(model_file: Path, num_rows: int) -> list[tuple[str, float, 
             llama.cpp would merge ordinary text into a special token.
     """
     proto = read_sentencepiece(model_file)
-    check_sentencepiece_spec(proto, model_file)
+    check_sentencepiece_spec(proto, model_file, allow_ties=True)  # llama.cpp, too, merges the leftmost pair first
     tokens = {index: (piece.piece, piece.score, piece.type) for index, piece in enumerate(proto.pieces)}
     tokens |= {
         index: (SAFE_TOKEN_NAMES.get(name, name), 0.0, CONTROL) for name, index in special_token_ids(proto).items()

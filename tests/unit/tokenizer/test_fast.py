@@ -14,9 +14,11 @@ from llmtuner.tokenizer.fast import (
     PROCESSORS,
     SPECIAL_TOKENS,
     build_fast_tokenizer,
+    check_sentencepiece_spec,
     copy_tokenizer,
     encode,
     encode_batch,
+    has_tied_scores,
     load_tokenizer,
     read_sentencepiece,
     save_tokenizer,
@@ -36,14 +38,21 @@ INJECTED = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------- fast tokenizer
-@pytest.mark.parametrize("which", ["base_file", "merged_file"])
-def test_fast_tokenizer_gives_sentencepiece_ids(which, request):
-    file = request.getfixturevalue(which)
+ALL_TEXTS = JAPANESE[:5] + CHINESE + ENGLISH + ODD + INJECTED
+
+
+def noise():
     shuffle = random.Random(0)
     alphabet = "".join(JAPANESE[:5] + CHINESE + ENGLISH) + "  \n。あーっ"
     noise = ["".join(shuffle.choices(alphabet, k=shuffle.randrange(1, 40))) for _ in range(2000)]
-    texts = JAPANESE[:5] + CHINESE + ENGLISH + ODD + INJECTED + noise
+    return [*noise, "いたい", "たいた", "いたいたいた"]
+
+
+# ---------------------------------------------------------------------------------------------------- fast tokenizer
+@pytest.mark.parametrize("which", ["base_file", "merged_file", "tied_file"])
+def test_fast_tokenizer_gives_sentencepiece_ids(which, request):
+    file = request.getfixturevalue(which)
+    texts = ALL_TEXTS + noise()
     processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
     tokenizer = build_fast_tokenizer(file)
     for text, ids in zip(texts, encode_batch(tokenizer, texts), strict=True):
@@ -51,7 +60,7 @@ def test_fast_tokenizer_gives_sentencepiece_ids(which, request):
         assert ids == tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], text
 
 
-@pytest.mark.parametrize("which", ["base_file", "merged_file"])
+@pytest.mark.parametrize("which", ["base_file", "merged_file", "tied_file"])
 def test_text_never_becomes_a_special_token_and_decodes_to_itself(which, request):
     tokenizer = build_fast_tokenizer(request.getfixturevalue(which))
     special = {*(tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS), 0, 1, 2}
@@ -61,9 +70,9 @@ def test_text_never_becomes_a_special_token_and_decodes_to_itself(which, request
         assert tokenizer.decode(ids) == text
 
 
-def test_special_tokens_follow_the_base_vocabulary(base_file, merged_file):
+def test_special_tokens_follow_the_base_vocabulary(base_file, merged_file, tied_file):
     size = len(read_sentencepiece(base_file).pieces)
-    for file in (base_file, merged_file):
+    for file in (base_file, merged_file, tied_file):
         tokenizer = build_fast_tokenizer(file)
         assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(size, size + 9))
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
@@ -146,6 +155,64 @@ def test_bulk_encoding_is_sentencepiece_with_the_same_ids(merged_file, base_file
             load_tokenizer(tmp_path)
 
 
+# ------------------------------------------------------------------------------------------------------- tied scores
+def test_tied_scores_are_not_a_list_of_merges(tied_file):
+    """Without this, the other tests of tied scores might pass with a list of merges."""
+    assert has_tied_scores(read_sentencepiece(tied_file))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tied_file))
+    assert processor.encode("いたい", out_type=str) == ["▁", "いた", "い"]  # in a list, いた would come before たい
+    assert processor.encode("たいた", out_type=str) == ["▁", "たい", "た"]  # and here after it
+
+
+def test_auto_tokenizer_encodes_tied_scores_by_sentencepiece(tied_file, tmp_path):
+    from transformers import AutoTokenizer
+
+    built = save_tokenizer(tied_file, tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "glm"}')  # for which it prefers another class
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "tokenizer.json").write_text("of another model")
+    copy_tokenizer(tmp_path / "saved", tmp_path / "copy")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tied_file))
+    for directory in (tmp_path / "saved", tmp_path / "copy"):
+        loaded: Any = AutoTokenizer.from_pretrained(directory)
+        ours = load_tokenizer(directory)
+        assert loaded.get_vocab() == ours.get_vocab() == built.get_vocab()
+        assert (loaded.eos_token_id, loaded.pad_token_id, loaded.padding_side) == (2, 0, "left")
+        for text in ALL_TEXTS + noise():
+            ids = processor.encode(text)
+            assert encode(ours, text) == ids, text
+            assert loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids, text
+            assert loaded.decode(ids) == processor.decode(ids).strip(), text
+            assert ours.decode(ids) == processor.decode(ids), text
+
+
+@pytest.mark.parametrize("text", ALL_TEXTS)
+def test_chat_template_with_tied_scores(tied_file, tmp_path_factory, text):
+    from transformers import AutoTokenizer
+
+    directory = tmp_path_factory.getbasetemp() / "tied-chat"
+    ours = load_tokenizer(directory) if directory.is_dir() else save_tokenizer(tied_file, directory)
+    chat = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "いたいた\n"},
+        {"role": "user", "content": text},
+    ]
+    mask, sop, user, assistant = ours.convert_tokens_to_ids(["[gMASK]", "sop", "<|user|>", "<|assistant|>"])
+    question = [user, *encode(ours, "\n"), *encode(ours, text)]
+    answer = [assistant, *encode(ours, "\n"), *encode(ours, "いたいた\n")]
+    for tokenizer in (ours, AutoTokenizer.from_pretrained(directory)):
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert ids == [mask, sop, *question, *answer, *question, assistant]
+
+
+def test_a_base_with_tied_scores_is_not_extended_again(tied_file, tmp_path):
+    with pytest.raises(UserError, match="whose vocabulary is extended already"):
+        check_sentencepiece_spec(read_sentencepiece(tied_file), tied_file)
+    one = make_sentencepiece(["▁", "a", "b", "vcxv1"])  # a word, not nine placeholders
+    assert read_sentencepiece(save_model(one, tmp_path)).pieces[-1].piece == "vcxv1"
+
+
+# ----------------------------------------------------------------------------------------------------- other bases
 def byte_level_tokenizer(directory, **settings):
     """A byte-level BPE of another base, which groups digits by three, with its settings for transformers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -203,10 +270,6 @@ def test_models_with_another_spec_are_rejected(rules, message, tmp_path):
 
 
 def test_models_that_ordered_merges_cannot_express_are_rejected(tmp_path):
-    tied = make_sentencepiece(["▁", "a", "b"])
-    tied.pieces[-1].score = tied.pieces[-2].score
-    with pytest.raises(UserError, match="same score"):
-        build_fast_tokenizer(save_model(tied, tmp_path))
     with pytest.raises(UserError, match="a character that is not a piece"):
         build_fast_tokenizer(save_model(make_sentencepiece(["▁", "a", "ab"]), tmp_path))
     with pytest.raises(UserError, match="named like special tokens"):
@@ -223,6 +286,32 @@ def test_unreadable_models_are_named(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- the real files
+@needs_golden
+def test_the_published_models_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    file = GOLDEN / "seed_merged_cn_and_ja_tokenizer.model"
+    ours = save_tokenizer(file, tmp_path)
+    assert ours.convert_tokens_to_ids(SPECIAL_TOKENS) == list(range(64_789, 64_798))
+    processor, loaded = (
+        sentencepiece.SentencePieceProcessor(model_file=str(file)),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    for case in golden("tokenizer_cases.jsonl"):
+        ids = processor.encode(case["text"])
+        assert encode(ours, case["text"]) == ids, case["text"]
+        assert loaded(case["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids, case[
+            "text"
+        ]
+    for case in golden("chat_cases.jsonl"):
+        rendered = [
+            t.apply_chat_template(case["messages"], add_generation_prompt=True)["input_ids"] for t in (ours, loaded)
+        ]
+        assert rendered[0] == rendered[1], case["name"]
+        special = [index for index in case["ids"] if 64_789 <= index < 64_798]
+        assert [index for index in rendered[0] if 64_789 <= index < 64_798] == special, case["name"]
+
+
 def golden(name):
     return [json.loads(line) for line in (GOLDEN / name).open(encoding="utf-8")]
 
