@@ -6,7 +6,8 @@ PYTHON ?= .venv/bin/python
 PYTHON3 ?= python3
 PROFILE ?= mini
 TEST_PROCESSES ?= 2
-WORK_DIR ?= $(CURDIR)/runs/$(PROFILE)
+RUN := $(basename $(notdir $(PROFILE)))
+WORK_DIR ?= $(CURDIR)/runs/$(RUN)
 export PROFILE WORK_DIR
 
 STEPS := step1_train_tokenizer.py step2_merge_tokenizer.py step3_resize_model.py step4_test_zero.py \
@@ -47,11 +48,12 @@ format: .venv/installed
 
 # Only what `make demo` makes by default, and only after a yes: WORK_DIR may be any directory.
 clean:
-	@case "$(PROFILE)" in mini|chatglm3-6b) ;; *) echo "error: PROFILE=$(PROFILE) is unknown." >&2; exit 2;; esac; \
-	if [ "$(WORK_DIR)" != "$(CURDIR)/runs/$(PROFILE)" ]; then \
-		echo "error: make clean deletes only runs/$(PROFILE), not WORK_DIR=$(WORK_DIR). Delete that by hand." >&2; exit 2; \
+	@case "$(PROFILE)" in mini|chatglm3-6b|*.yaml|*.yml) name="$(RUN)";; *) name=;; esac; \
+	case "$$name" in ""|.*|*[!A-Za-z0-9._-]*) echo "error: PROFILE=$(PROFILE) is unknown." >&2; exit 2;; esac; \
+	if [ "$(WORK_DIR)" != "$(CURDIR)/runs/$(RUN)" ]; then \
+		echo "error: make clean deletes only runs/$(RUN), not WORK_DIR=$(WORK_DIR). Delete that by hand." >&2; exit 2; \
 	fi; \
-	[ -e "runs/$(PROFILE)" ] || { echo "runs/$(PROFILE) does not exist: there is nothing to delete."; exit 0; }; \
-	printf 'Delete runs/%s and everything in it? [y/N] ' "$(PROFILE)"; \
+	[ -e "runs/$(RUN)" ] || { echo "runs/$(RUN) does not exist: there is nothing to delete."; exit 0; }; \
+	printf 'Delete runs/%s and everything in it? [y/N] ' "$(RUN)"; \
 	read -r answer || answer=; \
-	case "$$answer" in y|Y|yes) rm -rf "runs/$(PROFILE)";; *) echo "Nothing was deleted."; exit 2;; esac
+	case "$$answer" in y|Y|yes) rm -rf "runs/$(RUN)";; *) echo "Nothing was deleted."; exit 2;; esac

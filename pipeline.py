@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import constants
+from constants import LANGUAGES, PROFILE
 from llmtuner.aliases import rename_keys
 from llmtuner.console import UserError, command, display_path, is_rank_zero, llmtuner_command, print0, print_header
 from llmtuner.files import atomic_write_json, check_writable, checksum, checksum_of
@@ -17,11 +18,11 @@ from llmtuner.report.steps import Step
 STEPS = {
     step.name: step
     for step in (
-        Step("step1", "step1_train_tokenizer.py", "Train a Japanese tokenizer", ("corpora",), "ja_bpe.model"),
+        Step("step1", "step1_train_tokenizer.py", f"Train a {LANGUAGES.name} tokenizer", ("corpora",), "ja_bpe.model"),
         Step(
             "step2",
             "step2_merge_tokenizer.py",
-            "Merge the Japanese tokens into the base tokenizer",
+            f"Merge the {LANGUAGES.name} tokens into the base tokenizer",
             ("base tokenizer", "ja_bpe.model"),
             "merged tokenizer",
         ),
@@ -53,7 +54,7 @@ STEPS = {
 REPORT = constants.WORK_DIR / "report.html"
 # Paths of the steps' inputs and outputs; an input without one comes from CORPUS_DIR or the hub.
 ARTIFACTS = {
-    "base tokenizer": constants.BASE_MODEL_DIR / "tokenizer.model",
+    "base tokenizer": constants.BASE_TOKENIZER,
     "base model": constants.BASE_MODEL_DIR,
     "ja_bpe.model": constants.JA_TOKENIZER,
     "merged tokenizer": constants.MERGED_TOKENIZER_DIR,
@@ -207,7 +208,7 @@ def require_base_model(weights: bool = True, original_chatglm: bool = False) -> 
     hint = "Set BASE_MODEL_DIR to a model directory; docs/chatglm3-6b.md says where to get one."
     if not directory.is_dir():
         raise UserError(f"the base model directory {directory} does not exist. {hint}")
-    for name in ["tokenizer.model", *(["config.json"] if weights else [])]:
+    for name in [constants.BASE_TOKENIZER.name, *(["config.json"] if weights else [])]:
         if not (directory / name).is_file():
             raise UserError(f"{directory} has no {name}. {hint}")
     if not weights:
@@ -248,26 +249,25 @@ def require_corpus() -> Path:
 
 
 def held_out_texts(language: str) -> list[str]:
-    """Text of "ja", "zh" or "en" that no step trains on; all steps measure with the same.
+    """Text of one of `LANGUAGES`, by its code, that no step trains on; all steps measure with the same.
 
     Raises:
         UserError: if the corpus has none.
     """
     from llmtuner.data import held_out
 
-    test_set, training_sets = constants.EVAL_SETS[language]
     return held_out.held_out_texts(
-        test_set,
-        training_sets,
+        f"test_{language}",
+        PROFILE.eval_sets[language],
         constants.DATASET_INFO,
         constants.CORPUS_DIR,
         constants.VALIDATION_SHARE,
-        constants.PROFILE.held_out_bytes,
+        PROFILE.held_out_bytes,
     )
 
 
 def tokenizer_corpus(max_bytes: int) -> Iterator[tuple[str, str]]:
-    """Japanese training text in the proportions of `TOKENIZER_MIX`: (data set, text).
+    """Training text of the added language in the proportions of `TOKENIZER_MIX`: (data set, text).
 
     Raises:
         UserError: at once, if a data set cannot be found.
@@ -284,21 +284,26 @@ def tokenizer_corpus(max_bytes: int) -> Iterator[tuple[str, str]]:
 
 
 def reference_texts() -> Iterator[str]:
-    """Chinese training text, which tells steps 1 and 2 what Chinese writes too; none where no character is shared.
+    """Training text of other languages, which tells steps 1 and 2 what they write, too; none where no character is shared.
 
     Raises:
-        UserError: at once, if there is no such text.
+        UserError: at once, if there is no such text, or no such writing system.
     """
     from llmtuner.data import held_out
     from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 
-    names = constants.CHINESE_REFERENCE if WRITING_SYSTEMS[constants.WRITING_SYSTEM].shared else []
+    shared = WRITING_SYSTEMS[PROFILE.writing_system].shared
+    if shared and not PROFILE.reference_sets:
+        raise UserError(
+            f"{PROFILE.language_name} shares the characters of the writing system {PROFILE.writing_system!r} with other "
+            f"languages. Name data sets of these in `reference_sets` of the profile, so that their tokens do not change."
+        )
     return held_out.reference_documents(
-        names,
+        PROFILE.reference_sets if shared else [],
         constants.DATASET_INFO,
         constants.CORPUS_DIR,
         constants.VALIDATION_SHARE,
-        constants.PROFILE.reference_bytes,
+        PROFILE.reference_bytes,
     )
 
 
@@ -312,7 +317,9 @@ def finish_step(name: str, metrics: dict, outcome: str) -> None:
     """
     if texts := _corpus_checksum(name, metrics):
         _input_checksums["texts"] = texts
-    atomic_write_json(constants.METRICS_DIR / f"{name}.json", {**metrics, "made_from": _input_checksums})
+    atomic_write_json(
+        constants.METRICS_DIR / f"{name}.json", {**metrics, "languages": LANGUAGES, "made_from": _input_checksums}
+    )
     write_report()
     step, steps = STEPS[name], list(STEPS.values())
     following = steps[steps.index(step) + 1 :]
@@ -343,7 +350,7 @@ def write_report() -> None:
         "CORPUS_DIR": str(constants.CORPUS_DIR),
     }
     facts = {
-        "profile": profile | {name: str(value) for name, value in vars(constants.PROFILE).items()},
+        "profile": profile | {name: str(value) for name, value in vars(PROFILE).items()},
         **environment(),
     }
     warnings = [*find_stale_inputs(*STEPS), *find_changed_corpora()]
@@ -363,9 +370,9 @@ def write_model_card(model_dir: Path, metrics: dict) -> None:
     examples = [
         question.question
         for question in read_questions(constants.QUESTIONS)
-        if question.language == "ja" and question.value
+        if question.language == LANGUAGES.added and question.value
     ]
-    model_card.write_model_card(model_dir, metrics_by_step, constants.PROFILE.base_id, data, *examples[:1])
+    model_card.write_model_card(model_dir, metrics_by_step, PROFILE.base_id, data, *examples[:1])
     add_to_marker(model_dir, "README.md", "generation_config.json")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import constants
 import pipeline
-from constants import PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
+from constants import LANGUAGES, PROFILE, PT_ADAPTER_DIR, PT_MERGED_DIR, ZERO_DIR
 from llmtuner.console import Timer, UserError, command, is_rank_zero, print0, print_header, run_cli
 from llmtuner.hparams.help import parse_step_args
 
@@ -79,10 +79,12 @@ BY_PROFILE = {
         sample_prompts=["日本で一番高い山は", "吾輩は", "中国的首都是", "The capital of France is"],
     ),
 }
+# Prompts are in the languages of a profile, so that another one brings its own.
+OTHER_BASE = {**BY_PROFILE["chatglm3-6b"], "sample_steps": None, "sample_prompts": []}
 
 
 def main() -> None:
-    settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
+    settings = {**SETTINGS, **BY_PROFILE.get(constants.PROFILE_NAME, OTHER_BASE), **PROFILE.pt_settings}
     options, arguments = parse_step_args(
         str(__doc__), settings, {"--staged": "train the embeddings only, then LoRA only"}
     )
@@ -103,7 +105,7 @@ def main() -> None:
     if options.staged:
         settings, base, first_stage = train_embeddings_only(settings)
         print_header("second stage: LoRA only")
-    texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
+    texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     metrics = {**run_exp(settings, texts, partial(pipeline.mark_unfinished, "step5")), **first_stage}
     if settings.get("dry_run") or not is_rank_zero():
         return
@@ -116,8 +118,8 @@ def main() -> None:
     }
     print0(format_bpb_table(bits))
     outcome = (
-        f"eval loss {metrics['eval_loss']['first']:.3f} -> {metrics['eval_loss']['last']:.3f}, Japanese bits per byte "
-        f"{bits['before']['ja']:.3f} -> {bits['after']['ja']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        f"eval loss {metrics['eval_loss']['first']:.3f} -> {metrics['eval_loss']['last']:.3f}, {LANGUAGES.name} bits per byte "
+        f"{bits['before'][LANGUAGES.added]:.3f} -> {bits['after'][LANGUAGES.added]:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
     )
     pipeline.finish_step("step5", {**metrics, "bits_per_byte": bits, "seconds": timer.seconds()}, outcome)
 

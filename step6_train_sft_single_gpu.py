@@ -16,21 +16,9 @@ from functools import partial
 
 import constants
 import pipeline
-from constants import CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
+from constants import CHAT_MODEL_DIR, LANGUAGES, PROFILE, PT_MERGED_DIR, SFT_ADAPTER_DIR
 from llmtuner.console import Timer, format_table, is_rank_zero, print0, print_header, run_cli
 from llmtuner.hparams.help import parse_step_args
-
-DATASETS = [
-    "oasst2_ja",
-    "dolly_ja",
-    "hh_rlhf_ja",
-    "ichikara_ja",
-    "alpaca_zh",
-    "ruozhiba_zh",
-    "wiki_qa_en",
-    "code_alpaca",
-    "python_code",
-]
 
 SETTINGS = dict(
     **constants.DATA_SETTINGS,
@@ -42,7 +30,7 @@ SETTINGS = dict(
     finetuning_type="lora",
     lora_target="all",
     additional_target=["embed_tokens", "lm_head"],
-    dataset=DATASETS,
+    dataset=PROFILE.instruction_sets,
     cutoff_len=PROFILE.context_length,
     val_size=constants.VALIDATION_SHARE,
     lr_scheduler_type="cosine",
@@ -94,10 +82,12 @@ BY_PROFILE = {
         ],
     ),
 }
+# Prompts are in the languages of a profile, so that another one brings its own.
+OTHER_BASE = {**BY_PROFILE["chatglm3-6b"], "sample_steps": None, "sample_prompts": []}
 
 
 def main() -> None:
-    settings = {**SETTINGS, **BY_PROFILE[constants.PROFILE_NAME]}
+    settings = {**SETTINGS, **BY_PROFILE.get(constants.PROFILE_NAME, OTHER_BASE), **PROFILE.sft_settings}
     options, arguments = parse_step_args(
         str(__doc__), settings, {"--lora-only": "leave the embeddings as step 5 left them"}
     )
@@ -126,7 +116,7 @@ def main() -> None:
         )
     )
     print_header("bits per byte of held-out text (lower is better)")
-    texts = {language: pipeline.held_out_texts(language) for language in ("ja", "zh", "en")}
+    texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     bits = {
         when: bpb_by_language(*load_for_evaluation(directory), texts, PROFILE.context_length, when)
         for when, directory in (("before", PT_MERGED_DIR), ("after", CHAT_MODEL_DIR))

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import constants
 import pipeline
-from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
+from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, LANGUAGES, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
 from llmtuner.console import Timer, UserError, display_path, format_table, print0, print_header, progress_bar, run_cli
-from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES
 from llmtuner.files import atomic_write_json, atomic_write_text, check_writable
 from llmtuner.report.checks import percent
 
@@ -62,8 +61,8 @@ def main() -> None:
             pipeline.require_corpus()
             metrics = evaluate()
             print_results(metrics)
-            before, after = (percent(metrics["accuracy"][name]["ja"]) for name in ("base", "chat"))
-            outcome = f"Japanese questions answered correctly: {before} -> {after}"
+            before, after = (percent(metrics["accuracy"][name][LANGUAGES.added]) for name in ("base", "chat"))
+            outcome = f"{LANGUAGES.name} questions answered correctly: {before} -> {after}"
             pipeline.finish_step("step7", metrics, outcome)
         else:
             pipeline.check_lineage("step7")
@@ -120,8 +119,8 @@ def evaluate() -> dict[str, Any]:
 
     timer = Timer()
     questions = read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP)
-    if not any(question.group == evaluate.FREE_FORM for question in questions):
-        raise UserError(f"{constants.QUESTIONS} has no group {evaluate.FREE_FORM}, on which repetition is measured.")
+    if not any(question.group == LANGUAGES.free_form for question in questions):
+        raise UserError(f"{constants.QUESTIONS} has no group {LANGUAGES.free_form}, on which repetition is measured.")
     if constants.QUESTIONS.suffix == ".jsonl" and not any(question.subject for question in questions):
         print0(f"{constants.QUESTIONS} names no subjects: answers about another subject are not detected.")
     for directory in MODELS.values():  # before time is spent on the first
@@ -130,7 +129,7 @@ def evaluate() -> dict[str, Any]:
     texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers: dict[str, list[str]] = {}
     by_model: dict[str, dict[str, Any]] = {}
-    with progress_bar(evaluate.num_progress_items(questions, texts, len(MODELS)), "evaluating") as bar:
+    with progress_bar(evaluate.num_progress_items(questions, texts, len(MODELS), LANGUAGES), "evaluating") as bar:
         for name, directory in MODELS.items():
             bar.set_description_str(f"evaluating {name}")
             model, tokenizer = load_for_evaluation(directory)
@@ -138,14 +137,24 @@ def evaluate() -> dict[str, Any]:
             if name == "chat":  # its answers are those that people will get
                 bar.set_description_str("selecting generation settings")
                 generation = evaluate.select_generation_config(
-                    model, tokenizer, questions, PROFILE.max_new_tokens, bar.update
+                    model, tokenizer, questions, PROFILE.max_new_tokens, bar.update, LANGUAGES
                 )
                 settings = generation["candidates"][generation["chosen"]]["settings"]
                 bar.set_description_str(f"evaluating {name}")
             by_model[name], answers[name] = evaluate.evaluate_model(
-                model, tokenizer, questions, texts, PROFILE.context_length, PROFILE.max_new_tokens, bar.update, settings
+                model,
+                tokenizer,
+                questions,
+                texts,
+                PROFILE.context_length,
+                PROFILE.max_new_tokens,
+                bar.update,
+                settings,
+                LANGUAGES,
             )
-            by_model[name]["agreement"] = evaluate.agreement_by_language(questions, answers[name], answers["base"])
+            by_model[name]["agreement"] = evaluate.agreement_by_language(
+                questions, answers[name], answers["base"], LANGUAGES
+            )
             del model  # before the next one is loaded
     evaluate.save_generation_config(CHAT_MODEL_DIR, by_model["chat"]["decoding"])
     write_answers(questions, answers)
@@ -168,7 +177,7 @@ def lost_of_base(questions: "list[Question]", before: list[str], after: list[str
     from llmtuner.eval.scores import lost_percent
 
     lost = {}
-    for language in RETAINED_LANGUAGES:
+    for language in LANGUAGES.retained:
         graded = [index for index, question in enumerate(questions) if question.group == language and question.value]
         marks = [
             "".join("1" if is_correct(questions[index], answers[index]) else "0" for index in graded)
@@ -220,14 +229,21 @@ def print_results(metrics: dict[str, Any]) -> None:
             name,
             *(percent(metrics["accuracy"][name][group]) for group in groups),
             *(f"{metrics['bits_per_byte'][name][language]:.3f}" for language in LANGUAGES),
-            percent(metrics["repetition"][name]["ja"]),
+            percent(metrics["repetition"][name][LANGUAGES.added]),
         ]
         for name in MODELS
     ]
-    columns = [group.replace("_", " ") for group in groups]
-    print0(format_table(["right answers in", *columns, "bits/byte ja", "zh", "en", "ja repeated"], rows))
-    print0("ja unseen: asked in Japanese about facts that only Chinese and English texts state. ja repeated: share of")
-    print0("4-grams of free-form Japanese replies that occurred before in the same reply.")
+    columns, added = [group.replace("_", " ") for group in groups], LANGUAGES.added
+    print0(
+        format_table(
+            ["right answers in", *columns, f"bits/byte {added}", *LANGUAGES.retained, f"{added} repeated"], rows
+        )
+    )
+    others = LANGUAGES.listed("and", LANGUAGES.retained)
+    print0(
+        f"{added} unseen: asked in {LANGUAGES.name} about facts that only {others} texts state. {added} repeated: share of"
+    )
+    print0(f"4-grams of free-form {LANGUAGES.name} replies that occurred before in the same reply.")
     if "decoding" in metrics:  # earlier versions decoded greedily throughout
         print0(
             f"The chat model answers under its selected settings ({metrics['generation']['chosen']}), the others greedily."
@@ -236,8 +252,8 @@ def print_results(metrics: dict[str, Any]) -> None:
     lost = metrics.get("lost")  # not measured by earlier versions
     if lost:
         print_header("right answers lost of the base's, percent")
-        rows = [[name, *(lost_cell(losses.get(code)) for code in RETAINED_LANGUAGES)] for name, losses in lost.items()]
-        print0(format_table(["lost in", *RETAINED_LANGUAGES], rows))
+        rows = [[name, *(lost_cell(losses.get(code)) for code in LANGUAGES.retained)] for name, losses in lost.items()]
+        print0(format_table(["lost in", *LANGUAGES.retained], rows))
         print0("The same questions before and after; 95 % bootstrap intervals over questions. Negative: gained.")
 
     confusion = metrics.get("language_confusion")  # not measured by earlier versions
@@ -252,7 +268,7 @@ def print_results(metrics: dict[str, Any]) -> None:
         print0(format_table(["share of answers in", *columns, "of lines in " + columns[0], *columns[1:]], rows))
         print0("Answers without a line in another language, and lines in the language; undecided ones are left out.")
 
-    print_header("free-form Japanese replies of the chat model")
+    print_header(f"free-form {LANGUAGES.name} replies of the chat model")
     rows = [
         [
             name,
@@ -282,7 +298,7 @@ def chat() -> None:
     from llmtuner.chat.cli import run_chat
     from llmtuner.eval.questions import example_questions
 
-    run_chat(CHAT_MODEL_DIR, PROFILE.max_new_tokens, example_questions(constants.QUESTIONS))
+    run_chat(CHAT_MODEL_DIR, PROFILE.max_new_tokens, example_questions(constants.QUESTIONS, LANGUAGES), LANGUAGES)
 
 
 def chat_in_browser(options: argparse.Namespace) -> None:
@@ -296,8 +312,11 @@ def chat_in_browser(options: argparse.Namespace) -> None:
     if options.host != LOOPBACK and not password and sys.stdin.isatty():
         with suppress(EOFError):  # Ctrl-D: no password
             password = getpass("password for the page: ")
-    models, examples = {"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR}, example_questions(constants.QUESTIONS)
-    serve(models, PROFILE.max_new_tokens, options.host, options.port, password, examples)
+    models, examples = (
+        {"base": BASE_MODEL_DIR, "chat": CHAT_MODEL_DIR},
+        example_questions(constants.QUESTIONS, LANGUAGES),
+    )
+    serve(models, PROFILE.max_new_tokens, options.host, options.port, password, examples, LANGUAGES)
 
 
 def evaluate_suite(options: argparse.Namespace) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from benchmarks.common import Values, make_parser, print_results, save_results, use_work_dir
 from llmtuner.console import Timer, run_cli
-from llmtuner.eval.evaluate import FREE_FORM, QA_GROUPS, QA_MAX_NEW_TOKENS, language_confusion_by_group
+from llmtuner.eval.evaluate import QA_MAX_NEW_TOKENS, language_confusion_by_group
 from llmtuner.eval.generation import GENERATION_DEFAULTS, GREEDY, generate_answers
+from llmtuner.eval.language import LANGUAGES
 from llmtuner.eval.questions import Question, is_correct, parse_questions
 
 
@@ -55,7 +56,7 @@ def draw(seed: str, questions_file: Path | None) -> list[Question]:
 
     drawn = parse_questions([*world.questions(world.build_generators(seed)), world.subjects()])
     known = {question.question for question in read_questions(questions_file)} if questions_file else set()
-    return [question for question in drawn if question.group != FREE_FORM and question.question not in known]
+    return [question for question in drawn if question.group != LANGUAGES.free_form and question.question not in known]
 
 
 def generation_settings(directory: Path) -> Values:
@@ -71,7 +72,7 @@ def grade(questions: list[Question], answers: list[str]) -> dict[str, Values]:
     """Numbers of questions asked and answered right in each group, with the pass rates of language confusion."""
     confusion = language_confusion_by_group(questions, answers)
     graded = {}
-    for group in QA_GROUPS:
+    for group in LANGUAGES.qa_groups:
         pairs = zip(questions, answers, strict=True)
         marks = [is_correct(question, answer) for question, answer in pairs if question.group == group]
         if marks:

@@ -119,9 +119,9 @@ def fsync(path: Path) -> None:
 def has_chatglm_tokenizer(directory: Path) -> bool:
     """Whether a model directory's tokenizer is the sentencepiece model of ChatGLM3, and not a tokenizer.json of another base."""
     converted = directory / "tokenizer.json"
-    return (directory / "tokenizer.model").is_file() and (
-        not converted.is_file() or b'"[gMASK]"' in converted.read_bytes()
-    )
+    if converted.is_file():
+        return b'"[gMASK]"' in converted.read_bytes()
+    return (directory / "tokenizer.model").is_file()
 
 
 def checksum(path: Path) -> str:

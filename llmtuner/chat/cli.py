@@ -14,6 +14,7 @@ from typing import Any
 from llmtuner.chat.session import SAMPLING_ARGS, ChatSession, load_generation_settings
 from llmtuner.console import UserError, print0
 from llmtuner.eval.generation import GENERATION_DEFAULTS
+from llmtuner.eval.language import LANGUAGES, Languages
 from llmtuner.model.loading import load_for_evaluation
 from llmtuner.tokenizer.fast import tokenize_for_display
 
@@ -56,17 +57,20 @@ SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def run_chat(model_dir: Path, max_new_tokens: int, examples: Sequence[str] = ()) -> None:
+def run_chat(
+    model_dir: Path, max_new_tokens: int, examples: Sequence[str] = (), languages: Languages = LANGUAGES
+) -> None:
     """Chats with the model in `model_dir`, under its own generation settings, until the input ends.
 
     Args:
         examples: questions that /help proposes; /1 asks the first.
+        languages: those to ask in.
 
     Raises:
         UserError: if the model cannot be loaded.
     """
     settings = {**GENERATION_DEFAULTS, **load_generation_settings(model_dir), "max_new_tokens": max_new_tokens}
-    repl = ChatREPL(ChatSession(*load_for_evaluation(model_dir)), settings, examples)
+    repl = ChatREPL(ChatSession(*load_for_evaluation(model_dir)), settings, examples, languages)
     prepare_terminal()
     before = signal.signal(signal.SIGINT, repl.interrupt)
     try:
@@ -115,15 +119,21 @@ def _first_word(line: str) -> tuple[str, str]:
 class ChatREPL:
     """Reads questions and commands, prints answers."""
 
-    def __init__(self, session: ChatSession, settings: dict[str, Any], examples: Sequence[str] = ()) -> None:
-        self.session, self.settings = session, settings
+    def __init__(
+        self,
+        session: ChatSession,
+        settings: dict[str, Any],
+        examples: Sequence[str] = (),
+        languages: Languages = LANGUAGES,
+    ) -> None:
+        self.session, self.settings, self.languages = session, settings, languages
         self.examples = {f"/{number}": question for number, question in enumerate(examples, start=1)}
         self.at_prompt = self.line_is_empty = self.stopped = False
 
     def run(self) -> None:
         """Reads and handles lines until the input ends."""
         listed = "the commands and questions to try" if self.examples else "the commands"
-        print0(f"Ask in Japanese, Chinese or English. /help lists {listed}, Ctrl-D quits.")
+        print0(f"Ask in {self.languages.listed('or')}. /help lists {listed}, Ctrl-D quits.")
         while (line := self._read()) not in (None, "/exit"):
             if line.startswith("/") and not line.startswith("//"):
                 self._run_command(*_first_word(line))

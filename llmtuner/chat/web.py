@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from llmtuner.chat.session import ChatSession, load_generation_settings
 from llmtuner.console import UserError, print0
 from llmtuner.eval.generation import GENERATION_DEFAULTS
+from llmtuner.eval.language import LANGUAGES, Languages
 from llmtuner.tokenizer.fast import tokenize_for_display
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def serve(
     port: int = 7860,
     password: str | None = None,
     examples: Sequence[str] = (),
+    languages: Languages = LANGUAGES,
 ) -> None:
     """Serves the chat page until Ctrl-C.
 
@@ -108,6 +110,7 @@ def serve(
         password: required, with the user name "chat", if given. It is sent unencrypted: tunnel through untrusted networks
             (ssh -L).
         examples: questions that a click asks.
+        languages: those to ask in.
 
     Raises:
         UserError: if gradio is missing, other machines could reach the page without a good password, the port is in use,
@@ -125,7 +128,9 @@ def serve(
     with listen(host, port) as listener:
         loaded = {name: load_for_evaluation(directory) for name, directory in models.items()}
         sessions = SessionStore(loaded)
-        page = build_page(sessions, load_generation_settings(list(models.values())[-1]), max_new_tokens, examples)
+        page = build_page(
+            sessions, load_generation_settings(list(models.values())[-1]), max_new_tokens, examples, languages
+        )
         name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         user = f"user name {USER}; " if password else ""
         print0(f"the chat page is at http://{name}:{listener.getsockname()[1]} ({user}Ctrl-C to stop)")
@@ -461,13 +466,18 @@ def render_html(name: str, turns: list[Turn]) -> str:
 
 
 def build_page(
-    sessions: SessionStore, settings: Mapping[str, Any], max_new_tokens: int, examples: Sequence[str] = ()
+    sessions: SessionStore,
+    settings: Mapping[str, Any],
+    max_new_tokens: int,
+    examples: Sequence[str] = (),
+    languages: Languages = LANGUAGES,
 ) -> "gr.Blocks":
     """The page: one side per model, the question box below, and the settings.
 
     Args:
         settings: default generation settings; those without a control on the page stay as they are.
         examples: questions on buttons that ask them.
+        languages: those to ask in.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, too
     import gradio as gr
@@ -488,7 +498,7 @@ def build_page(
         question = gr.Textbox(
             "",
             show_label=False,
-            placeholder="Ask in Japanese, Chinese or English",
+            placeholder=f"Ask in {languages.listed('or')}",
             max_lines=8,
             autofocus=True,
             container=False,

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from llmtuner.console import format_table, progress_bar
 from llmtuner.data.template import Template
-from llmtuner.eval.language import LANGUAGES
 from llmtuner.tokenizer.fast import encode_batch
 
 NUM_RESAMPLES = 2000
@@ -142,5 +141,6 @@ def bpb_by_language(
 
 def format_bpb_table(bits: dict[str, dict[str, float]]) -> str:
     """A table of bits per byte: {model: {language: value}}, one model a line."""
-    rows = [[name, *(f"{values[language]:.3f}" for language in LANGUAGES)] for name, values in bits.items()]
-    return format_table(["bits per byte", *LANGUAGES], rows)
+    languages = next(iter(bits.values()))
+    rows = [[name, *(f"{values[language]:.3f}" for language in languages)] for name, values in bits.items()]
+    return format_table(["bits per byte", *languages], rows)

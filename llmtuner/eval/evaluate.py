@@ -8,13 +8,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from llmtuner.eval.bits_per_byte import Windows, bootstrap_ci, document_bits
 from llmtuner.eval.generation import GREEDY, generate_answers
-from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES, language_confusion
+from llmtuner.eval.language import LANGUAGES, Languages, language_confusion
 from llmtuner.eval.questions import Question, accuracy, agreement, first_of_each_group
 from llmtuner.eval.repetition import repetition_metrics
 from llmtuner.files import atomic_write_json
 
-QA_GROUPS = ("zh", "en", "ja", "ja_unseen")
-FREE_FORM = "ja_free"  # requests for a reply of several sentences
 QA_MAX_NEW_TOKENS = 64  # one sentence, even if its Japanese takes a token per byte
 
 # Candidates for the chat model's generation_config.json. "sampled" is what ChatGLM3 ships with.
@@ -41,6 +39,7 @@ def evaluate_model(
     max_new_tokens: int,
     on_progress: Callable[[float], Any] | None = None,
     settings: Mapping[str, Any] = GREEDY,
+    languages: Languages = LANGUAGES,
 ) -> tuple[dict[str, Any], list[str]]:
     """Answers all questions and measures bits per byte.
 
@@ -50,16 +49,17 @@ def evaluate_model(
         max_new_tokens: length limit of a free-form reply.
         on_progress: called with the number of questions and documents processed since the last call.
         settings: transformers' generation settings for all answers.
+        languages: of the questions; their groups are named after these.
 
     Returns:
         Metrics, and the answer to each question.
     """
-    requests = [question.question for question in questions if question.group == FREE_FORM]
-    qa_questions = [question.question for question in questions if question.group != FREE_FORM]
+    requests = [question.question for question in questions if question.group == languages.free_form]
+    qa_questions = [question.question for question in questions if question.group != languages.free_form]
     free_form = generate_answers(model, tokenizer, requests, max_new_tokens, settings, on_progress=on_progress)
     qa = generate_answers(model, tokenizer, qa_questions, QA_MAX_NEW_TOKENS, settings, on_progress=on_progress)
     free_texts, qa_texts = iter(free_form.texts), iter(qa.texts)
-    answers = [next(free_texts if question.group == FREE_FORM else qa_texts) for question in questions]
+    answers = [next(free_texts if question.group == languages.free_form else qa_texts) for question in questions]
     bits_per_byte, intervals = {}, {}
     for language, documents in texts.items():
         windows = Windows.from_texts(tokenizer, documents, context_length)
@@ -69,34 +69,37 @@ def evaluate_model(
     free_form_metrics = repetition_metrics(free_form)
     metrics = {
         "decoding": dict(settings),
-        "accuracy": {group: accuracy(questions, answers, group) for group in QA_GROUPS},
-        "language_confusion": language_confusion_by_group(questions, answers),
+        "accuracy": {group: accuracy(questions, answers, group) for group in languages.qa_groups},
+        "language_confusion": language_confusion_by_group(questions, answers, languages),
         "bits_per_byte": bits_per_byte,
         "bits_per_byte_interval": intervals,
-        "repetition": {"ja": free_form_metrics["repeated_4gram_ratio"]},
+        "repetition": {languages.added: free_form_metrics["repeated_4gram_ratio"]},
         "free_answers": free_form_metrics,
         "tokens_per_second": qa.tokens_per_second,
     }
     return metrics, answers
 
 
-def language_confusion_by_group(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
+def language_confusion_by_group(
+    questions: Sequence[Question], answers: Sequence[str], languages: Languages = LANGUAGES
+) -> dict[str, dict[str, Any]]:
     """`language_confusion` of the answers to each group of questions."""
     metrics = {}
-    for group in (*QA_GROUPS, FREE_FORM):
+    for group in (*languages.qa_groups, languages.free_form):
         pairs = [pair for pair in zip(answers, questions, strict=True) if pair[1].group == group]
         if pairs:
-            languages = [question.language_of_answer for _, question in pairs]
-            metrics[group] = language_confusion([answer for answer, _ in pairs], languages)
+            expected = [question.language_of_answer for _, question in pairs]
+            examples = [question.example_of_language for _, question in pairs]
+            metrics[group] = language_confusion([answer for answer, _ in pairs], expected, examples)
     return metrics
 
 
 def agreement_by_language(
-    questions: Sequence[Question], answers: Sequence[str], reference: Sequence[str]
+    questions: Sequence[Question], answers: Sequence[str], reference: Sequence[str], languages: Languages = LANGUAGES
 ) -> dict[str, dict[str, float]]:
     """`agreement` of two models' answers in each language that the base model already speaks."""
     metrics = {}
-    for language in RETAINED_LANGUAGES:
+    for language in languages.retained:
         indices = [index for index, question in enumerate(questions) if question.group == language]
         if indices:
             pair = ([texts[index] for index in indices] for texts in (answers, reference))
@@ -104,10 +107,10 @@ def agreement_by_language(
     return metrics
 
 
-def _selection_questions(questions: Sequence[Question]) -> tuple[list[str], list[Question]]:
+def _selection_questions(questions: Sequence[Question], languages: Languages) -> tuple[list[str], list[Question]]:
     """Free-form requests, and the questions with a known answer on which `select_generation_config` measures accuracy."""
-    requests = [question.question for question in questions if question.group == FREE_FORM]
-    known = [question for question in questions if question.value is not None and question.group in LANGUAGES]
+    requests = [question.question for question in questions if question.group == languages.free_form]
+    known = [question for question in questions if question.value is not None and question.group in languages]
     return requests, first_of_each_group(known, QUESTIONS_PER_CANDIDATE)
 
 
@@ -117,6 +120,7 @@ def select_generation_config(
     questions: Sequence[Question],
     max_new_tokens: int,
     on_progress: Callable[[float], Any] | None = None,
+    languages: Languages = LANGUAGES,
 ) -> dict[str, Any]:
     """Selects the candidate that repeats least, among those that lose at most `MAX_ACCURACY_DROP` against greedy decoding.
 
@@ -126,7 +130,7 @@ def select_generation_config(
     Returns:
         candidates {name: {settings, accuracy, metrics of repetition}} and the name of the chosen one.
     """
-    requests, known = _selection_questions(questions)
+    requests, known = _selection_questions(questions, languages)
     qa_questions = [question.question for question in known]
     candidates: dict[str, dict[str, Any]] = {}
     losses: dict[str, float] = {}  # in the language that loses most
@@ -134,7 +138,7 @@ def select_generation_config(
         samples = requests * (NUM_SAMPLES if settings["do_sample"] else 1)
         free_form = generate_answers(model, tokenizer, samples, max_new_tokens, settings, on_progress=on_progress)
         qa = generate_answers(model, tokenizer, qa_questions, QA_MAX_NEW_TOKENS, settings, on_progress=on_progress)
-        by_group = {group: accuracy(known, qa.texts, group) for group in QA_GROUPS}
+        by_group = {group: accuracy(known, qa.texts, group) for group in languages.qa_groups}
         measured = {group: value for group, value in by_group.items() if value is not None}
         candidates[name] = {
             "settings": settings,
@@ -149,9 +153,14 @@ def select_generation_config(
     return {"candidates": candidates, "chosen": chosen}
 
 
-def num_progress_items(questions: Sequence[Question], texts: Mapping[str, list[str]], num_models: int) -> int:
+def num_progress_items(
+    questions: Sequence[Question],
+    texts: Mapping[str, list[str]],
+    num_models: int,
+    languages: Languages = LANGUAGES,
+) -> int:
     """What `on_progress` counts to while `num_models` models are evaluated and one generation config is selected."""
-    requests, known = _selection_questions(questions)
+    requests, known = _selection_questions(questions, languages)
     samples = sum(NUM_SAMPLES if settings["do_sample"] else 1 for settings in GENERATION_CANDIDATES.values())
     selection = samples * len(requests) + len(GENERATION_CANDIDATES) * len(known)
     return num_models * (len(questions) + sum(map(len, texts.values()))) + selection

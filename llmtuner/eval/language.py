@@ -10,16 +10,66 @@ themselves, which tell Japanese, Chinese and English apart even on short lines:
   Otherwise (富士山, 青川) it is undecided, and counted separately.
 - In Chinese and Japanese, English words must not outnumber characters.
 - A line without letters (1,931), or of Latin symbols in a Japanese or Chinese answer (H2O), is undecided.
+- Any other language is known by the scripts of a text in it, such as the question: a line needs letters of them, and English
+  words must not outnumber these. Languages in Latin script are not told from English.
 """
 
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-LANGUAGES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
-RETAINED_LANGUAGES = ("zh", "en")  # what the base model speaks and must not lose
+
+class Languages(dict[str, str]):
+    """English names by code: of the language that is added to a base model, then of those that it speaks and must not lose.
+
+    Questions are grouped by these codes; two more groups are in the added language.
+    """
+
+    @property
+    def added(self) -> str:
+        """The code of the added language."""
+        return next(iter(self))
+
+    @property
+    def name(self) -> str:
+        """The name of the added language."""
+        return self[self.added]
+
+    @property
+    def retained(self) -> tuple[str, ...]:
+        """Codes of the languages that the base model speaks."""
+        return tuple(self)[1:]
+
+    @property
+    def unseen(self) -> str:
+        """The group of questions about facts that only texts in the other languages state."""
+        return f"{self.added}_unseen"
+
+    @property
+    def free_form(self) -> str:
+        """The group of requests for a reply of several sentences."""
+        return f"{self.added}_free"
+
+    @property
+    def qa_groups(self) -> tuple[str, ...]:
+        """The groups of short questions."""
+        return (*self.retained, self.added, self.unseen)
+
+    def listed(self, conjunction: str = "and", codes: Iterable[str] | None = None) -> str:
+        """Names in one phrase: "Japanese, Chinese and English"."""
+        *names, last = (self[code] for code in (self if codes is None else codes))
+        return f"{', '.join(names)} {conjunction} {last}" if names else last
+
+
+LANGUAGES = Languages(ja="Japanese", zh="Chinese", en="English")
+
+
+def languages_of(metrics: Mapping[str, Mapping[str, Any]]) -> Languages:
+    """The languages of a run, from the metrics of its steps; runs of earlier versions added Japanese."""
+    return next((Languages(found["languages"]) for found in metrics.values() if "languages" in found), LANGUAGES)
+
 
 KANA = re.compile(r"[\u3041-\u309f\u30a1-\u30fa\u30fc]")
 HAN = re.compile(r"[\u3400-\u9fff]")
@@ -32,8 +82,12 @@ CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 MAX_NAME_LENGTH = 8  # Han characters; a longer Japanese line has a particle or an inflection in kana
 
 
-def in_language(text: str, language: str) -> bool | None:
-    """Whether a line is in "ja", "zh" or "en"; None if its characters do not decide. Other languages always pass."""
+def in_language(text: str, language: str, example: str = "") -> bool | None:
+    """Whether a line is in a language; None if its characters do not decide.
+
+    Args:
+        example: a text in the language. Without one, any language but "ja", "zh" and "en" always passes.
+    """
     text = unicodedata.normalize("NFKC", text)
     kana, han, latin = (pattern.search(text) is not None for pattern in (KANA, HAN, LATIN))
     other = any(char.isalpha() and not any(script.match(char) for script in (KANA, HAN, LATIN)) for char in text)
@@ -41,9 +95,11 @@ def in_language(text: str, language: str) -> bool | None:
         return None
     if language == "en":
         return latin and not (kana or han or other)
-    if language not in ("ja", "zh"):
-        return True
     english_words, characters = len(ENGLISH_WORD.findall(text)), HAN.findall(text)
+    if language not in ("ja", "zh"):
+        scripts = set(_scripts(example)) - {"LATIN"}
+        letters = sum(script in scripts for script in _scripts(text))
+        return not example or (0 < letters >= english_words if scripts else not (kana or han or other))
     if (other and not (kana or han)) or english_words > len(characters) + len(KANA.findall(text)):
         return False
     if not (kana or han):
@@ -59,14 +115,24 @@ def in_language(text: str, language: str) -> bool | None:
     return None if len(characters) <= MAX_NAME_LENGTH else False
 
 
-def answers_in_language(text: str, language: str) -> bool | None:
+def _scripts(text: str) -> list[str]:
+    """The script of each letter, which is the first word of its name."""
+    return [unicodedata.name(character, "").split(" ")[0] for character in text if character.isalpha()]
+
+
+def answers_in_language(text: str, language: str, example: str = "") -> bool | None:
     """Whether an answer is in a language: False if any line is not, None if no line decides."""
-    verdicts = [verdict for verdict in _line_verdicts(text, language) if verdict is not None]
+    verdicts = [verdict for verdict in _line_verdicts(text, language, example) if verdict is not None]
     return all(verdicts) if verdicts else None
 
 
-def language_confusion(answers: Sequence[str], languages: Sequence[str]) -> dict[str, Any]:
+def language_confusion(
+    answers: Sequence[str], languages: Sequence[str], examples: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Pass rates of answers, each against the language it should be in.
+
+    Args:
+        examples: a text in the language of each, as `in_language` takes it.
 
     Returns:
         line_pass_rate: share of lines in the right language.
@@ -74,10 +140,10 @@ def language_confusion(answers: Sequence[str], languages: Sequence[str]) -> dict
         lines, responses: their denominators, which leave out undecided_lines and undecided_responses.
         A rate is None if its denominator is 0.
     """
-    pairs = list(zip(answers, languages, strict=True))
+    rows = list(zip(answers, languages, examples or [""] * len(answers), strict=True))
     verdicts = {
-        "line": [verdict for answer, language in pairs for verdict in _line_verdicts(answer, language)],
-        "response": [answers_in_language(answer, language) for answer, language in pairs],
+        "line": [verdict for row in rows for verdict in _line_verdicts(*row)],
+        "response": [answers_in_language(*row) for row in rows],
     }
     metrics: dict[str, Any] = {}
     for unit, values in verdicts.items():
@@ -87,9 +153,9 @@ def language_confusion(answers: Sequence[str], languages: Sequence[str]) -> dict
     return metrics
 
 
-def _line_verdicts(text: str, language: str) -> list[bool | None]:
+def _line_verdicts(text: str, language: str, example: str) -> list[bool | None]:
     """`in_language` of each line, empty ones and code blocks left out."""
-    return [in_language(line, language) for line in CODE_BLOCK.sub("\n", text).splitlines() if line.strip()]
+    return [in_language(line, language, example) for line in CODE_BLOCK.sub("\n", text).splitlines() if line.strip()]
 
 
 @functools.cache

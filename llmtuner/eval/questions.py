@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtuner.console import UserError
-from llmtuner.eval.language import HAN, KANA, LANGUAGES, answers_in_language
+from llmtuner.eval.language import HAN, KANA, LANGUAGES, Languages, answers_in_language
 
 NUMBER = re.compile(r"(?<![0-9A-Za-z])(?<![0-9]\.)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.([0-9]+))?")
 # 100 million and 100万 are not 100, and the 1970s are not 1970.
@@ -26,7 +26,7 @@ class Question:
     """A question and what grades its answer."""
 
     group: str
-    """What its answers are aggregated by: zh, en, ja, ja_unseen or ja_free."""
+    """What its answers are aggregated by: zh, en, ja, ja_unseen or ja_free, or other codes, see `Languages`."""
     language: str
     question: str
     value: str | None = None
@@ -44,6 +44,11 @@ class Question:
     @property
     def language_of_answer(self) -> str:
         return self.answer_language or self.language
+
+    @property
+    def example_of_language(self) -> str:
+        """A text in the language of a correct answer: the question, unless it asks for a translation."""
+        return self.question if self.language_of_answer == self.language else ""
 
 
 def read_questions(path: Path, per_group: int | None = None) -> list[Question]:
@@ -87,8 +92,8 @@ def first_of_each_group(questions: Iterable[Question], limit: int) -> list[Quest
     return selected
 
 
-def example_questions(path: Path) -> list[str]:
-    """Returns a question to try a model with in Japanese, Chinese and English: the first of each, which nobody picked.
+def example_questions(path: Path, languages: Languages = LANGUAGES) -> list[str]:
+    """Returns a question to try a model with in each language: the first of each, which nobody picked.
 
     Only those that the questions file has; none if it cannot be read, for a chat does without.
     """
@@ -97,7 +102,7 @@ def example_questions(path: Path) -> list[str]:
     except UserError:
         return []
     first = {question.group: question.question for question in reversed(questions)}
-    return [first[language] for language in LANGUAGES if language in first]
+    return [first[language] for language in languages if language in first]
 
 
 def parse_questions(rows: Iterable[dict[str, Any]]) -> list[Question]:
@@ -153,7 +158,7 @@ def is_correct(question: Question, answer: str) -> bool:
     """
     if question.value is None:
         return False
-    in_language = answers_in_language(answer, question.language_of_answer)
+    in_language = answers_in_language(answer, question.language_of_answer, question.example_of_language)
     if in_language is False or (in_language is None and any(map(str.isalpha, answer))):
         return False
     value = _normalized(question.value)

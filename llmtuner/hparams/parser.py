@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
@@ -74,6 +74,32 @@ def read_args(args: dict[str, Any] | str | Path | list[str] | None = None) -> di
     if re.match(r"--|\w+=", arguments[0]):
         return parse_overrides({}, arguments)
     return parse_overrides(_read_yaml(arguments[0]), arguments[1:])
+
+
+def read_dataclass(path: str | Path, cls: type[Group], find_problems: Callable[[Group], Iterable[str]]) -> Group:
+    """Reads the settings of a dataclass from a YAML file.
+
+    Args:
+        find_problems: what is wrong with settings that are each valid.
+
+    Raises:
+        UserError: one message with every problem found.
+    """
+    given, fields = _read_yaml(path), settings_of(cls)
+    problems = [_describe_unknown(str(name), [*fields]) for name in given if name not in fields]
+    problems += [
+        text for name, value in given.items() if name in fields and (text := find_problem(fields[name], value))
+    ]
+    problems += [
+        f"{name} is not given. {field.metadata['help']}"
+        for name, field in fields.items()
+        if name not in given and default_of(field) is REQUIRED
+    ]
+    settings = None if problems else cls(**given)
+    problems += find_problems(settings) if settings else []
+    if problems or not settings:
+        raise UserError(f"{path}:\n  - " + "\n  - ".join(problems))
+    return settings
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

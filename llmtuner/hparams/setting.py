@@ -27,6 +27,10 @@ TYPE_NAMES: dict[Any, str] = {
     str: "text",
     list[str]: "names with commas, or a list of them",
     list[float]: "numbers with commas, or a list of them",
+    dict[str, str]: "lines of the form `name: text`",
+    dict[str, float]: "lines of the form `name: number`",
+    dict[str, list[str]]: "lines of the form `name: [names]`",
+    dict[str, Any]: "lines of the form `name: value`",
 }
 
 
@@ -47,7 +51,7 @@ def setting(
         resume_safe: whether a run may be resumed with another value, because it does not change what is learned.
     """
     metadata = {"help": help, "limit": limit, "unsupported": unsupported, "resume_safe": resume_safe}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -95,6 +99,12 @@ def matches_type(value: Any, kind: Any) -> bool:
     """Whether a value has a type, where true is no number, but a whole number is one."""
     if get_origin(kind) is list:
         return isinstance(value, list) and all(matches_type(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(
+            matches_type(name, str) and matches_type(item, get_args(kind)[1]) for name, item in value.items()
+        )
+    if kind is Any:
+        return True
     if isinstance(value, bool):
         return kind is bool
     if kind is float:

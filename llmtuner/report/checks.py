@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtuner.eval.intervals import paired_difference
-from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES
+from llmtuner.eval.language import languages_of
 
 MAX_LOGIT_DIFFERENCE = 1e-6  # rounding in fp32
-MAX_TOKEN_RATIO = 0.8  # of Japanese text; a merge into ChatGLM3-6B's vocabulary gives 0.50 to 0.66
+MAX_TOKEN_RATIO = (
+    0.8  # of text in the added language; a merge of Japanese into ChatGLM3-6B's vocabulary gives 0.50 to 0.66
+)
 MAX_PADDING_RATIO = 0.05  # packing should do better
 UNKNOWN = "–"
 MIX_TOLERANCE = 0.01  # one percentage point: a data set ends with a complete document
-MAX_RETENTION_LOSS = 0.02  # by which bits per byte of Chinese and English may grow in step 5
+MAX_RETENTION_LOSS = 0.02  # by which bits per byte of a retained language may grow in step 5
 MAX_EVAL_LOSS_RISE = 0.02  # at the end, over the lowest value: more is overfitting
-MAX_ACCURACY_DROP = 0.05  # in Chinese and English
-MIN_PASS_RATE = 0.95  # Japanese questions answered without a line in another language
+MAX_ACCURACY_DROP = 0.05  # in a retained language
+MIN_PASS_RATE = 0.95  # questions in the added language answered without a line in another language
 MAX_REPETITION = 0.2  # of 4-grams in free-form replies; those in the miniature's training sets have 0.08 to 0.09
 MIN_FINISHED = 0.9  # free-form replies that come to an end
 
@@ -82,21 +84,21 @@ def run_checks(
 
 
 def _tokenizer(metrics: dict[str, Any]) -> Iterator[Check]:
-    step2 = metrics.get("step2", {})
+    languages, step2 = languages_of(metrics), metrics.get("step2", {})
     if (kept := step2.get("special_ids_kept")) is not None:
         yield Check("step2", "Special tokens keep their ids", "kept" if kept else "moved", "all of them", kept)
     if (unreachable := step2.get("unreachable_tokens")) is not None:
         yield Check(
             "step2", "Every token can be produced", f"{unreachable:,} unreachable tokens", "none", unreachable == 0
         )
-    for language in RETAINED_LANGUAGES:
+    for language in languages.retained:
         if (changed := get_nested(step2, "changed_texts", language)) is not None:
             total = get_nested(step2, "texts", language)
             figure = f"{changed:,} changed" if total is None else f"{changed:,} of {total:,} changed"
-            text = f"{LANGUAGES[language]} texts are tokenized as before"
+            text = f"{languages[language]} texts are tokenized as before"
             yield Check("step2", text, figure, "none", changed == 0)
-    if (ratio := get_nested(step2, "token_ratio", "ja")) is not None:
-        text, limit = "Japanese takes fewer tokens", f"at most {percent(MAX_TOKEN_RATIO)}"
+    if (ratio := get_nested(step2, "token_ratio", languages.added)) is not None:
+        text, limit = f"{languages.name} takes fewer tokens", f"at most {percent(MAX_TOKEN_RATIO)}"
         yield Check("step2", text, f"{percent(ratio)} of before", limit, ratio <= MAX_TOKEN_RATIO)
 
 
@@ -105,15 +107,17 @@ def _zero_model(metrics: dict[str, Any]) -> Iterator[Check]:
         figure, limit = f"largest difference {difference:.1g}", f"at most {MAX_LOGIT_DIFFERENCE:.1g}"
         passed = difference <= MAX_LOGIT_DIFFERENCE
         yield Check("step3", "Logits of base tokens are unchanged", figure, limit, passed)
-    for language in RETAINED_LANGUAGES:
+    languages = languages_of(metrics)
+    for language in languages.retained:
         if answers := get_nested(metrics, "step4", language):
             identical, total = answers["identical"], answers["total"]
-            text = f"The Zero model's {LANGUAGES[language]} answers are the base model's"
+            text = f"The Zero model's {languages[language]} answers are the base model's"
             yield Check("step4", text, f"{identical:,} of {total:,} identical", "all", identical == total)
 
 
 def _pretraining(metrics: dict[str, Any]) -> Iterator[Check]:
-    for language in ("ja", *RETAINED_LANGUAGES):
+    languages = languages_of(metrics)
+    for language in languages:
         after = get_nested(metrics, "step5", "bits_per_byte", "after", language)
         base = get_nested(metrics, "step4", "bits_per_byte", "base", language)
         if base is None:  # an earlier version's run; Zero is the base with new rows
@@ -121,11 +125,11 @@ def _pretraining(metrics: dict[str, Any]) -> Iterator[Check]:
         if base is None or after is None:
             continue
         figure = f"{base:.3f} → {after:.3f} bits per byte"
-        if language == "ja":
-            text = "Japanese is predicted better than by the base model"
+        if language == languages.added:
+            text = f"{languages.name} is predicted better than by the base model"
             yield Check("step5", text, figure, f"less than {base:.3f}", after < base)
         else:
-            text, limit = f"{LANGUAGES[language]} is predicted as well", f"at most {percent(MAX_RETENTION_LOSS)} more"
+            text, limit = f"{languages[language]} is predicted as well", f"at most {percent(MAX_RETENTION_LOSS)} more"
             yield Check("step5", text, figure, limit, after <= base * (1 + MAX_RETENTION_LOSS))
     deviations = {
         name: round(abs(counts["ratio"] - counts["target_ratio"]), 6)
@@ -159,12 +163,12 @@ def _training(
 
 
 def _chat_model(metrics: dict[str, Any], grades: Grades) -> Iterator[Check]:
-    step7 = metrics.get("step7", {})
+    languages, step7 = languages_of(metrics), metrics.get("step7", {})
 
     def base_and_chat(*path: str) -> list[float | None]:
         return [get_nested(step7, path[0], model, *path[1:]) for model in ("base", "chat")]
 
-    for language in (*RETAINED_LANGUAGES, "ja"):
+    for language in (*languages.retained, languages.added):
         before, after = base_and_chat("accuracy", language)
         if before is None or after is None:
             continue
@@ -173,16 +177,19 @@ def _chat_model(metrics: dict[str, Any], grades: Grades) -> Iterator[Check]:
         if pair[0] and len(pair[0]) == len(pair[1]):
             difference, low, high = paired_difference(*pair)
             figure += f" of {len(pair[0]):,}, {points(difference, low, high)}"
-        if language == "ja":
-            yield Check("step7", "Japanese is learned", figure, "more than the base model, beyond chance", low > 0)
+        if language == languages.added:
+            yield Check(
+                "step7", f"{languages.name} is learned", figure, "more than the base model, beyond chance", low > 0
+            )
         else:
             kept = round(before - after, 6) <= MAX_ACCURACY_DROP
             limit = f"at least −{MAX_ACCURACY_DROP * 100:.0f} points"
-            yield Check("step7", f"{LANGUAGES[language]} is kept", figure, limit, kept)
-    before, after = base_and_chat("language_confusion", "ja", "response_pass_rate")
+            yield Check("step7", f"{languages[language]} is kept", figure, limit, kept)
+    before, after = base_and_chat("language_confusion", languages.added, "response_pass_rate")
     if after is not None:
         figure, limit = _change(before, after, "of answers"), f"at least {percent(MIN_PASS_RATE)}"
-        yield Check("step7", "Japanese questions are answered in Japanese", figure, limit, after >= MIN_PASS_RATE)
+        text = f"{languages.name} questions are answered in {languages.name}"
+        yield Check("step7", text, figure, limit, after >= MIN_PASS_RATE)
     shipped = get_nested(step7, "generation", "candidates", get_nested(step7, "generation", "chosen") or "")
     if (repeated := get_nested(shipped or {}, "repeated_4gram_ratio")) is not None:
         figure, limit = f"{percent(repeated)} of 4-grams repeated", f"at most {percent(MAX_REPETITION)}"

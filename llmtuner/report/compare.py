@@ -16,7 +16,7 @@ import numpy
 from llmtuner.aliases import locate, rename_keys, rename_settings
 from llmtuner.console import UserError
 from llmtuner.eval.intervals import paired_difference, seed_difference, unpaired_difference
-from llmtuner.eval.language import LANGUAGES
+from llmtuner.eval.language import Languages, languages_of
 from llmtuner.files import atomic_write_text
 from llmtuner.report.checks import get_nested, percent
 from llmtuner.report.figures import (
@@ -46,14 +46,10 @@ PLACES = re.compile(
 EVAL_SETTINGS = re.compile(
     "(eval_)?dataset|val_size|max_eval_samples|cutoff_len|template|(neat_)?packing|train_on_prompt|mask_history|data set .*"
 )
-GROUPS = {"ja": "Japanese", "zh": "Chinese", "en": "English", "ja_unseen": "Japanese, unseen"}
 CURVES: dict[str, tuple[str, str, Summary]] = {  # of the log: title, name of the axis, what is said of it
     "loss": ("training loss", "loss, nats per token", "end"),
     "eval_loss": ("held-out loss", "loss, nats per token", "end"),
-    **{
-        f"eval_bits_per_byte_{code}": (f"{name} bits per byte", "bits per byte", "end")
-        for code, name in LANGUAGES.items()
-    },
+    "eval_bits_per_byte": ("{name} bits per byte", "bits per byte", "end"),  # of each language
     "grad_norm": ("gradient norm", "gradient norm", "median"),
     "learning_rate": ("learning rate", "learning rate", "highest"),
     "tokens_per_second": ("throughput", "tokens per second", "median"),
@@ -83,6 +79,7 @@ class Run:
     step7: dict[str, Any]
     answers: dict[tuple[str, str, int], dict[str, Any]]
     """Rows of answers.jsonl by group, question, and how often the same question came before."""
+    languages: Languages
 
 
 @dataclass(frozen=True)
@@ -185,7 +182,7 @@ def read_run(directory: Path, name: str) -> Run:
         while (key := (row["group"], row["question"], before)) in answers:
             before += 1
         answers[key] = row
-    return Run(name, directory, trainings, metrics.get("step7", {}), answers)
+    return Run(name, directory, trainings, metrics.get("step7", {}), answers, languages_of(metrics))
 
 
 def _read_settings(run: Path) -> dict[str, Any]:
@@ -221,6 +218,16 @@ def group_by_recipe(runs: Sequence[Run]) -> list[Recipe]:
         Recipe(name, PALETTE[place % len(PALETTE)], styles[place % 4], group)
         for place, (name, group) in enumerate(zip(names, groups.values(), strict=True))
     ]
+
+
+def _languages(recipes: Sequence[Recipe]) -> Languages:
+    """Those of all runs, the first run's first."""
+    return Languages(pair for recipe in recipes for run in recipe.runs for pair in run.languages.items())
+
+
+def _groups(languages: Languages) -> dict[str, str]:
+    """Names of the groups of short questions."""
+    return {**languages, languages.unseen: f"{languages.name}, unseen"}
 
 
 def _recipe_key(run: Run) -> str:
@@ -297,7 +304,14 @@ def _note_on_losses(step: str, differing: dict[str, list[str]]) -> str:
 def _figures(recipes: Sequence[Recipe], step: str) -> list[ReportFigure]:
     """The curves of all recipes over one another."""
     figures = []
-    for key, (title, unit, summary) in CURVES.items():
+    curves_by_key = {
+        key + suffix: (title.format(name=name), unit, summary)
+        for key, (title, unit, summary) in CURVES.items()
+        for suffix, name in (
+            ((f"_{code}", name) for code, name in _languages(recipes).items()) if "{name}" in title else [("", "")]
+        )
+    }
+    for key, (title, unit, summary) in curves_by_key.items():
         curves = []
         for recipe in recipes:
             logs = [run.trainings[step].log for run in recipe.runs if step in run.trainings]
@@ -385,7 +399,7 @@ def _training_results(recipes: Sequence[Recipe], step: str) -> dict[str, list[Ce
         "Rise over the lowest": (rise, lambda value: f"{value:.2%}"),
         **{
             f"{name} bits per byte, end": (last(f"eval_bits_per_byte_{code}"), _four_digits)
-            for code, name in LANGUAGES.items()
+            for code, name in _languages(recipes).items()
         },
     }
     table = {name: (collect(measure), show) for name, (measure, show) in measures.items()}
@@ -418,15 +432,20 @@ def _evaluation_results(recipes: Sequence[Recipe]) -> list[tuple[str, dict[str, 
 
         return difference
 
+    languages = _languages(recipes)
     accuracy = {}
-    for group, name in GROUPS.items():
+    for group, name in _groups(languages).items():
         values = collect("accuracy", "chat", group)
         if any(values):
             row, note = _accuracy_row(recipes, group, values)
             accuracy[f"{name}{note}"] = row
-    bits = {name: (code, collect("bits_per_byte", "chat", code)) for code, name in LANGUAGES.items()}
+    bits = {name: (code, collect("bits_per_byte", "chat", code)) for code, name in languages.items()}
     replies = {
-        "Japanese answers in Japanese": (("language_confusion", "chat", "ja", "response_pass_rate"), percent, False),
+        f"{languages.name} answers in {languages.name}": (
+            ("language_confusion", "chat", languages.added, "response_pass_rate"),
+            percent,
+            False,
+        ),
         "Repeated 4-grams, free-form replies": (("free_answers", "chat", "repeated_4gram_ratio"), percent, True),
         "Finished free-form replies": (("free_answers", "chat", "finished_ratio"), percent, False),
     }
@@ -509,7 +528,8 @@ def _records(recipes: Sequence[Recipe], step: str) -> dict[str, list[str]]:
 
 def _questions(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     """The questions on which the recipes differ most, each with an answer of every recipe."""
-    graded = [{key: grade for group in GROUPS for key, grade in _mean_grades(one, group).items()} for one in recipes]
+    groups = _groups(_languages(recipes))
+    graded = [{key: grade for group in groups for key, grade in _mean_grades(one, group).items()} for one in recipes]
     spread = {
         key: max(shares) - min(shares)
         for key in graded[0]

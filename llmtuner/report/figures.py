@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from matplotlib.ft2font import FT2Font
 
 from llmtuner.aliases import rename_keys
 from llmtuner.console import UserError, print0
-from llmtuner.eval.language import LANGUAGES
+from llmtuner.eval.language import LANGUAGES, Languages, languages_of
 from llmtuner.files import translate_disk_errors
 
 Log = list[dict[str, Any]]
@@ -33,7 +34,7 @@ Summary = Literal["end", "highest", "median"]  # of a curve, in one number
 WIDTH, HEIGHT = 4.6, 3.0  # inches; on a phone of 390 pixels shown at least 331 pixels wide: a point is a pixel
 FONT_SIZE = 11  # points
 # Distinguishable with any colour vision, and dark enough on white (4.5 : 1) for text.
-COLORS = {"ja": "#B84A00", "zh": "#00795A", "en": "#0067A3"}
+COLORS = ("#B84A00", "#00795A", "#0067A3", "#AA3377", "#6B4FA0", "#7A5C00")  # of languages, the added one first
 # Of runs over one another.
 PALETTE = ("#0067A3", "#B84A00", "#00795A", "#AA3377", "#6B4FA0", "#7A5C00", "#3B4A5C", "#A3262A")
 TRAIN, EVAL, BEFORE, INK, GRID = "#3B4A5C", "#AA3377", "#AEB9C6", "#222222", "#E3E6EA"
@@ -131,15 +132,15 @@ def build_figures(metrics: dict[str, dict], logs: dict[str, Log]) -> list[Report
         metrics: {"step4", "step5", ...: metrics of the step}.
         logs: {"step5", "step6": entries of its trainer_log.jsonl}.
     """
-    tokens = metrics.get("step4", {}).get("tokens_per_character", {})
-    drawn = [("step4", "tokens_per_character", tokens_per_character(tokens))]
+    tokens, languages = metrics.get("step4", {}).get("tokens_per_character", {}), languages_of(metrics)
+    drawn = [("step4", "tokens_per_character", tokens_per_character(tokens, languages))]
     for step, unit in (("step5", "documents"), ("step6", "dialogues")):
         measured, log = metrics.get(step, {}), logs.get(step, [])
         drawn += [
             (step, "initial_loss", initial_losses(measured.get("initial_loss", {}))),
             (step, "loss", loss_curve(log)),
             (step, "log_loss", log_loss(log)),
-            (step, "bits_per_byte", bits_per_byte(log)),
+            (step, "bits_per_byte", bits_per_byte(log, languages)),
             (step, "gradient_norm", gradient_norms(log)),
             (step, "learning_rate", learning_rates(log)),
             (step, "speed", speed(log)),
@@ -339,7 +340,7 @@ def gradient_norms(log: Log) -> Figure | None:
     )
     axes.plot(*total, color=TRAIN, label="all")
     drawn = [total[1]]
-    for key, color, style in (("grad_norm_embeddings", EVAL, "--"), ("grad_norm_layers", COLORS["zh"], ":")):
+    for key, color, style in (("grad_norm_embeddings", EVAL, "--"), ("grad_norm_layers", COLORS[1], ":")):
         if (series := _positive(_series(log, key))) is not None:
             axes.plot(*series, style, color=color, label=key.removeprefix("grad_norm_"))
             drawn.append(series[1])
@@ -404,26 +405,27 @@ def speed(log: Log) -> Figure | None:
 
 
 @_style()
-def bits_per_byte(log: Log) -> Figure | None:
+def bits_per_byte(log: Log, languages: Languages = LANGUAGES) -> Figure | None:
     """Bits per byte of each language over steps, with labels at the ends of the lines."""
     found = {
-        language: _positive(_series(log, f"eval_bits_per_byte_{language}"), first_step=0) for language in LANGUAGES
+        language: _positive(_series(log, f"eval_bits_per_byte_{language}"), first_step=0) for language in languages
     }
     lines = {language: line for language, line in found.items() if line is not None}
     if not lines:
         return None
     figure, axes = _canvas(
-        ", ".join(f"{LANGUAGES[language]} {_from_to(line)}" for language, line in lines.items()), "bits per byte"
+        ", ".join(f"{languages[language]} {_from_to(line)}" for language, line in lines.items()), "bits per byte"
     )
+    colors = _language_colors(languages)
     for language, line in lines.items():
-        axes.plot(*line, "o-", markersize=3.5, color=COLORS[language])
+        axes.plot(*line, "o-", markersize=3.5, color=colors[language])
     values = numpy.concatenate([line[1] for line in lines.values()])
     if values.max() > LOG_SCALE_FROM * values.min():
         _logarithmic(axes, "y", values)
     else:
         _linear(axes.yaxis)
     _step_axis(axes)
-    _label_line_ends(axes, lines)
+    _label_line_ends(axes, lines, languages)
     return figure
 
 
@@ -482,8 +484,9 @@ def _mean_and_range(runs: list[Series]) -> tuple[Series, tuple[numpy.ndarray, nu
     return (steps, values.mean(axis=0)), (values.min(axis=0), values.max(axis=0))
 
 
-def _label_line_ends(axes: Axes, lines: dict[str, Series]) -> None:
+def _label_line_ends(axes: Axes, lines: dict[str, Series], languages: Languages) -> None:
     """Writes each language and its last value to the right of its line's end, moved up or down if labels would overlap."""
+    colors = _language_colors(languages)
     spacing = 0.09  # of one label, relative to the height of the axes
     axes.get_ylim()  # updates the limits, on which the transform depends
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -492,9 +495,13 @@ def _label_line_ends(axes: Axes, lines: dict[str, Series]) -> None:
     for place, (height, language) in enumerate(ends):
         highest = 1 - spacing * (len(ends) - 1 - place)
         lowest = min(max(height, lowest), highest)
-        text = f"{LANGUAGES[language]} {_digits(lines[language][1][-1])}"
-        axes.text(1.02, lowest, text, transform=axes.transAxes, color=COLORS[language], va="center")
+        text = f"{languages[language]} {_digits(lines[language][1][-1])}"
+        axes.text(1.02, lowest, text, transform=axes.transAxes, color=colors[language], va="center")
         lowest += spacing
+
+
+def _language_colors(languages: Languages) -> dict[str, str]:
+    return dict(zip(languages, itertools.cycle(COLORS), strict=False))
 
 
 def _series(log: Log, name: str) -> Series | None:
@@ -568,22 +575,22 @@ def _bar_figure(title: str, names: list[str], *groups: Bars) -> tuple[Figure, Ax
 
 
 @_style()
-def tokens_per_character(tokens: dict[str, dict[str, float]]) -> Figure | None:
+def tokens_per_character(tokens: dict[str, dict[str, float]], languages: Languages = LANGUAGES) -> Figure | None:
     """Tokens per character of each language under the base and the merged tokenizer, and the factor between them."""
     before, after = tokens.get("base", {}), tokens.get("zero", {})
-    found = [language for language in LANGUAGES if before.get(language) and after.get(language)]
+    found = [language for language in languages if before.get(language) and after.get(language)]
     if not found:
         return None
     factors = {language: before[language] / after[language] for language in found}
     most = max(found, key=lambda language: abs(math.log(factors[language])))
     figure, axes = _bar_figure(
-        f"{LANGUAGES[most]} takes {_format_factor(factors[most])} tokens",
-        [LANGUAGES[language] for language in found],
+        f"{languages[most]} takes {_format_factor(factors[most])} tokens",
+        [languages[language] for language in found],
         Bars([before[language] for language in found], [f"{before[language]:.2f}" for language in found], BEFORE),
         Bars(
             [after[language] for language in found],
             [f"{after[language]:.2f} ({_format_factor(factors[language])})" for language in found],
-            [COLORS[language] for language in found],
+            [_language_colors(languages)[language] for language in found],
         ),
     )
     axes.set_title("tokens per character", **UNIT)

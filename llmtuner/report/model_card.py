@@ -9,14 +9,13 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmtuner.console import UserError
-from llmtuner.eval.language import LANGUAGES, RETAINED_LANGUAGES
+from llmtuner.eval.language import Languages, languages_of
 from llmtuner.eval.scores import score_rows
 from llmtuner.files import atomic_write_text
 from llmtuner.report.checks import UNKNOWN, get_nested, percent
 from llmtuner.report.environment import versions
 
 MODELS = {"base": "base", "zero": "Zero", "pretrained": "pretrained", "chat": "chat"}
-GROUPS = {"zh": "Chinese", "en": "English", "ja": "Japanese", "ja_unseen": "Japanese, unseen facts"}
 STAGES = {"step5": "Continued pretraining:", "step6": "Instruction tuning:"}
 PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 LICENCE_LINK = "https://huggingface.co/THUDM/chatglm3-6b/blob/main/MODEL_LICENSE"
@@ -76,26 +75,30 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
     licence = "other" if descends else None if on_hub else "apache-2.0"
     chosen = get_nested(metrics, "step7", "generation", "chosen")
     candidates = get_nested(metrics, "step7", "generation", "candidates")
+    languages = languages_of(metrics)
     agreement = {
-        LANGUAGES[language]: identical
-        for language in RETAINED_LANGUAGES
+        languages[language]: identical
+        for language in languages.retained
         if (identical := get_nested(metrics, "step7", "agreement", "chat", language, "identical")) is not None
     }
     return {
-        "front_matter": SafeMarkdown(_front_matter(base if on_hub else None, licence, hubs)),
+        "front_matter": SafeMarkdown(_front_matter(languages, base if on_hub else None, licence, hubs)),
         "name": model_dir.name,
+        "languages": languages,
         "base": base,
         "on_hub": on_hub,
         "at": lambda *path: get_nested(metrics, *path),
         "mixes": mixes,
         "models": MODELS,
-        "before_after": _before_after(metrics),
+        "before_after": _before_after(metrics, languages),
         "agreement": agreement,
-        "tokens": _tokens(metrics),
+        "tokens": _tokens(metrics, languages),
         "chosen": chosen,
         "candidates": candidates if chosen else None,
-        "suites": [_suite(suite) for name, suite in sorted(metrics.items()) if re.fullmatch(r"suite_\w+_chat", name)],
-        "unseen": get_nested(metrics, "step7", "accuracy", "chat", "ja_unseen"),
+        "suites": [
+            _suite(suite, languages) for name, suite in sorted(metrics.items()) if re.fullmatch(r"suite_\w+_chat", name)
+        ],
+        "unseen": get_nested(metrics, "step7", "accuracy", "chat", languages.unseen),
         "repeated": get_nested(candidates or {}, chosen or "", "repeated_4gram_ratio"),
         "repeated_greedily": get_nested(candidates or {}, "greedy", "repeated_4gram_ratio"),
         "licence": licence,
@@ -105,10 +108,10 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
     }
 
 
-def _front_matter(base: str | None, licence: str | None, hubs: list[str]) -> str:
+def _front_matter(languages: Languages, base: str | None, licence: str | None, hubs: list[str]) -> str:
     """The hub's metadata, as YAML."""
     front = {
-        "language": list(LANGUAGES),
+        "language": list(languages),
         "base_model": base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -133,16 +136,17 @@ def _mix(counts: dict[str, Any], data: dict[str, dict[str, Any]]) -> list[dict[s
     ]
 
 
-def _before_after(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def _before_after(metrics: dict[str, Any], languages: Languages) -> list[dict[str, Any]]:
     """One row per metric, one column per model; metrics that no model has are left out."""
+    groups = {code: languages.get(code, f"{languages.name}, unseen facts") for code in languages.qa_groups}
     kinds = [
-        *((f"accuracy, {name}", ("accuracy", group), percent) for group, name in GROUPS.items()),
+        *((f"accuracy, {name}", ("accuracy", group), percent) for group, name in groups.items()),
         *(
             (f"in the language of the question, {name}", ("language_confusion", group, "response_pass_rate"), percent)
-            for group, name in GROUPS.items()
+            for group, name in groups.items()
         ),
-        *((f"bits per byte, {name}", ("bits_per_byte", code), _decimals) for code, name in LANGUAGES.items()),
-        ("free-form replies: repeated 4-grams", ("repetition", "ja"), percent),
+        *((f"bits per byte, {name}", ("bits_per_byte", code), _decimals) for code, name in languages.items()),
+        ("free-form replies: repeated 4-grams", ("repetition", languages.added), percent),
         ("free-form replies: finished", ("free_answers", "finished_ratio"), percent),
         ("free-form replies: longest loop, characters", ("free_answers", "longest_loop"), _count),
     ]
@@ -154,16 +158,16 @@ def _before_after(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tokens(metrics: dict[str, Any]) -> list[tuple[str, float, float]]:
+def _tokens(metrics: dict[str, Any], languages: Languages) -> list[tuple[str, float, float]]:
     per_character = {
         code: [get_nested(metrics, "step4", "tokens_per_character", model, code) for model in ("base", "zero")]
-        for code in LANGUAGES
+        for code in languages
     }
-    return [(LANGUAGES[code], *pair) for code, pair in per_character.items() if None not in pair]
+    return [(languages[code], *pair) for code, pair in per_character.items() if None not in pair]
 
 
-def _suite(suite: dict[str, Any]) -> list[dict[str, Any]]:
-    language = LANGUAGES.get(suite.get("suite", ""), UNKNOWN)
+def _suite(suite: dict[str, Any], languages: Languages) -> list[dict[str, Any]]:
+    language = languages.get(suite.get("suite", ""), UNKNOWN)
     return [{"language": language, **row} for row in score_rows(suite.get("tasks", {}))]
 
 

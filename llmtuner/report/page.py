@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmtuner.aliases import describe_old_names, locate, rename_keys, rename_settings
 from llmtuner.console import UserError, print0
 from llmtuner.eval.intervals import wilson_interval
-from llmtuner.eval.language import HAN, KANA, LANGUAGES
+from llmtuner.eval.language import HAN, KANA, Languages, languages_of
 from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
 from llmtuner.eval.scores import is_no_better_than_chance, paired_rows, score_rows
@@ -69,6 +69,7 @@ def write_report(
         for step in RUNS
         if (record := describe_training(metrics.get(step, {}), logs.get(step, []), settings.get(step, {})))
     }
+    languages = languages_of(metrics)
     page = template("page.html").render(
         checks=run_checks(metrics, logs, grades, settings),
         counts={
@@ -86,6 +87,8 @@ def write_report(
         facts=facts,
         warnings=warnings,
         made=datetime.now().astimezone(),
+        languages=languages,
+        rows_of=functools.partial(_rows, languages),
         at=lambda *path: get_nested(metrics, *path),
         of_models=lambda *path: [get_nested(metrics, "step7", path[0], model, *path[1:]) for model in MODELS],
     )
@@ -104,7 +107,7 @@ def template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals |= {"MODELS": MODELS, "LANGUAGES": LANGUAGES}
+    templates.globals |= {"MODELS": MODELS}
     filters: dict[str, Callable[..., str | bool]] = {
         "percent": percent,
         "count": lambda number: UNKNOWN if number is None else f"{number:,}",
@@ -133,6 +136,14 @@ def _value(value: Any) -> str:
 def _language(text: str) -> str:
     """The language whose glyphs a text is set in: Chinese and Japanese draw shared characters differently."""
     return "ja" if KANA.search(text) else "zh" if HAN.search(text) else "en"
+
+
+def _rows(
+    languages: Languages, kind: str, metric: str, groups: Iterable[str]
+) -> list[tuple[str, str, tuple[str, str]]]:
+    """Rows of the table of models: one metric of several groups of questions or texts."""
+    extra = {languages.unseen: "unseen", languages.free_form: "free-form replies"}
+    return [(languages.get(group) or f"{languages.name}, {extra[group]}", kind, (metric, group)) for group in groups]
 
 
 def _pipeline(steps: list[Step], metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -205,6 +205,10 @@ def test_second_step_in_one_work_dir_is_refused(tmp_path):
         ([], "", 2, True),
         (["WORK_DIR=elsewhere"], "y\n", 2, True),
         (["PROFILE=../.."], "y\n", 2, True),
+        (["PROFILE=elsewhere/..yaml"], "y\n", 2, True),
+        (["PROFILE=.yaml"], "y\n", 2, True),
+        (["PROFILE=a b.yaml"], "y\n", 2, True),
+        (["PROFILE=elsewhere/mine.yaml"], "y\n", 0, True),
     ],
 )
 def test_make_clean_deletes_the_default_only_and_asks(tmp_path, words, answer, code, is_left):

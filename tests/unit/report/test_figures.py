@@ -189,7 +189,7 @@ def test_bits_per_byte_are_named_at_their_ends_in_fixed_colours():
     for line, text, language in zip(
         axes.lines, sorted(axes.texts, key=lambda text: -text.get_position()[1]), ("ja", "zh"), strict=True
     ):
-        assert line.get_color() == text.get_color() == COLORS[language]
+        assert line.get_color() == text.get_color() == dict(zip(LANGUAGES, COLORS, strict=False))[language]
         assert text.get_text().startswith(LANGUAGES[language])
 
 
@@ -255,7 +255,7 @@ def test_tokens_per_character_names_the_factor():
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts[3:] == ["0.60 (4.0 × fewer)", "0.90 (as many)", "0.36 (1.2 × more)"]
     colors = [bar.get_facecolor()[:3] for bar in figure.axes[0].patches]
-    assert colors[3:] == [to_rgb(color) for color in COLORS.values()]
+    assert colors[3:] == [to_rgb(color) for color in COLORS[:3]]
     some = figures.tokens_per_character({"base": {"ja": 2.0, "zh": 1.0}, "zero": {"ja": 1.0}})
     assert names_of(some) == ["Japanese"]
 
@@ -385,7 +385,7 @@ def test_text_is_readable_on_a_telephone(name):
         assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), (text, other)
 
 
-@pytest.mark.parametrize("color", [figures.TRAIN, figures.EVAL, *COLORS.values()])
+@pytest.mark.parametrize("color", [figures.TRAIN, figures.EVAL, *COLORS])
 def test_colours_are_dark_enough_for_text(color):
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(color)]
     assert 1.05 / (numpy.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) >= 4.5  # WCAG AA on white
