@@ -103,7 +103,7 @@ def test_base_directory_that_is_incomplete(tmp_path, missing):
     base = tmp_path / "base"
     base.mkdir()
     for name in {"tokenizer.model", "tokenizer.json", "config.json", "model.safetensors"} - {missing}:
-        (base / name).write_bytes(b"")
+        (base / name).write_bytes(b'"[gMASK]"' if name == "tokenizer.json" else b"")
     (tmp_path / "work" / "step2_merged_tokenizer").mkdir(parents=True)
     (tmp_path / "work" / "step1_ja_tokenizer").mkdir(parents=True)
     (tmp_path / "work" / "step1_ja_tokenizer" / "ja_bpe.model").write_bytes(b"")
