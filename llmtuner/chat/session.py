@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from transformers.generation import BaseStreamer
 
 from llmtuner.console import UserError
-from llmtuner.data.template import Message, Template
+from llmtuner.data.chat_template import get_template
+from llmtuner.data.template import Message
 from llmtuner.eval.generation import GENERATION_DEFAULTS, GREEDY, generation_config
 
 REPLACEMENT_CHARACTER = "\ufffd"  # what an incomplete character decodes to
@@ -45,7 +46,7 @@ class ChatSession:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, system: str = "") -> None:
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.template = Template.from_tokenizer(tokenizer)
+        self.template = get_template(tokenizer)
         self.messages: list[Message] = []  # user and assistant in turn
         self._stopped = False  # not an Event: a signal handler sets it, and must not wait for a lock
 
@@ -98,7 +99,7 @@ class ChatSession:
         try:
             for tokens in streamer:
                 ids += [token for token in tokens if token not in self.template.stop_token_ids]
-                text = self._decode(ids)
+                text = self._decode(self.template.answer_ids(ids))
                 if text != answer["content"]:
                     answer["content"] = text
                     yield text

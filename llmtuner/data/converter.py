@@ -44,7 +44,13 @@ def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str
         dataset_attr.resolve_column(role, columns)
 
 
-def convert_row(row: Row, dataset_attr: DatasetAttr, stage: str, default_system: str | None = None) -> None:
+def convert_row(
+    row: Row,
+    dataset_attr: DatasetAttr,
+    stage: str,
+    default_system: str | None = None,
+    calls_as_json: bool = False,
+) -> None:
     """Sets `content`, `num_bytes` and `hash` of a row; the content of a blank document is empty.
 
     Raises:
@@ -56,27 +62,40 @@ def convert_row(row: Row, dataset_attr: DatasetAttr, stage: str, default_system:
         row.content = encoded if value.strip() else b""
         row.num_bytes = len(row.content)
     else:
-        row.content = to_messages(dataset_attr, row.values, default_system)
+        row.content = to_messages(dataset_attr, row.values, default_system, calls_as_json)
         row.num_bytes = sum(len(message["content"].encode()) for message in row.content)
         encoded = _encode_json(row.content).encode()
     row.hash = text_hash(encoded)
 
 
-def to_messages(dataset_attr: DatasetAttr, values: Values, default_system: str | None = None) -> list[Message]:
+def to_messages(
+    dataset_attr: DatasetAttr, values: Values, default_system: str | None = None, calls_as_json: bool = False
+) -> list[Message]:
     """The dialogue in a row: an optional system message, then questions or observations and answers in turn, an answer last.
 
     An answer that calls a tool has the tool's name under `metadata`. A row with tools gets ChatGLM3's system message for
     tools, after the row's own system message if it has one. `default_system` is used for rows without one.
 
+    Args:
+        calls_as_json: the system message has the tools as a list in JSON under `tools`, and the content of a call is its
+            arguments in JSON, for templates that form them.
+
     Raises:
         InvalidRow: if the row does not hold such a dialogue.
     """
-    messages = (_sharegpt if dataset_attr.formatting == "sharegpt" else _alpaca)(dataset_attr, values)
+    if dataset_attr.formatting == "sharegpt":
+        messages = _sharegpt(dataset_attr, values, calls_as_json)
+    else:
+        messages = _alpaca(dataset_attr, values)
     system = _optional_text(dataset_attr, "system", values)
     if messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
     system = system if system.strip() else default_system or ""
-    if tools := _tools(dataset_attr, values):
+    tools = _tools(dataset_attr, values)
+    if tools and calls_as_json:
+        messages = [{"role": "system", "content": system, "tools": tools}, *messages]
+        system = ""
+    elif tools:
         system = "\n".join([*([system] if system.strip() else []), TOOL_SYSTEM_PROMPT, tools])
     if system.strip():
         messages = [{"role": "system", "content": system}, *messages]
@@ -115,7 +134,7 @@ def _history(dataset_attr: DatasetAttr, values: Values) -> list[tuple[str, str]]
     ]
 
 
-def _sharegpt(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
+def _sharegpt(dataset_attr: DatasetAttr, values: Values, calls_as_json: bool) -> list[Message]:
     listed, what = _require_column(dataset_attr, "messages", values)
     if not isinstance(listed, list):
         raise InvalidRow(f"{what} holds {_type_name(listed)}, not a list of messages")
@@ -139,7 +158,7 @@ def _sharegpt(dataset_attr: DatasetAttr, values: Values) -> list[Message]:
             continue
         tool = {}
         if role == "function":
-            role, tool["metadata"], text = "assistant", *_tool_call(text, f"message {number}")
+            role, tool["metadata"], text = "assistant", *_tool_call(text, f"message {number}", calls_as_json)
         if role == "assistant" and last not in ("user", "observation"):
             raise InvalidRow(f"message {number} is from assistant where the user should speak")
         if role in ("user", "observation") and last in ("user", "observation"):
@@ -166,16 +185,18 @@ def _tools(dataset_attr: DatasetAttr, values: Values) -> str:
     return _text(json.dumps(tools, ensure_ascii=False, indent=4), what) if tools else ""
 
 
-def _tool_call(value: Any, what: str) -> tuple[str, str]:
-    """Converts a call `{"name": NAME, "arguments": {KEY: VALUE}}` to ChatGLM3's form: the name, and Python to evaluate."""
+def _tool_call(value: Any, what: str, as_json: bool) -> tuple[str, str]:
+    """Converts a call `{"name": NAME, "arguments": {KEY: VALUE}}` to the name, and the arguments or ChatGLM3's Python."""
     call = _parse_json(value, what)
     if isinstance(call, list) and len(call) > 1:
-        raise InvalidRow(f"{what} calls {len(call)} tools at once; ChatGLM3 calls one per message")
+        raise InvalidRow(f"{what} calls {len(call)} tools at once; one message calls one")
     call = call[0] if isinstance(call, list) and call else call
     name = call.get("name") if isinstance(call, dict) else None
     arguments = _parse_json(call.get("arguments") or {}, f"`arguments` of {what}") if isinstance(call, dict) else None
     if not isinstance(name, str) or len(name.split()) != 1 or not isinstance(arguments, dict):
         raise InvalidRow(f'{what} is not a call of the form {{"name": NAME, "arguments": {{KEY: VALUE}}}}')
+    if as_json:
+        return name.strip(), _encode_json(arguments)
     if all(key.isidentifier() and not keyword.iskeyword(key) for key in arguments):
         keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     else:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from llmtuner.console import UserError, format_table
+from llmtuner.data.chat_template import get_template
 from llmtuner.data.packing import (
     ConcatTokenDataset,
     PackedDataset,
@@ -13,7 +14,6 @@ from llmtuner.data.packing import (
     one_per_sequence,
     pack_best_fit,
 )
-from llmtuner.data.template import Template
 from llmtuner.data.tokenize import load_tokenized_dataset
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def get_dataset(stage: str, data_args: "DataArguments", seed: int, tokenizer: An
         UserError: as `load_tokenized_datasets`; if no dialogue of a dataset or of the evaluation set has a target token
             within `cutoff_len`.
     """
-    template = Template.from_tokenizer(tokenizer)
+    template = get_template(tokenizer, data_args.template, data_args.document_end_token)
     dataset, train_ids, eval_ids = load_tokenized_datasets(data_args, stage, tokenizer)
 
     def pack(doc_ids: numpy.ndarray, what: str) -> PackedDataset:

@@ -17,6 +17,7 @@ import numpy
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
+from llmtuner.data.chat_template import ChatTemplate
 from llmtuner.data.template import IGNORE_INDEX, Template
 from llmtuner.data.token_store import TokenizedDataset
 
@@ -175,7 +176,7 @@ def pack_best_fit(
     cutoff_len: int,
     packed: bool = True,
     in_order: bool = False,
-    keep_last_answer: Template | None = None,
+    keep_last_answer: Template | ChatTemplate | None = None,
 ) -> PackIndex:
     """Packs complete dialogues into sequences of at most `cutoff_len` tokens by best-fit decreasing.
 
@@ -206,7 +207,7 @@ def pack_best_fit(
     return PackIndex(doc_ids, starts, stops, bins[sorting], len(too_long), len(dropped), heads)
 
 
-def last_turns(ids: numpy.ndarray, cutoff_len: int, template: Template) -> tuple[int, int, int]:
+def last_turns(ids: numpy.ndarray, cutoff_len: int, template: Template | ChatTemplate) -> tuple[int, int, int]:
     """Truncates a dialogue whose last answer alone is trained on; `ids[:head]` and `ids[start:stop]` are kept.
 
     Complete turns (a question and everything up to the next one) are removed from the front until prefix, system message
@@ -216,14 +217,14 @@ def last_turns(ids: numpy.ndarray, cutoff_len: int, template: Template) -> tuple
     Returns:
         head, start, stop; head + stop - start <= cutoff_len.
     """
-    turns = numpy.flatnonzero(ids == template.roles["user"])
-    turns = turns if len(turns) else numpy.array([len(template.prefix)])
-    for head in (int(turns[0]), len(template.prefix)):
+    turns, answer = template.find_turns(ids)
+    prefix_len = len(template.dialogue_prefix)
+    turns = turns if len(turns) else numpy.array([prefix_len])
+    for head in (int(turns[0]), prefix_len):
         fitting = turns[head + len(ids) - turns <= cutoff_len]
         if len(fitting):
             return head, int(fitting[0]), len(ids)
     capacity = cutoff_len - head
-    answer = int(numpy.flatnonzero(ids == template.roles["assistant"])[-1])
     start = len(ids) - capacity
     if start > answer:
         start = max(int(turns[-1]), answer - capacity // 2)

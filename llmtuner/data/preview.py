@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtuner.console import UserError
+from llmtuner.data.chat_template import get_template
 from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedBatch, PackedDataCollator, PadToMultiple
 from llmtuner.data.template import IGNORE_INDEX
@@ -45,7 +46,7 @@ def preview_batch(args: dict[str, Any] | str | Path | list[str] | None = None) -
             f"there is no batch {number!r}: the training set has {count:,}, of {size:,} sequences each, counted from 0. "
             "Give --batch another number."
         )
-    collator = PackedDataCollator(tokenizer.pad_token_id)
+    collator = PackedDataCollator(get_template(tokenizer).pad_token_id)
     batch = collator([sequences[i] for i in range(number * size, (number + 1) * size)])
     return f"batch {number:,} of {count:,}\n{format_batch(batch, tokenizer, train.token_dataset.describe_document)}"
 
@@ -63,10 +64,12 @@ def format_batch(batch: PackedBatch, tokenizer: Any, describe_document: Callable
     styles = colored if _use_colors() else {True: (MARK_OPEN, MARK_CLOSE), False: ("", "")}
     lines = [_style_runs([("target", True), (", ignored", False)], styles) + f"; {LEGEND}"]
     columns = (batch["input_ids"].tolist(), batch["labels"].tolist(), batch["position_ids"].tolist(), batch["doc_ids"])
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    first_tokens = {"[gMASK]", getattr(tokenizer, "bos_token", None)}
     for number, (ids, labels, positions, doc_ids) in enumerate(zip(*columns, strict=True), start=1):
-        size = len(ids)
-        while size and ids[size - 1] == tokenizer.pad_token_id:  # no text contains it
-            size -= 1
+        size, last_block = len(ids), len(ids) - 1 - positions[::-1].index(0)
+        if {*ids[last_block:]} == {pad_id} and (last_block or not len(doc_ids)):  # no document begins with it
+            size = last_block
         names = tokenizer.convert_ids_to_tokens(ids[:size])
         tokens = [
             (_escape_invisible(name), label != IGNORE_INDEX) for name, label in zip(names, labels[:size], strict=True)
@@ -74,11 +77,15 @@ def format_batch(batch: PackedBatch, tokenizer: Any, describe_document: Callable
         num_targets = sum(is_target for _, is_target in tokens)
         counts = f"{size:,} tokens, {num_targets:,} targets, {len(doc_ids):,} documents"
         lines += ["", f"sequence {number} of {len(batch['doc_ids'])}: {counts}"]
-        # If documents attend to one another, positions do not restart; then [gMASK] begins each but a continued one.
-        starts = [i for i in range(size) if positions[i] == 0 or names[i] == "[gMASK]"]
-        for doc_id, start, stop in zip(doc_ids, starts, [*starts, size][1:], strict=True):
+        # If documents attend to one another, positions do not restart; then [gMASK] begins each but a continued one. Other
+        # bases may have no such token: their documents are shown together.
+        starts = [i for i in range(size) if positions[i] == 0 or names[i] in first_tokens]
+        sources = [describe_document(int(doc_id)) for doc_id in doc_ids]
+        if len(starts) != len(sources):
+            starts, sources = [0], [", then ".join(sources)]
+        for source, start, stop in zip(sources, starts, [*starts, size][1:], strict=True):
             attends = " (attends to what precedes it)" if positions[start] else ""
-            lines += [f"-- {describe_document(int(doc_id))}{attends}", _style_runs(tokens[start:stop], styles)]
+            lines += [f"-- {source}{attends}", _style_runs(tokens[start:stop], styles)]
         if size < len(ids):
             lines.append(f"-- {len(ids) - size:,} tokens of padding")
     return "\n".join(lines)

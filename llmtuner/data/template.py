@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from llmtuner.console import UserError, llmtuner_command
-from llmtuner.tokenizer.fast import PROCESSORS, encode_batch, encode_fast
+from llmtuner.tokenizer.fast import PROCESSORS, encode, encode_batch, encode_fast
 
 ROLES = ("system", "user", "assistant", "observation")
 IGNORE_INDEX = -100  # label of a token without loss
@@ -32,6 +32,8 @@ class Template:
     sop: int
     eos: int
     roles: dict[str, int]
+    # As of `ChatTemplate`, whose attributes say what they are for.
+    calls_as_json, answer_start, pad_token_id, fingerprint = False, None, 0, "chatglm3"
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> "Template":
@@ -67,25 +69,45 @@ class Template:
         return [self.gmask, self.sop]
 
     @property
+    def eval_prefix(self) -> list[int]:
+        """What stands before a text that is scored."""
+        return self.prefix
+
+    @property
+    def dialogue_prefix(self) -> list[int]:
+        """What a dialogue begins with, before its first message."""
+        return self.prefix
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end an assistant's turn."""
         return [self.eos, self.roles["user"], self.roles["observation"]]
 
     def encode_documents(self, tokenizer: Any, texts: list[str] | list[bytes], threads: int = 1) -> list[Ids]:
         """Encodes documents, including prefix and end-of-sequence token; texts in UTF-8 are encoded without a copy."""
-        prefix, eos = _ids(self.prefix), _ids([self.eos])
-        parts = [part for ids in _encode(tokenizer, texts, threads) for part in (prefix, ids, eos)]
-        ids, bounds = _concatenate(parts, range(0, len(parts) + 1, 3))
-        return [ids[start:stop] for start, stop in itertools.pairwise(bounds)]
+        return wrap_documents(encode_arrays(tokenizer, texts, threads), self.prefix, self.eos)
 
-    def encode_prompt(self, tokenizer: Any, messages: list[Message]) -> list[int]:
-        """Encodes a dialogue up to the role of the assistant, who speaks next."""
+    def encode_prompt(self, tokenizer: Any, messages: list[Message], begun: str | None = None) -> list[int]:
+        """Encodes a dialogue up to the role of the assistant, who speaks next.
+
+        Args:
+            begun: the beginning of what the assistant says; "" ends the prompt right before its first word.
+        """
         texts = [text for message in messages for text in (f"{message.get('metadata', '')}\n", message["content"])]
         encoded = iter(encode_batch(tokenizer, texts))
         ids = list(self.prefix)
         for message in messages:
             ids += [self.roles[message["role"]], *next(encoded), *next(encoded)]
-        return [*ids, self.roles["assistant"]]
+        answer = [] if begun is None else [token for text in ("\n", begun) for token in encode(tokenizer, text)]
+        return [*ids, self.roles["assistant"], *answer]
+
+    def answer_ids(self, ids: list[int]) -> list[int]:
+        """The ids of an answer that are meant for its reader."""
+        return ids
+
+    def find_turns(self, ids: Ids) -> tuple[Ids, int]:
+        """Where the user's turns begin in a dialogue, and where its last answer does."""
+        return numpy.flatnonzero(ids == self.roles["user"]), int(numpy.flatnonzero(ids == self.roles["assistant"])[-1])
 
     def encode_dialogues(
         self,
@@ -108,11 +130,11 @@ class Template:
         """
         texts = [message["content"] for messages in dialogues for message in messages]
         tools = sorted({message["metadata"] for messages in dialogues for message in messages if "metadata" in message})
-        newline, *encoded = _encode(tokenizer, ["\n", *(f"{tool}\n" for tool in tools), *texts], threads)
+        newline, *encoded = encode_arrays(tokenizer, ["\n", *(f"{tool}\n" for tool in tools), *texts], threads)
         metadata = dict(zip(["", *tools], [newline, *encoded], strict=False))
         contents = iter(encoded[len(tools) :])
-        prefix, eos = _ids(self.prefix), _ids([self.eos])
-        roles = {role: _ids([role_id]) for role, role_id in self.roles.items()}
+        prefix, eos = to_ids(self.prefix), to_ids([self.eos])
+        roles = {role: to_ids([role_id]) for role, role_id in self.roles.items()}
         parts: list[Ids] = []
         is_target: list[bool] = []  # of each part
         ends = [0]  # index of the part after each dialogue
@@ -129,10 +151,7 @@ class Template:
             parts.append(roles["observation"] if "metadata" in messages[-1] else eos)
             is_target.append(end_is_target)
             ends.append(len(parts))
-        ids, bounds = _concatenate(parts, ends)
-        target_mask = numpy.repeat(numpy.array(is_target, dtype=bool), [len(part) for part in parts])
-        labels = numpy.where(target_mask, ids, numpy.int32(IGNORE_INDEX))
-        return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(bounds)]
+        return with_labels(parts, is_target, ends)
 
 
 def _special_id(tokenizer: Any, name: str) -> int | None:
@@ -142,7 +161,7 @@ def _special_id(tokenizer: Any, name: str) -> int | None:
     return index if is_special else None
 
 
-def _ids(ids: Sequence[int]) -> Ids:
+def to_ids(ids: Sequence[int]) -> Ids:
     return numpy.array(ids, dtype=numpy.int32)
 
 
@@ -152,10 +171,25 @@ def _concatenate(parts: list[Ids], bounds: Sequence[int]) -> tuple[Ids, list[int
     return numpy.concatenate([numpy.zeros(0, dtype=numpy.int32), *parts]), [offsets[bound] for bound in bounds]
 
 
-def _encode(tokenizer: Any, texts: list[str] | list[bytes], threads: int) -> list[Ids]:
+def wrap_documents(documents: list[Ids], prefix: list[int], end: int) -> list[Ids]:
+    """Documents with what they begin and end with."""
+    parts = [part for ids in documents for part in (to_ids(prefix), ids, to_ids([end]))]
+    ids, bounds = _concatenate(parts, range(0, len(parts) + 1, 3))
+    return [ids[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def with_labels(parts: list[Ids], is_target: list[bool], ends: list[int]) -> list[tuple[Ids, Ids]]:
+    """Ids and labels of dialogues that consist of parts with or without loss; `ends` are 0 and the part after each."""
+    ids, bounds = _concatenate(parts, ends)
+    target_mask = numpy.repeat(numpy.array(is_target, dtype=bool), [len(part) for part in parts])
+    labels = numpy.where(target_mask, ids, numpy.int32(IGNORE_INDEX))
+    return [(ids[start:stop], labels[start:stop]) for start, stop in itertools.pairwise(bounds)]
+
+
+def encode_arrays(tokenizer: Any, texts: list[str] | list[bytes], threads: int = 1, after: str = "") -> list[Ids]:
     """As `encode_batch`, but in arrays, which sentencepiece fills without making a Python number of every id."""
     processor = PROCESSORS.get(tokenizer)
     if processor:
         return processor.encode(texts, num_threads=threads, out_type="numpy")
     strings = [text.decode() if isinstance(text, bytes) else text for text in texts]
-    return [_ids(ids) for ids in encode_fast(tokenizer, strings)]
+    return [to_ids(ids) for ids in encode_fast(tokenizer, strings, after)]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llmtuner.aliases import TOKENS_FILE
 from llmtuner.console import UserError, print0
+from llmtuner.data.chat_template import ChatTemplate, get_template
 from llmtuner.data.converter import InvalidRow, check_columns, convert_row
 from llmtuner.data.readers import Row, read_rows
 from llmtuner.data.sources import DatasetAttr, file_type, get_dataset_attr
@@ -104,10 +105,17 @@ def _cache_settings(name: str, stage: str, tokenizer: Any, data_args: "DataArgum
         "max_samples": data_args.max_samples,
         "tokenizer": _tokenizer_fingerprint(tokenizer),
     }
+    template = _get_template(tokenizer, data_args)
     if stage == "sft":
-        names = ("template", "mask_history", "train_on_prompt", "default_system")
-        settings |= {setting: getattr(data_args, setting) for setting in names}
+        names = ("mask_history", "train_on_prompt", "default_system")
+        settings |= {"template": template.fingerprint, **{setting: getattr(data_args, setting) for setting in names}}
+    elif isinstance(template, ChatTemplate):
+        settings["document_tokens"] = [*template.prefix, template.document_end]
     return settings
+
+
+def _get_template(tokenizer: Any, data_args: "DataArguments") -> Template | ChatTemplate:
+    return get_template(tokenizer, data_args.template, data_args.document_end_token)
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -199,7 +207,7 @@ def _tokenize_dataset(
     settings: dict[str, Any],
 ) -> None:
     """Tokenizes a dataset into `directory`, which appears complete or not at all."""
-    template, threads = Template.from_tokenizer(tokenizer), data_args.preprocessing_num_workers
+    template, threads = _get_template(tokenizer, data_args), data_args.preprocessing_num_workers
 
     def encode(rows: list[Row]) -> Encoded:
         contents = [row.content for row in rows]
@@ -215,7 +223,7 @@ def _tokenize_dataset(
             TokenStoreWriter(partial) as writer,
             tqdm(desc=f"tokenize {dataset_attr.name}", unit=" rows", mininterval=0.5) as progress,
         ):
-            reader = _BatchReader(dataset_attr, stage, data_args, invalid_rows)
+            reader = _BatchReader(dataset_attr, stage, data_args, invalid_rows, template.calls_as_json)
             for rows, (ids, labels) in _prefetch_encode(encode, reader.batches()):
                 writer.append(rows, ids, labels)
                 progress.update(len(rows))
@@ -257,8 +265,16 @@ def _gc_frozen() -> Iterator[None]:
 class _BatchReader:
     """Reads, filters and converts rows; counts them, and lists those that are invalid."""
 
-    def __init__(self, dataset_attr: DatasetAttr, stage: str, data_args: "DataArguments", invalid_rows: TextIO) -> None:
-        self.dataset_attr, self.stage, self.default_system = dataset_attr, stage, data_args.default_system
+    def __init__(
+        self,
+        dataset_attr: DatasetAttr,
+        stage: str,
+        data_args: "DataArguments",
+        invalid_rows: TextIO,
+        calls_as_json: bool = False,
+    ) -> None:
+        self.dataset_attr, self.stage = dataset_attr, stage
+        self.default_system, self.calls_as_json = data_args.default_system, calls_as_json
         self.limit = min(data_args.max_samples or sys.maxsize, dataset_attr.num_samples or sys.maxsize)
         self.invalid_rows = invalid_rows
         self.counts = {"read": 0, "filtered": 0, "invalid": 0, "empty": 0}
@@ -302,7 +318,7 @@ class _BatchReader:
         """Converts a row; returns whether it is valid and not empty."""
         if not row.error:
             try:
-                convert_row(row, self.dataset_attr, self.stage, self.default_system)
+                convert_row(row, self.dataset_attr, self.stage, self.default_system, self.calls_as_json)
             except InvalidRow as error:
                 row.error = str(error)
         if row.error:

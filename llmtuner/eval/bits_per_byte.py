@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from llmtuner.console import format_table, progress_bar
-from llmtuner.data.template import Template
+from llmtuner.data.chat_template import get_template
 from llmtuner.tokenizer.fast import encode_batch
 
 NUM_RESAMPLES = 2000
@@ -53,7 +53,7 @@ class Windows:
     @classmethod
     def from_texts(cls, tokenizer: Any, texts: Sequence[str], context_length: int) -> "Windows":
         """Cuts `texts` into windows of at most `context_length` tokens, prefix included."""
-        prefix = Template.from_tokenizer(tokenizer).prefix
+        prefix = get_template(tokenizer).eval_prefix
         step = context_length - len(prefix)
         windows = [
             (prefix + ids[start : start + step], document)

@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from llmtuner.console import UserError
-from llmtuner.data.template import Template
+from llmtuner.data.chat_template import ChatTemplate, get_template
+from llmtuner.data.template import Message, Template
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 # transformers fills in whatever a call leaves unset from the model's generation_config; a measurement must not depend on it.
@@ -44,10 +45,12 @@ class GeneratedAnswers:
         return round(sum(answer.num_tokens for answer in self.answers) / max(self.seconds, 1e-9), 1)
 
 
-def generation_config(template: Template, settings: Mapping[str, Any], max_new_tokens: int) -> GenerationConfig:
+def generation_config(
+    template: Template | ChatTemplate, settings: Mapping[str, Any], max_new_tokens: int
+) -> GenerationConfig:
     """A complete configuration for one assistant turn: nothing is left to a model's own generation_config."""
-    ends = {"max_new_tokens": max_new_tokens, "eos_token_id": template.stop_token_ids, "pad_token_id": 0}
-    return GenerationConfig(**{**GENERATION_DEFAULTS, **settings, **ends})
+    ends = {"eos_token_id": template.stop_token_ids, "pad_token_id": template.pad_token_id}
+    return GenerationConfig(**{**GENERATION_DEFAULTS, **settings, **ends, "max_new_tokens": max_new_tokens})
 
 
 def batches_by_length(
@@ -77,7 +80,7 @@ def generate_batch(
     """
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    padded = [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+    padded = [[config.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
     generated = model.generate(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device),
@@ -116,7 +119,7 @@ def generate_answers(
     seed: int = 0,
     on_progress: Callable[[float], Any] | None = None,
 ) -> GeneratedAnswers:
-    """Answers questions, each in a dialogue of its own.
+    """Answers questions, each in a dialogue of its own; at once, where the chat template leaves room for thoughts.
 
     Args:
         settings: transformers' generation settings (do_sample, temperature, ...); samples depend on `seed` alone.
@@ -125,9 +128,10 @@ def generate_answers(
     Raises:
         UserError: if a question and its answer do not fit the model's context.
     """
-    template = Template.from_tokenizer(tokenizer)
+    template = get_template(tokenizer)
     config = generation_config(template, settings, max_new_tokens)
-    prompts = [template.encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in questions]
+    dialogues: list[list[Message]] = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [template.encode_prompt(tokenizer, dialogue, template.answer_start) for dialogue in dialogues]
     _check_prompt_lengths(model, prompts, questions, max_new_tokens)
     answers: dict[int, GeneratedAnswer] = {}
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Standard benchmarks through EleutherAI's lm-evaluation-harness, with every request in ChatGLM3's own format."""
+"""Standard benchmarks through EleutherAI's lm-evaluation-harness, with every request in the model's own format."""
 
 import difflib
 import hashlib
@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llmtuner.console import Timer, UserError, progress_bar
-from llmtuner.data.template import Message, Template
+from llmtuner.data.chat_template import get_template
+from llmtuner.data.template import Message
 from llmtuner.eval.bits_per_byte import padded_logits
 from llmtuner.eval.generation import batches_by_length, generate_batch, generation_config
 from llmtuner.eval.intervals import wilson_interval
@@ -309,17 +310,18 @@ def _grades(graded: list[tuple[Any, list[tuple[Any, dict[str, Any]]]]], scores: 
 
 
 class ChatGLM3LM:
-    """A ChatGLM3 model as the harness calls it (the interface of lm_eval.api.model.LM, without importing it).
+    """A model as the harness calls it (the interface of lm_eval.api.model.LM, without importing it).
 
-    Requests become token ids here: the prefix `[gMASK] sop` once, then text in which no special token is recognised.
-    A dialogue arrives as its list of messages, and its roles are added by id (`Template`), so no text can forge one.
+    Requests become token ids here: the prefix of a document once, such as `[gMASK] sop`, then text in which no special token
+    is recognised. A dialogue arrives as its list of messages, and its roles are added by id (`get_template`), so no text can
+    forge one.
     """
 
     rank, world_size, tokenizer_name = 0, 1, "chatglm3"
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int = 16) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.template = Template.from_tokenizer(tokenizer)
+        self.template = get_template(tokenizer)
         self.context_length: int = model.config.max_position_embeddings
         self.num_truncated = 0
         """Requests that exceeded the context and lost their beginning."""
@@ -345,8 +347,9 @@ class ChatGLM3LM:
         sequences = []
         for request, ids, context in zip(requests, complete, contexts, strict=True):
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, context, strict=False)))
-            fitted = self._fit(request, ids, self.context_length + 1)  # the last token is not an input
-            sequences.append((fitted, max(len(self.template.prefix), len(fitted) - len(ids) + shared)))
+            prefix = self.template.prefix if shared else self.template.eval_prefix
+            fitted = self._fit(request, prefix, ids, self.context_length + 1)  # the last token is not an input
+            sequences.append((fitted, max(len(prefix), 1, len(fitted) - len(ids) + shared)))
         return self._score(sequences)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -362,7 +365,7 @@ class ChatGLM3LM:
                 config = generation_config(self.template, settings, max_new_tokens)
                 room = self.context_length - max_new_tokens
                 selected = [requests[index] for index in indices]
-                prompts = [self._fit(request, self._encode_context(request.args[0]), room) for request in selected]
+                prompts = [self._fit(request, *self._encode_context(request.args[0]), room) for request in selected]
                 for batch in batches_by_length(prompts, self.batch_size, longest_first=True):
                     batch_prompts = [prompts[row] for row in batch]
                     outputs = generate_batch(self.model, self.tokenizer, batch_prompts, config, stop_texts)
@@ -371,9 +374,8 @@ class ChatGLM3LM:
                     bar.update(len(batch))
         return [answers[index] for index in range(len(requests))]
 
-    def _fit(self, request: Any, ids: list[int], room: int) -> list[int]:
+    def _fit(self, request: Any, prefix: list[int], ids: list[int], room: int) -> list[int]:
         """The prefix and the end of the request's `ids`, `room` tokens at most, as the harness truncates."""
-        prefix = self.template.prefix
         excess = max(0, len(prefix) + len(ids) - room)
         if self.trained_length and len(prefix) + len(ids) > self.trained_length:
             self.longer_questions.add((request.task_name, request.doc_id))
@@ -382,18 +384,18 @@ class ChatGLM3LM:
             self.truncated_questions[request.task_name].add(request.doc_id)
         return [*prefix, *ids[excess:]]
 
-    def _encode_context(self, context: str | list[Message]) -> list[int]:
-        """Token ids after the prefix; those of a dialogue end where the assistant's turn starts or continues.
+    def _encode_context(self, context: str | list[Message]) -> tuple[list[int], list[int]]:
+        """Prefix, and the token ids after it; those of a dialogue end where the assistant's answer starts or continues.
 
-        The assistant's empty metadata line is part of the prompt: a model that generated its newline would meet a task's stop
-        text "\n" before its first word.
+        What the format has before an answer, such as ChatGLM3's empty metadata line, is part of the prompt: a model that
+        generated its newline would meet a task's stop text "\n" before its first word.
         """
         if isinstance(context, str):
-            return encode(self.tokenizer, context)
-        begun = [context[-1]["content"]] if context[-1]["role"] == "assistant" else []
-        ids = self.template.encode_prompt(self.tokenizer, context[: len(context) - len(begun)])
-        answer = [token for text in ("\n", *begun) for token in encode(self.tokenizer, text)]
-        return ids[len(self.template.prefix) :] + answer
+            return self.template.prefix or self.template.eval_prefix * (not context), encode(self.tokenizer, context)
+        begun = context[-1]["content"] if context[-1]["role"] == "assistant" else ""
+        context = context[:-1] if context[-1]["role"] == "assistant" else context
+        ids, prefix = self.template.encode_prompt(self.tokenizer, context, begun), self.template.dialogue_prefix
+        return prefix, ids[len(prefix) :]
 
     def _decode(self, ids: list[int], stop_texts: Sequence[str]) -> str:
         """The text of an answer, up to the end of the turn or the first stop text."""

@@ -32,7 +32,14 @@ class DataArguments:
         None, "Ratio of each data set in what is drawn, in the order of dataset; must sum to 1."
     )
     interleave_unit: Literal["tokens", "bytes", "rows"] = setting("tokens", "What interleave_probs are ratios of.")
-    template: Literal["chatglm3"] = setting("chatglm3", "Chat format of the sft stage.")
+    template: Literal["auto", "chatglm3"] = setting(
+        "auto",
+        "Chat format of the sft stage: chatglm3, or auto: chatglm3 for its tokenizer, else the base's own template.",
+    )
+    document_end_token: str | None = setting(
+        None,
+        "Token that ends a document (pt), if the tokenizer's files do not say which one the base's pretraining used.",
+    )
     cutoff_len: int = setting(
         1024, "Tokens in one sequence; a longer document continues in the next, a dialogue is truncated.", AT_LEAST_8
     )

@@ -41,6 +41,9 @@ TOKENIZER_FILES = (  # what transformers reads
 PROCESSORS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 """tokenizer -> the sentencepiece processor that encodes for it: same ids, at least twice as fast on Japanese and Chinese"""
 
+PLAIN_BACKENDS: "WeakKeyDictionary[Any, dict[str, Any]]" = WeakKeyDictionary()
+"""tokenizer -> backends of `encode_fast` that recognise no added token, by what the text follows"""
+
 # Piece types of sentencepiece's protobuf schema
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
@@ -409,13 +412,17 @@ def encode_sentencepiece(processor: Any, texts: Sequence[str]) -> list[list[int]
     return processor.encode(list(texts), num_threads=min(len(texts), os.cpu_count() or 1) or 1)
 
 
-def encode_fast(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
+def encode_fast(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], after: str = "") -> list[list[int]]:
     """Encodes texts with the fast tokenizer.
 
     Calls the backend as transformers' `__call__` does with `split_special_tokens=True`, but without computing offsets and
     masks. The flag is set for each call: saved with the tokenizer, it breaks `apply_chat_template`.
+
+    Args:
+        after: what the texts follow, for tokenizers that put a space before a text: nothing, a "token" that was added to
+            the vocabulary, or "text".
     """
-    backend = tokenizer.backend_tokenizer
+    backend = _plain_backend(tokenizer, after)
     backend.no_truncation()  # an earlier call with truncation or padding leaves both enabled
     backend.no_padding()
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
@@ -423,6 +430,51 @@ def encode_fast(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> l
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
+
+
+def _plain_backend(tokenizer: "PreTrainedTokenizerFast", after: str) -> Any:
+    """The backend without its added tokens: `encode_special_tokens` still finds those that are not special (<think>)."""
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder().values()
+    only_special = all(token.special for token in added)
+    if not after and only_special:
+        return backend
+    if tokenizer not in PLAIN_BACKENDS:
+        spec = {**json.loads(backend.to_str()), "added_tokens": [], "post_processor": None}
+        model = spec["model"]
+        if model["type"] == "BPE":  # no pre-token may be one of these tokens either (ignore_merges)
+            names = {token.content for token in added} - {model["unk_token"]}
+            model["vocab"] = {token: index for token, index in model["vocab"].items() if token not in names}
+            model["merges"] = [pair for pair in model["merges"] if not names & {*pair, "".join(pair)}]
+        backends = {"": backend if only_special else Tokenizer.from_str(json.dumps(spec))}
+        for follows in ("token", "text"):
+            other = _without_space_before(spec, follows)
+            backends[follows] = backends[""] if other == spec else Tokenizer.from_str(json.dumps(other))
+        PLAIN_BACKENDS[tokenizer] = backends
+    return PLAIN_BACKENDS[tokenizer][after]
+
+
+def _without_space_before(spec: Any, after: str) -> Any:
+    """A tokenizer's specification that puts no space where the text goes on: `after` an added token, or after text."""
+    if isinstance(spec, list):
+        return [part for old in spec if (part := _without_space_before(old, after)) is not None]
+    if not isinstance(spec, dict):
+        return spec
+    kind, changes = spec.get("type"), dict[str, Any]()
+    if after == "text" and kind == "Prepend":
+        return None
+    if kind == "Metaspace" and (after == "text" or spec.get("prepend_scheme") == "first"):
+        changes = {"prepend_scheme": "never"}
+    elif kind == "ByteLevel" and after == "text":
+        changes = {"add_prefix_space": False}
+    parts = {
+        key: _without_space_before(spec[key], after)
+        for key in ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
+        if key in spec
+    }
+    return {**spec, **parts, **changes}
 
 
 def tokenize_for_display(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[str]:

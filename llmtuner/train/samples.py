@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from llmtuner.console import UserError
+from llmtuner.data.chat_template import get_template
 from llmtuner.data.packing import PackedSequence
-from llmtuner.data.template import Message, Template
+from llmtuner.data.template import Message
 from llmtuner.files import atomic_write_text
 from llmtuner.hparams import TrainArgs
 from llmtuner.tokenizer.fast import encode_batch
@@ -43,14 +44,15 @@ class SampleCallback(TrainerCallback):
     def __init__(self, trainer: PackedTrainer, tokenizer: Any, args: TrainArgs) -> None:
         self.trainer, self.tokenizer = trainer, tokenizer
         self.prompts, self.every = args.finetuning.sample_prompts, args.finetuning.sample_steps
-        self.template = Template.from_tokenizer(tokenizer)
+        self.template = get_template(tokenizer, args.data.template, args.data.document_end_token)
         system: list[Message] = [{"role": "system", "content": args.data.default_system or ""}]
         system = system if args.data.default_system else []
         if args.finetuning.stage == "pt":
             self.ids = [[*self.template.prefix, *ids] for ids in encode_batch(tokenizer, self.prompts)]
         else:
             dialogues = [[*system, Message(role="user", content=prompt)] for prompt in self.prompts]
-            self.ids = [self.template.encode_prompt(tokenizer, dialogue) for dialogue in dialogues]
+            start = self.template.answer_start
+            self.ids = [self.template.encode_prompt(tokenizer, dialogue, start) for dialogue in dialogues]
         longest, limit = max(map(len, self.ids)), getattr(trainer.model.config, "max_position_embeddings", None)
         if limit is not None and longest + MAX_NEW_TOKENS > limit:
             raise UserError(

@@ -87,7 +87,7 @@ SINGLE_VALUES = [
     ("finetuning_type", "qlora", "it can be lora or full or freeze"),
     ("mix_strategy", "shuffle", "it can be concat or interleave_under or interleave_over"),
     ("interleave_unit", "words", "it can be tokens or bytes or rows"),
-    ("template", "llama3", "it can be chatglm3"),
+    ("template", "llama3", "it can be auto or chatglm3"),
     ("flash_attn", "fa9", "it can be auto or disabled or sdpa or fa2"),
     ("train_new_tokens_only", "new", "it must be true or false"),
     ("embedding_rows", "old", "train_new_tokens_only is 'old'; it must be true or false"),
@@ -559,7 +559,11 @@ def test_files_written_for_llama_factory(tmp_path, content, stage, sets):
     model, data, training, finetuning = args.model, args.data, args.training, args.finetuning
     assert training.deepspeed == str(config)
     assert model.model_name_or_path == "models/chatglm3-6b"
-    assert (finetuning.stage, len(data.dataset), data.template) == (stage, sets, "chatglm3")
+    assert (finetuning.stage, len(data.dataset), data.template) == (
+        stage,
+        sets,
+        "auto" if stage == "pt" else "chatglm3",
+    )
     assert finetuning.lora_target == ["q_proj", "k_proj", "v_proj", "gate_up_proj", "down_proj", "o_proj"]
     assert finetuning.additional_target == (["embed_tokens", "lm_head"] if stage == "pt" else [])
     assert (data.val_size, data.preprocessing_num_workers, data.overwrite_cache) == (0.05, 16, True)
