@@ -252,8 +252,12 @@ def test_a_model_with_another_tokenizer_is_refused(tiny_run, tiny_model_dir, tmp
     backend = Tokenizer(WordLevel({"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 3}))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(other)
     monkeypatch.setattr("llmtuner.train.workflow.load_model", None)  # refused before that
+    run = {**tiny_run, "model_name_or_path": str(other), "stage": stage, "dataset": dataset}
     with pytest.raises(UserError, match=r"chatglm3 template: it has no special token \[gMASK\], sop, <\|system\|>"):
-        run_exp({**tiny_run, "model_name_or_path": str(other), "stage": stage, "dataset": dataset})
+        run_exp({**run, "template": "chatglm3"})
+    if stage == "sft":
+        with pytest.raises(UserError, match="has no chat template, so it has no form for dialogues"):
+            run_exp(run)
 
 
 def test_tokenizer_larger_than_the_model_is_refused_before_it_is_loaded(
