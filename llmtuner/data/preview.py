@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from llmtuner.console import UserError
-from llmtuner.data.chat_template import get_template
 from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedBatch, PackedDataCollator, PadToMultiple
 from llmtuner.data.template import IGNORE_INDEX
@@ -46,7 +45,7 @@ def preview_batch(args: dict[str, Any] | str | Path | list[str] | None = None) -
             f"there is no batch {number!r}: the training set has {count:,}, of {size:,} sequences each, counted from 0. "
             "Give --batch another number."
         )
-    collator = PackedDataCollator(get_template(tokenizer).pad_token_id)
+    collator = PackedDataCollator(tokenizer.pad_token_id or 0)
     batch = collator([sequences[i] for i in range(number * size, (number + 1) * size)])
     return f"batch {number:,} of {count:,}\n{format_batch(batch, tokenizer, train.token_dataset.describe_document)}"
 
@@ -64,7 +63,7 @@ def format_batch(batch: PackedBatch, tokenizer: Any, describe_document: Callable
     styles = colored if _use_colors() else {True: (MARK_OPEN, MARK_CLOSE), False: ("", "")}
     lines = [_style_runs([("target", True), (", ignored", False)], styles) + f"; {LEGEND}"]
     columns = (batch["input_ids"].tolist(), batch["labels"].tolist(), batch["position_ids"].tolist(), batch["doc_ids"])
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = tokenizer.pad_token_id or 0
     first_tokens = {"[gMASK]", getattr(tokenizer, "bos_token", None)}
     for number, (ids, labels, positions, doc_ids) in enumerate(zip(*columns, strict=True), start=1):
         size, last_block = len(ids), len(ids) - 1 - positions[::-1].index(0)
