@@ -5,7 +5,7 @@
     python step3_resize_model.py --norm-correction        scale new input rows to the mean norm of the old ones
 
 Old rows stay bit-identical. New output rows are weighted means of old ones, so no new token outscores the old ones, and
-greedy answers in Chinese and English stay what they were. Where input and output embeddings are one matrix (tied, as in
+greedy answers in the base's languages stay what they were. Where input and output embeddings are one matrix (tied, as in
 small Qwen models), its rows are chosen as output rows. Weights are streamed from disk to disk; memory holds one embedding
 matrix at a time. The result, the Zero model, loads in plain transformers without remote code. BASE_MODEL_DIR may be
 ChatGLM3's original checkpoint, or any causal language model that transformers knows.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import constants
 import pipeline
-from constants import BASE_MODEL_DIR, MERGED_TOKENIZER_DIR, ZERO_DIR
+from constants import BASE_MODEL_DIR, LANGUAGES, MERGED_TOKENIZER_DIR, ZERO_DIR
 from llmtuner.console import Timer, UserError, print0, print_header, progress, run_cli, verdict
 from llmtuner.outputs import atomic_directory
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # The names of `embedding_init.METHODS`, which would import torch before anything is checked.
 METHODS = ("mean", "focus", "first_weighted", "last_weighted", "global_mean", "random")
-FOCUS_BYTES = 30_000_000  # Japanese text from which "focus" learns which tokens occur in similar contexts
+FOCUS_BYTES = 30_000_000  # text of the added language from which "focus" learns which tokens occur in similar contexts
 MAX_BYTES_TO_COMPARE = 2e9  # a larger model is not loaded twice only to compare logits
 PROBE_PROMPTS = [  # on these, base and Zero model must give equal logits for the old ids
     "你好，请介绍一下你自己。",
@@ -65,11 +65,12 @@ def main() -> None:
 
     def init_fn(matrix: "torch.Tensor", kind: "EmbeddingKind") -> "torch.Tensor":
         if kind == "tied" and (options.norm_correction or methods["input"] != methods["output"]):
-            setting = "--norm-correction" if options.norm_correction else f"--init-output {methods['output']}"
+            reason = "its new rows can only start in one way. Leave --init-output out."
+            if options.norm_correction:
+                answers = f"answers in {LANGUAGES.listed(codes=LANGUAGES.retained)}"
+                reason = f"a scaled row would outscore the old ones, and {answers} change. Leave --norm-correction out."
             raise UserError(
-                f"{BASE_MODEL_DIR} has one matrix for input and output embeddings (tie_word_embeddings), so that {setting} "
-                "would change the rows of both: a scaled row would outscore the old ones, and Chinese and English answers "
-                "would change. Leave it out."
+                f"{BASE_MODEL_DIR} has one matrix for input and output embeddings (tie_word_embeddings): {reason}"
             )
         # A longer output row would outscore the old ones, so only input rows are scaled.
         scaled = options.norm_correction and kind == "input"
@@ -90,7 +91,8 @@ def main() -> None:
         scaled = ", scaled" if options.norm_correction and which == "input" else ""
         print0(f"new {which} rows: {embedding_init.METHODS[method]}{scaled}")
     if methods["output"] not in embedding_init.CONVEX_METHODS:
-        print0("note: such output rows can outscore the old ones: Chinese and English answers may change")
+        retained = LANGUAGES.listed(codes=LANGUAGES.retained)
+        print0(f"note: such output rows can outscore the old ones: answers in {retained} may change")
 
     print_header("some new tokens and the base tokens they were made from")
     base, merged = read_vocab(BASE_MODEL_DIR), read_vocab(MERGED_TOKENIZER_DIR)
@@ -122,7 +124,7 @@ def main() -> None:
 
 
 def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
-    """Weights of base tokens for each new token by their usage in Japanese text, for the method "focus"."""
+    """Weights of base tokens for each new token by their usage in the added language, for the method "focus"."""
     from llmtuner.tokenizer.fast import encode_batch
     from llmtuner.weights.focus import focus_weights, static_vectors
 

@@ -1,4 +1,4 @@
-"""Step 4: the zero test proves that Chinese and English are untouched; Japanese means nothing to the model yet.
+"""Step 4: the zero test proves that the base's languages are untouched; the added one means nothing to the model yet.
 
     python step4_test_zero.py
 
@@ -10,9 +10,8 @@ import argparse
 
 import constants
 import pipeline
-from constants import BASE_MODEL_DIR, PROFILE, ZERO_DIR
+from constants import BASE_MODEL_DIR, LANGUAGES, PROFILE, ZERO_DIR
 from llmtuner.console import format_table, print0, print_header, run_cli, verdict
-from llmtuner.eval.language import LANGUAGES
 
 QUESTIONS_PER_GROUP = 60
 NUM_EXAMPLES = 3
@@ -48,7 +47,7 @@ def main() -> None:
 
     print_header("the same questions, base and Zero model")
     metrics: dict[str, dict] = {}
-    for group in ("zh", "en", "ja"):
+    for group in (*LANGUAGES.retained, LANGUAGES.added):
         if metrics:
             print0()
         indices = [index for index, question in enumerate(questions) if question.group == group]
@@ -56,7 +55,7 @@ def main() -> None:
         correct = sum(is_correct(questions[index], answers["zero"][index]) for index in indices)
         metrics[group] = {
             "total": len(indices),
-            **({"correct": correct} if group == "ja" else {"identical": identical}),
+            **({"correct": correct} if group == LANGUAGES.added else {"identical": identical}),
         }
         for index in indices[:NUM_EXAMPLES]:
             print0(f"{group}  Q     {questions[index].question}")
@@ -69,10 +68,9 @@ def main() -> None:
     ]
     print0("\n" + format_table(["tokens per character", *LANGUAGES], rows))
 
-    passed = all(metrics[group]["identical"] == metrics[group]["total"] for group in ("zh", "en"))
+    passed = all(metrics[group]["identical"] == metrics[group]["total"] for group in LANGUAGES.retained)
     counts = (
-        f"{metrics[group]['identical']} of {metrics[group]['total']} {name}"
-        for group, name in (("zh", "Chinese"), ("en", "English"))
+        f"{metrics[group]['identical']} of {metrics[group]['total']} {LANGUAGES[group]}" for group in LANGUAGES.retained
     )
     outcome = verdict("Zero test", passed, f"{' and '.join(counts)} answers identical")
     metrics |= {"bits_per_byte": bits, "tokens_per_character": tokens_per_character}
