@@ -32,6 +32,17 @@ def publish(directory, tensors=None, tokenizer=None, **changes):
     return directory
 
 
+def publish_extended(directory, model_file, rows):
+    """A checkpoint with the layout of the original project's models: more rows, and the tokenizer that they are for."""
+    tensors = weights()
+    for name, tensor in tensors.items():
+        if len(tensor) == CONFIG["padded_vocab_size"]:
+            tensors[name] = torch.randn(rows, tensor.shape[1], generator=torch.Generator().manual_seed(0))
+    publish(directory, tensors, padded_vocab_size=rows)
+    shutil.copyfile(model_file, directory / "tokenizer.model")
+    return directory
+
+
 def assert_rejected(source, parent, *parts, overwrite=False):
     """Converting into an empty directory raises `UserError` with all parts in its message, and leaves nothing behind."""
     parent.mkdir(exist_ok=True)

@@ -37,6 +37,7 @@ TOKENIZER_FILES = (  # what transformers reads
     "additional_chat_templates",  # a directory
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
 )
 PROCESSORS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 """tokenizer -> the sentencepiece processor that encodes for it: same ids, at least twice as fast on Japanese and Chinese"""

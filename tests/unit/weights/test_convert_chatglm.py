@@ -17,8 +17,9 @@ from llmtuner.tokenizer.fast import NORMAL, read_sentencepiece
 from llmtuner.weights import lazy_checkpoint
 from llmtuner.weights.convert_chatglm import check_tokenizer, convert_chatglm, glm_config_args, open_chatglm
 from llmtuner.weights.lazy_checkpoint import open_checkpoint
-from tests.checkpoints import CONFIG, TINY, assert_rejected, bits, publish, weights
+from tests.checkpoints import CONFIG, TINY, assert_rejected, bits, publish, publish_extended, weights
 from tests.helpers import ROOT
+from tests.tokenizers import merge_as_published, save_model
 
 GOLDEN = ROOT / "tests" / "fixtures" / "tiny_chatglm3_logits.npz"
 EMBEDDINGS = "transformer.embedding.word_embeddings.weight"
@@ -292,6 +293,31 @@ def test_sampling_is_carried_over_and_nothing_else(tmp_path, given, kept):
     written = json.loads((tmp_path / "glm" / "generation_config.json").read_text())
     written.pop("transformers_version")
     assert written == {**kept, "eos_token_id": [2], "pad_token_id": 0}
+
+
+def test_the_original_projects_layout(tmp_path, tiny_tokenizer_dir):
+    """Its tokenizer has nine placeholders, and new tokens behind them that share a score."""
+    base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
+    merged, size = merge_as_published(base, [*"いた", "いた", "たい"]), len(base.pieces)
+    source = publish_extended(tmp_path / "published", save_model(merged, tmp_path), 448)
+    output = convert_chatglm(source, tmp_path / "glm")
+    assert len([line for line in output.splitlines() if "tokens share a score" in line]) == 1
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(tmp_path / "glm"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "glm"),
+    )
+    assert len(tokenizer) == size + 9 + 4 <= model.config.vocab_size == 448
+    assert tokenizer.convert_tokens_to_ids("<|user|>") == size + 6
+    assert model.generation_config.eos_token_id == [2, size + 6, size + 8]
+    assert tokenizer("いたい", add_special_tokens=False)["input_ids"][1:] == tokenizer.convert_tokens_to_ids(
+        ["いた", "い"]
+    )
+    assert not (tmp_path / "glm" / "tokenizer.json").exists()
+    assert_rejected(
+        publish_extended(tmp_path / "other", save_model(merged, tmp_path), size + 12),
+        tmp_path / "out",
+        f"{size + 13:,} ids, but the embeddings have {size + 12:,} rows",
+    )
 
 
 def damage_tokenizer(directory, change):

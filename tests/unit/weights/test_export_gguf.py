@@ -11,6 +11,7 @@ import transformers
 
 from llmtuner.console import UserError
 from llmtuner.tokenizer.fast import (
+    CONTROL,
     SPECIAL_TOKENS,
     build_fast_tokenizer,
     copy_tokenizer,
@@ -21,6 +22,7 @@ from llmtuner.tokenizer.fast import (
 from llmtuner.weights import export_gguf as ours
 from llmtuner.weights.lazy_checkpoint import LazyTensor, open_checkpoint, write_checkpoint
 from tests.helpers import TEXTS
+from tests.tokenizers import merge_as_published, save_model
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is missing: pip install gguf")
 
@@ -156,6 +158,15 @@ def test_merges_by_score_give_our_ids(model_dir):
     tokenizer = load_tokenizer(model_dir)
     tokens = ours.build_vocabulary(model_dir / "tokenizer.model", 1_000)
     for text in [*TEXTS[:4], "people like philosophy", "sop eop", "<|user|>", "日本語", " 2  blanks ", "</s>[gMASK]"]:
+        assert _merge(tokens, text) == encode(tokenizer, text), text
+
+
+def test_tied_scores_give_our_ids(tiny_tokenizer_dir, tmp_path):
+    base = read_sentencepiece(tiny_tokenizer_dir / "tokenizer.model")
+    file = save_model(merge_as_published(base, [*"いた", "いた", "たい", "いたいた"]), tmp_path)
+    tokens, tokenizer = ours.build_vocabulary(file, 1_000), build_fast_tokenizer(file)
+    assert [name for name, _, kind in tokens if kind == CONTROL and name.startswith("<|")][-1] == "<|observation|>"
+    for text in [*TEXTS[:4], "いたい", "たいた", "いたいたい", "たいたいた", "sop eop", "<|user|>", "vcxv1"]:
         assert _merge(tokens, text) == encode(tokenizer, text), text
 
 
