@@ -10,6 +10,7 @@ import constants
 from constants import LANGUAGES, PROFILE
 from llmtuner.aliases import rename_keys
 from llmtuner.console import UserError, command, display_path, is_rank_zero, llmtuner_command, print0, print_header
+from llmtuner.eval.language import with_article
 from llmtuner.files import atomic_write_json, check_writable, checksum, checksum_of
 from llmtuner.locks import acquire_lock
 from llmtuner.outputs import add_to_marker, check_destination, recover_directory
@@ -18,7 +19,13 @@ from llmtuner.report.steps import Step
 STEPS = {
     step.name: step
     for step in (
-        Step("step1", "step1_train_tokenizer.py", f"Train a {LANGUAGES.name} tokenizer", ("corpora",), "ja_bpe.model"),
+        Step(
+            "step1",
+            "step1_train_tokenizer.py",
+            f"Train {with_article(LANGUAGES.name)} tokenizer",
+            ("corpora",),
+            "ja_bpe.model",
+        ),
         Step(
             "step2",
             "step2_merge_tokenizer.py",

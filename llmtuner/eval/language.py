@@ -63,6 +63,11 @@ class Languages(dict[str, str]):
         return f"{', '.join(names)} {conjunction} {last}" if names else last
 
 
+def with_article(name: str) -> str:
+    """A language's name as an adjective: "a Japanese", "an Urdu"."""
+    return f"{'an' if name.startswith(('A', 'E', 'I', 'O', 'Ur', 'Uz')) else 'a'} {name}"
+
+
 LANGUAGES = Languages(ja="Japanese", zh="Chinese", en="English")
 
 
@@ -97,9 +102,10 @@ def in_language(text: str, language: str, example: str = "") -> bool | None:
         return latin and not (kana or han or other)
     english_words, characters = len(ENGLISH_WORD.findall(text)), HAN.findall(text)
     if language not in ("ja", "zh"):
-        scripts = set(_scripts(example)) - {"LATIN"}
-        letters = sum(script in scripts for script in _scripts(text))
-        return not example or (0 < letters >= english_words if scripts else not (kana or han or other))
+        scripts, found = {*_scripts(example)}, _scripts(text)
+        if not scripts - {"LATIN"}:
+            return scripts.issuperset(found) if scripts else True
+        return 0 < sum(script in scripts - {"LATIN"} for script in found) >= english_words
     if (other and not (kana or han)) or english_words > len(characters) + len(KANA.findall(text)):
         return False
     if not (kana or han):

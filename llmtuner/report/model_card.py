@@ -85,6 +85,7 @@ def _content(model_dir: Path, metrics: dict[str, Any], base: str, data: dict[str
         "front_matter": SafeMarkdown(_front_matter(languages, base if on_hub else None, licence, hubs)),
         "name": model_dir.name,
         "languages": languages,
+        "is_glm": json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("model_type", "glm") == "glm",
         "base": base,
         "on_hub": on_hub,
         "at": lambda *path: get_nested(metrics, *path),

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmtuner.aliases import describe_old_names, locate, rename_keys, rename_settings
 from llmtuner.console import UserError, print0
 from llmtuner.eval.intervals import wilson_interval
-from llmtuner.eval.language import HAN, KANA, Languages, languages_of
+from llmtuner.eval.language import HAN, KANA, Languages, languages_of, with_article
 from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
 from llmtuner.eval.scores import is_no_better_than_chance, paired_rows, score_rows
@@ -88,6 +88,7 @@ def write_report(
         warnings=warnings,
         made=datetime.now().astimezone(),
         languages=languages,
+        base_languages="A" + with_article("-".join(languages[code] for code in languages.retained))[1:],
         rows_of=functools.partial(_rows, languages),
         at=lambda *path: get_nested(metrics, *path),
         of_models=lambda *path: [get_nested(metrics, "step7", path[0], model, *path[1:]) for model in MODELS],

@@ -35,8 +35,8 @@ class WritingSystem:
     shared: str = ""
     """Also written in another language."""
     charset: str | None = None
-    """Python's name of the character set of the other language, if one set holds nearly all that it writes: the rest is so
-    rare there that few strings have to be looked up in its texts. Chinese has no spaces, and each of its substrings counts."""
+    """Python's name of the character set of the other language, if one set holds nearly all that it writes. What is outside is
+    rare there, so that its texts need not be endless, and few of their substrings have to be looked up."""
     marks: str = ""
     """Punctuation and joiners that may occur in a token beside an exclusive character."""
 

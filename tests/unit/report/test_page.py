@@ -354,3 +354,33 @@ def test_a_run_of_an_earlier_version_gives_the_same_page(work_dir, no_figures):
         (work_dir / name / "trainer_log.jsonl").rename(work_dir / name / "log.jsonl")
         (work_dir / name / "training_args.json").rename(work_dir / name / "settings.json")
     assert without_time(report(work_dir)) == expected
+
+
+def test_a_page_of_another_language_names_no_other(tmp_path):
+    """Only Japanese of the metrics is called Khmer, and Chinese is left out."""
+
+    def renamed(value):
+        if isinstance(value, dict):
+            codes = {"ja": "km", "ja_unseen": "km_unseen", "ja_free": "km_free"}
+            return {codes.get(name, name): renamed(item) for name, item in value.items() if name != "zh"}
+        return value
+
+    metrics = renamed({name: values for name, values in METRICS.items() if not name.startswith("suite")})
+    metrics["step1"]["languages"] = {"km": "Khmer", "en": "English"}
+    metrics["step7"]["accuracy"]["chat"]["km_unseen"] = 0.5
+    put(tmp_path, metrics)
+    text = words(report(tmp_path))
+    assert "Japanese" not in text
+    assert "Chinese" not in text
+    for part in (
+        "Adding Khmer: what the run gained and kept",
+        "An English chat model learns Khmer.",
+        "Khmer takes 26.8% of the tokens",
+        "50 of 50 English answers identical",
+        "English texts are tokenized as before",
+        "Khmer is predicted better than by the base model",
+        "Khmer questions are answered in Khmer",
+        "Khmer, unseen",
+        "asked in Khmer about facts that only English texts state",
+    ):
+        assert part in text, part
