@@ -20,6 +20,7 @@ from llmtuner.train import checkpointing
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
 from tests.scripts import START, environment_with, fork_server, free_port
+from tests.tiny_models import tiny_model
 from tests.training import log_of, losses_of
 
 pytestmark = pytest.mark.distributed
@@ -284,6 +285,32 @@ def test_zero2_in_bf16_learns_what_one_process_does(bf16_run, tmp_path, monkeypa
     assert exact[-1] < exact[0] - 0.3
     assert float((two - one).abs().max()) < 2e-3
     assert float((two - exact).abs().max()) < float((one - exact).abs().max()) + 1e-3
+
+
+def test_tied_embeddings_learn_under_zero2_what_they_do_in_one_process(tiny_run, tmp_path):
+    model = tiny_model(tmp_path / "tied", "qwen3")
+    settings = {**tiny_run, "model_name_or_path": str(model), "embedding_learning_rate": 2e-3}
+    run_exp({**settings, "output_dir": str(tmp_path / "once")})
+    train({**settings, "per_device_train_batch_size": 2}, tmp_path / "shared")
+    for own, line in zip(log_of(tmp_path / "shared"), log_of(tmp_path / "once"), strict=True):
+        assert own == pytest.approx(line, abs=1e-5)
+
+
+def test_tied_embeddings_stay_one_matrix_under_zero2_in_bf16(bf16_run, tmp_path):
+    """Which is saved once, in fp32, and resumed exactly."""
+    model = tiny_model(tmp_path / "tied", "qwen3")
+    settings = {**bf16_run, "model_name_or_path": str(model), "finetuning_type": "full", "additional_target": []}
+    run_in_bf16(settings, tmp_path)
+    out = tmp_path / "adapter"
+    trained, last = (load_file(folder / "model.safetensors") for folder in (out, out / "checkpoint-8"))
+    assert trained.keys() == last.keys() == load_file(model / "model.safetensors").keys()
+    assert {weight.dtype for weight in last.values()} == {torch.float32}
+    log = log_of(out)
+    shutil.rmtree(out / "checkpoint-8")
+    run_in_bf16(settings, tmp_path)
+    assert log_of(out) == log
+    again = load_file(out / "model.safetensors")
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
 
 
 def test_a_dry_run_and_the_best_checkpoint_under_zero(bf16_run, tmp_path):
