@@ -23,7 +23,6 @@ from llmtuner.hparams.help import parse_step_args
 SETTINGS = dict(
     **constants.DATA_SETTINGS,
     stage="sft",
-    template="chatglm3" if constants.BASE_TOKENIZER.suffix == ".model" else "auto",
     model_name_or_path=str(PT_MERGED_DIR),
     output_dir=str(SFT_ADAPTER_DIR),
     overwrite_output_dir=constants.OVERWRITE,

@@ -16,7 +16,8 @@ from llmtuner.console import UserError, print0
 from llmtuner.eval.generation import GENERATION_DEFAULTS
 from llmtuner.eval.language import LANGUAGES, Languages
 from llmtuner.model.loading import load_for_evaluation
-from llmtuner.tokenizer.fast import tokenize_for_display
+from llmtuner.tokenizer.fast import encode
+from llmtuner.tokenizer.vocab import display_ids
 
 COMMANDS = {
     "/help": "show this help",
@@ -268,6 +269,6 @@ class ChatREPL:
         if not self.session.messages:
             return print0("There is no answer yet.")
         answer = self.session.messages[-1]["content"]
-        tokens = tokenize_for_display(self.session.tokenizer, answer)
+        tokens = display_ids(self.session.tokenizer, encode(self.session.tokenizer, answer))
         print0("│".join(map(escape_controls, tokens)))
         print0(f"{len(tokens)} tokens, {len(answer)} characters")

@@ -24,7 +24,8 @@ from llmtuner.chat.session import ChatSession, load_generation_settings
 from llmtuner.console import UserError, print0
 from llmtuner.eval.generation import GENERATION_DEFAULTS
 from llmtuner.eval.language import LANGUAGES, Languages
-from llmtuner.tokenizer.fast import tokenize_for_display
+from llmtuner.tokenizer.fast import encode
+from llmtuner.tokenizer.vocab import display_ids
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -336,7 +337,7 @@ class StreamedAnswer:
         for text in stream:
             self.text = text
         self.seconds = time.perf_counter() - start
-        self.tokens = tokenize_for_display(tokenizer, self.text)
+        self.tokens = display_ids(tokenizer, encode(tokenizer, self.text))
 
 
 @dataclass

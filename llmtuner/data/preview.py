@@ -13,7 +13,8 @@ from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedBatch, PackedDataCollator, PadToMultiple
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.hparams import get_train_args, read_args
-from llmtuner.tokenizer.fast import SPACE, load_tokenizer
+from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.vocab import display_ids
 
 GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
 MARK_OPEN, MARK_CLOSE = "⟦", "⟧"  # around targets if there are no colors
@@ -70,9 +71,8 @@ def format_batch(batch: PackedBatch, tokenizer: Any, describe_document: Callable
         if {*ids[last_block:]} == {pad_id} and (last_block or not len(doc_ids)):  # no document begins with it
             size = last_block
         names = tokenizer.convert_ids_to_tokens(ids[:size])
-        tokens = [
-            (_escape_invisible(name), label != IGNORE_INDEX) for name, label in zip(names, labels[:size], strict=True)
-        ]
+        texts = map(_escape_invisible, display_ids(tokenizer, ids[:size]))
+        tokens = [(text, label != IGNORE_INDEX) for text, label in zip(texts, labels[:size], strict=True)]
         num_targets = sum(is_target for _, is_target in tokens)
         counts = f"{size:,} tokens, {num_targets:,} targets, {len(doc_ids):,} documents"
         lines += ["", f"sequence {number} of {len(batch['doc_ids'])}: {counts}"]
@@ -112,5 +112,5 @@ def _escape_invisible(token: str) -> str:
         f"<U+{ord(char):04X}>"
         if char in (MARK_OPEN, MARK_CLOSE) or unicodedata.category(char) in INVISIBLE_CATEGORIES
         else char
-        for char in token.replace(SPACE, " ")
+        for char in token
     )

@@ -112,7 +112,7 @@ IGNORED = (
     IgnoredSetting(("loraplus_lr_embedding",), 1e-6,
         "no effect: embeddings get no LoRA; embedding_learning_rate is theirs"),
     IgnoredSetting(("print_param_status",), False, "no effect: the number of trained parameters is printed"),
-    # How rows are read and memory is used; text is never split into special tokens; ChatGLM3's format has no thinking;
+    # How rows are read and memory is used; text is never split into special tokens; thoughts are the chat template's matter;
     # logits are in fp32; tokens per second are always logged.
     IgnoredSetting(("preprocessing_batch_size", "use_fast_tokenizer", "low_cpu_mem_usage", "data_shared_file_system")),
     IgnoredSetting(("use_reentrant_gc", "split_special_tokens", "enable_thinking", "preserve_thinking")),

@@ -451,36 +451,22 @@ def _plain_backend(tokenizer: "PreTrainedTokenizerFast", after: str) -> Any:
             model["merges"] = [pair for pair in model["merges"] if not names & {*pair, "".join(pair)}]
         backends = {"": backend if only_special else Tokenizer.from_str(json.dumps(spec))}
         for follows in ("token", "text"):
-            other = _without_space_before(spec, follows)
+            other = spec | {
+                part: _without_space_before(spec[part], follows) for part in ("normalizer", "pre_tokenizer")
+            }
             backends[follows] = backends[""] if other == spec else Tokenizer.from_str(json.dumps(other))
         PLAIN_BACKENDS[tokenizer] = backends
     return PLAIN_BACKENDS[tokenizer][after]
 
 
 def _without_space_before(spec: Any, after: str) -> Any:
-    """A tokenizer's specification that puts no space where the text goes on: `after` an added token, or after text."""
-    if isinstance(spec, list):
-        return [part for old in spec if (part := _without_space_before(old, after)) is not None]
-    if not isinstance(spec, dict):
-        return spec
-    kind, changes = spec.get("type"), dict[str, Any]()
-    if after == "text" and kind == "Prepend":
-        return None
-    if kind == "Metaspace" and (after == "text" or spec.get("prepend_scheme") == "first"):
-        changes = {"prepend_scheme": "never"}
-    elif kind == "ByteLevel" and after == "text":
-        changes = {"add_prefix_space": False}
-    parts = {
-        key: _without_space_before(spec[key], after)
-        for key in ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
-        if key in spec
-    }
-    return {**spec, **parts, **changes}
-
-
-def tokenize_for_display(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[str]:
-    """Splits a text into the tokens that a reader sees (`display_tokens`)."""
-    return display_tokens(tokenizer.convert_ids_to_tokens(encode(tokenizer, text)))
+    """A normalizer or pre-tokenizer that puts no space where the text goes on: `after` an added token, or after text."""
+    text = json.dumps(spec).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    if after == "text":
+        text = text.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
+        text = text.replace('"add_prefix_space": true', '"add_prefix_space": false')
+        text = re.sub(r'("type": "Prepend", "prepend": )"[^"]*"', r'\1""', text)
+    return json.loads(text)
 
 
 def display_tokens(tokens: Sequence[str]) -> list[str]:

@@ -368,14 +368,7 @@ class JsonVocab(Vocab):
 
     def display(self, ids: Sequence[int]) -> list[str]:
         tokens = [self.tokens[index] or str(self.backend.id_to_token(index)) for index in ids]
-        return display_tokens([self._display(token) for token in tokens])
-
-    def _display(self, token: str) -> str:
-        text = self.text(token)
-        if text is not None:
-            return text
-        raw = bytes(CHARACTER_TO_BYTE[character] for character in token).decode(errors="surrogateescape")
-        return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", raw)
+        return [_display_bytes(token) for token in tokens] if self.byte_level else display_tokens(tokens)
 
     def append(self, tokens: Sequence[str], after_special: bool = True) -> "JsonVocab":
         """Each token is the union of the two parts that the merges so far leave of it; more parts make it unreachable.
@@ -423,6 +416,21 @@ class JsonVocab(Vocab):
         settings.write_text(
             json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, ensure_ascii=False, indent=2), "utf-8"
         )
+
+
+def display_ids(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Tokens as they are shown to a reader: a space as such, a byte that is no character as `<0x0A>`."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    return [_display_bytes(token) for token in tokens] if is_byte_level else display_tokens(tokens)
+
+
+def _display_bytes(token: str) -> str:
+    """A token of byte-level BPE as text; an added token is text already."""
+    if not CHARACTER_TO_BYTE.keys() >= {*token}:
+        return token
+    text = bytes(CHARACTER_TO_BYTE[character] for character in token).decode(errors="surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", text)
 
 
 def apply_merges(token: str, ranks: dict[tuple[str, str], int]) -> list[str]:

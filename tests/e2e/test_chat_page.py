@@ -206,7 +206,7 @@ def test_tokens_of_an_answer_are_shown_below_it(new_tab, models):
     ask_and_stop(tab, QUESTION)
     (said,) = answers(tab, "chat")
     pieces = tab.locator("#chat .tokens span").all_text_contents()
-    assert pieces == web.tokenize_for_display(models["chat"][1], said)
+    assert pieces == web.display_ids(models["chat"][1], web.encode(models["chat"][1], said))
     assert len(pieces) > 2
     colours = [
         tab.locator("#chat .tokens span").nth(index).evaluate("one => getComputedStyle(one).backgroundColor")

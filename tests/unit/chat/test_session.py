@@ -3,15 +3,17 @@
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmtuner.chat.session import load_generation_settings
+from llmtuner.chat.session import ChatSession, load_generation_settings
 from llmtuner.console import UserError
 from llmtuner.data.template import Template
 from llmtuner.eval.generation import GREEDY, generate_answers
 from llmtuner.tokenizer.fast import encode
+from tests.tiny_models import tiny_tokenizer
 
 HALF = "\ufffd"
 
@@ -67,6 +69,29 @@ def test_the_second_question_is_asked_after_the_first_answer(loaded, dialogue, s
         {"role": "user", "content": "柳树？"},
     ]
     assert prompts[-1] == Template.from_tokenizer(tokenizer).encode_prompt(tokenizer, said)
+
+
+def test_an_empty_block_of_thoughts_is_not_shown():
+    tokenizer = tiny_tokenizer("qwen3")
+    answers = iter(["<think>\n\n</think>\n\n山", "<think>\n川\n</think>\n\n海"])
+    prompts = []
+
+    def generate(input_ids, streamer, **_):
+        prompts.append(tokenizer.decode(input_ids[0]))
+        streamer.put(input_ids)
+        for token in [*tokenizer(next(answers))["input_ids"], tokenizer.eos_token_id]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    config = SimpleNamespace(max_position_embeddings=500)
+    session = ChatSession(SimpleNamespace(config=config, device="cpu", generate=generate), tokenizer)
+    assert list(session.ask("一", GREEDY, 20))[-1] == "山"
+    assert list(session.ask("二", GREEDY, 20))[-1] == "<think>\n川\n</think>\n\n海"
+    template = session.template
+    assert prompts[1] == tokenizer.decode(template.encode_prompt(tokenizer, session.messages[:3]))
+    assert "山<|im_end|>" in prompts[1]
+    assert session.remaining_tokens("三") < 500
+    assert "川" not in tokenizer.decode(session._prompt("三"))  # thoughts are no part of the history
 
 
 def test_no_half_character_is_ever_shown(loaded, dialogue, script):

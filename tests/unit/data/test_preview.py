@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from llmtuner.__main__ import main
 from llmtuner.console import run_cli
+from llmtuner.data.chat_template import get_template
 from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedDataCollator, PadToMultiple
 from llmtuner.data.preview import format_batch
@@ -19,12 +21,14 @@ from llmtuner.hparams import get_train_args, read_args
 from llmtuner.tokenizer.fast import load_tokenizer
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
+from tests.tiny_models import tiny_tokenizer
 
 
 class Pieces:
     """A tokenizer of a few pieces; ids are places in the list."""
 
     pad_token_id = 0
+    backend_tokenizer = SimpleNamespace(decoder=None)
 
     def __init__(self, pieces):
         self.pieces = pieces
@@ -130,6 +134,29 @@ def test_documents_that_see_one_another_are_told_apart():
         "-- a.jsonl, line 1 (attends to what precedes it)",
         "[gMASK]sop⟦ Hello</s>⟧",
     ]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_documents_of_other_bases_are_shown_as_text(kind):
+    """The token that pads ends their documents, too; where they attend to one another, a beginning mark tells them apart."""
+    tokenizer = tiny_tokenizer(kind)
+    template = get_template(tokenizer)
+    documents = [ids.tolist() for ids in template.encode_documents(tokenizer, ["山の <think>\n", "桜"])]
+    ids = [token for document in documents for token in document]
+    longer = sequence([*ids, *ids], "." + "*" * (2 * len(ids) - 1), range(2 * len(ids)), [7, 1, 7, 1])
+    alone = [position for document in documents for position in range(len(document))]
+    shorter = sequence(ids, "." + "*" * (len(ids) - 1), alone, [7, 1])
+    batch = PackedDataCollator(tokenizer.pad_token_id or 0)([longer, shorter, sequence([], "", [], [])])
+    shown = format_batch(batch, tokenizer, origin).split("\n\n")
+    begin, end = {"qwen3": ("", "<|endoftext|>"), "llama": ("<|begin_of_text|>", "<|end_of_text|>")}[kind]
+    texts = [f"{begin}山の <think><U+000A>{end}", f"{begin}<0xE6><0xA1><0x9C>{end}"]
+    plain = [re.sub("[⟦⟧]", "", part) for part in shown]
+    assert texts[0] in plain[1]
+    assert plain[1].count("\n-- ") == {"qwen3": 1, "llama": 4}[kind]
+    assert plain[2].splitlines()[1:5:2] == ["-- a.jsonl, line 7", "-- a.jsonl, line 1"]
+    assert plain[2].splitlines()[2] == texts[0]
+    assert plain[2].splitlines()[-1] == f"-- {len(ids)} tokens of padding"
+    assert plain[3].splitlines()[-1] == f"-- {2 * len(ids)} tokens of padding"
 
 
 # ----------------------------------------------------------------------------------------------------------- both stages

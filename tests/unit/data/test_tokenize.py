@@ -20,10 +20,12 @@ from llmtuner.data.held_out import is_validation
 from llmtuner.data.readers import read_texts
 from llmtuner.data.sources import get_dataset_attr
 from llmtuner.data.template import Template
+from llmtuner.data.token_store import TokenStore
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.outputs import write_marker
 from llmtuner.tokenizer.fast import PROCESSORS, load_tokenizer, read_sentencepiece, to_processor
 from tests.helpers import ROOT
+from tests.tiny_models import tiny_tokenizer
 from tests.unit.data.datasets import ALPACA, DIALOGUES, DOCUMENTS, SHAREGPT, info, lines, settings, source, turns
 
 
@@ -112,6 +114,26 @@ def test_settings_of_the_labels_are_followed(corpus, tokenizer, options):
     [(ids, labels)] = Template.from_tokenizer(tokenizer).encode_dialogues(tokenizer, [messages], **options)
     assert store.ids(2).tolist() == ids.tolist()
     assert store.labels(2).tolist() == labels.tolist()
+
+
+def test_the_chat_template_and_the_marks_of_documents_belong_to_the_cache(corpus):
+    def directory(name, stage, change=None, **changed):
+        tokenizer = tiny_tokenizer("qwen3")
+        if change:
+            change(tokenizer)
+        return load_tokenized_dataset(name, stage, tokenizer, settings(corpus, **changed)).directory
+
+    def edit(tokenizer):
+        tokenizer.chat_template = tokenizer.chat_template.replace("Tools, one a line", "Tools")
+
+    dialogues, documents = directory("dialogues", "sft"), directory("documents", "pt")
+    assert directory("dialogues", "sft", document_end_token="</think>") == dialogues
+    assert directory("documents", "pt", edit) == documents
+    assert directory("dialogues", "sft", edit) != dialogues
+    other = directory("documents", "pt", document_end_token="</think>")
+    assert other != documents
+    ends = [TokenStore(folder).ids(0)[-1] for folder in (documents, other)]
+    assert tiny_tokenizer("qwen3").convert_ids_to_tokens(map(int, ends)) == ["<|endoftext|>", "</think>"]
 
 
 def test_settings_that_change_the_ids_make_another_cache(corpus, tokenizer, tiny_tokenizer_dir):

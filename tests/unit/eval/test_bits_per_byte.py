@@ -10,6 +10,7 @@ from llmtuner.data.template import Template
 from llmtuner.eval.bits_per_byte import Windows, bits_per_byte, bootstrap_ci, document_bits
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 def test_bits_per_byte_equals_the_sum_by_hand(tiny_model_dir):
@@ -49,3 +50,11 @@ def test_interval_covers_what_other_documents_would_have_given():
         covered += low <= 2.0 <= high
     assert 180 <= covered <= 199  # 95 % of 200 are 190
     assert bootstrap_ci(numpy.array([8.0]), numpy.array([4])) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(("kind", "before"), [("qwen3", "<|endoftext|>"), ("llama", "<|begin_of_text|>")])
+def test_the_first_token_has_a_context_in_other_bases_too(kind, before):
+    tokenizer = tiny_tokenizer(kind)
+    windows = Windows.from_texts(tokenizer, ["一座山"], 64)
+    assert windows.input_ids == [[tokenizer.convert_tokens_to_ids(before), *encode(tokenizer, "一座山")]]
+    assert windows.prefix_length == 1

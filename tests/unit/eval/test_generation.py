@@ -10,6 +10,7 @@ from llmtuner.data.template import Template
 from llmtuner.eval.generation import GeneratedAnswer, generate_answers
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 def test_answers_do_not_depend_on_the_batch(tiny_model_dir):
@@ -33,6 +34,29 @@ def test_an_answer_ends_at_an_end_mark_and_costs_what_came_before(tiny_tokenizer
     )
     told = generate_answers(model, tokenizer, ["河", "一座山，一座小镇"], 4).answers
     assert told == [GeneratedAnswer("河", 2, True), GeneratedAnswer("山河山河", 4, False)]
+
+
+def test_a_base_that_thinks_answers_at_once():
+    tokenizer = tiny_tokenizer("qwen3")
+    prompts = []
+    written = torch.tensor([[*encode(tokenizer, "河"), tokenizer.eos_token_id]] * 2)
+
+    def generate(input_ids, attention_mask, generation_config, **_):
+        prompts.extend(zip(input_ids.tolist(), attention_mask.tolist(), strict=True))
+        assert generation_config.pad_token_id == tokenizer.pad_token_id
+        assert generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+        return torch.cat([input_ids, written], dim=1)
+
+    config = SimpleNamespace(max_position_embeddings=99)
+    model = SimpleNamespace(device=torch.device("cpu"), config=config, generate=generate)
+    answers = generate_answers(model, tokenizer, ["河?", "一座山?"], 4).answers
+    assert [(answer.text, answer.finished) for answer in answers] == [("河", True)] * 2
+    for question, (ids, mask) in zip(["河?", "一座山?"], prompts, strict=True):
+        padding = mask.count(0)
+        assert ids[:padding] == [tokenizer.pad_token_id] * padding
+        text = tokenizer.decode(ids[padding:])
+        head = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        assert text == f"<|im_start|>user\n{question}{head}"
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(tiny_model_dir, monkeypatch):

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from llmtuner.console import UserError
+from llmtuner.data.chat_template import get_template
 from llmtuner.data.template import Template
 from llmtuner.eval.lm_eval_adapter import SUITES, ChatGLM3LM, load_tasks, patched_harness, run_suite
 from llmtuner.eval.scores import format_scores
 from llmtuner.model.loading import load_model
 from llmtuner.tokenizer.fast import encode, load_tokenizer
 from tests.helpers import ROOT
+from tests.tiny_models import tiny_model
 from tests.unit.eval.by_hand import greedy, log_likelihood
 
 pytestmark = pytest.mark.slow
@@ -128,6 +130,34 @@ def test_dialogue_is_the_template_with_an_open_answer(tiny, harness_model, read)
     begun = [*dialogue("港は？"), {"role": "assistant", "content": "答えは"}]
     harness_model.generate_until(requests((begun, {"max_gen_toks": 1})))
     assert read == [[*asked, *encode(tokenizer, "答えは")]]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_requests_are_in_the_format_of_other_bases(kind, tmp_path):
+    tiny_model(tmp_path, kind)
+    model, tokenizer = load_model(tmp_path, torch.float32), load_tokenizer(tmp_path)
+    template = get_template(tokenizer)
+    harness_model = ChatGLM3LM(model, tokenizer, batch_size=1)
+    read = []
+    model.register_forward_pre_hook(lambda _, __, named: read.extend(named["input_ids"].tolist()), with_kwargs=True)
+    for context, continuation, prefix in (
+        ("山", "河", template.prefix),
+        ("", "山河", [tokenizer.convert_tokens_to_ids({"qwen3": "<|endoftext|>", "llama": "<|begin_of_text|>"}[kind])]),
+    ):
+        read.clear()
+        harness_model.loglikelihood(requests((context, continuation)))
+        assert read == [[*prefix, *encode(tokenizer, context + continuation)[:-1]]]
+    read.clear()
+    begun = [*dialogue("港は？"), {"role": "assistant", "content": "答えは"}]
+    harness_model.generate_until(requests((dialogue("港は？"), {"max_gen_toks": 1}), (begun, {"max_gen_toks": 1})))
+    prompt = template.encode_prompt(tokenizer, dialogue("港は？"))
+    head = encode_head(tokenizer) if kind == "qwen3" else []
+    answer = [*prompt, *head, *encode(tokenizer, "答えは")]
+    assert sorted(read, key=len) == [[*prompt, *head], answer]
+
+
+def encode_head(tokenizer):
+    return tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"]
 
 
 def test_no_text_becomes_a_special_token(tiny, harness_model, read):
