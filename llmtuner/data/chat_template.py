@@ -120,8 +120,8 @@ class MessageForm:
             elif role == "assistant" and "metadata" not in message:
                 converted.append({"role": role, "content": self.escape(content, is_answer=True)})
             else:
-                called = self.escape(message.get("metadata", called))
-                converted.append(self._convert_tool_turn(role, called, content))
+                called = message.get("metadata", called)
+                converted.append(self._convert_tool_turn(role, self.escape(called), content))
         return converted, tools
 
     def _convert_tool_turn(self, role: str, name: str, content: str) -> dict[str, Any]:
@@ -229,10 +229,18 @@ class ChatTemplate:
     @property
     def eval_prefix(self) -> list[int]:
         """What stands before a text that is scored, so that its first token has a context."""
-        return self.prefix or [self.document_end]
+        return self.prefix or self._known_end or [self.pad_token_id]
+
+    @cached_property
+    def _known_end(self) -> list[int]:
+        try:
+            return [self.document_end]
+        except UserError:
+            return []
 
     @property
     def pad_token_id(self) -> int:
+        """The id that pads a batch; nothing attends to it."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(index for index in ids if index is not None)
 
@@ -246,11 +254,7 @@ class ChatTemplate:
         """Ids that end an assistant's turn, and a document."""
         turns = self.turns
         names = dict.fromkeys(name for name in (turns.end, turns.inner_end, turns.call_end) if name)
-        try:
-            ends = [self.document_end]
-        except UserError:
-            ends = []
-        return list(dict.fromkeys([*map(self.vocabulary.__getitem__, names), *ends]))
+        return list(dict.fromkeys([*map(self.vocabulary.__getitem__, names), *self._known_end]))
 
     @cached_property
     def dialogue_prefix(self) -> list[int]:

@@ -193,6 +193,7 @@ def test_where_nothing_says_what_ends_a_document():
     with pytest.raises(UserError, match=r"its eos_token is <\|im_end\|>, which ends a turn. Set document_end_token"):
         get_template(tokenizer).encode_documents(tokenizer, ["山"])
     assert get_template(tokenizer).stop_token_ids == [tokenizer.eos_token_id]
+    assert get_template(tokenizer).eval_prefix == [tokenizer.eos_token_id]  # any context is better than none
     # An eos_token that ends answers alone separates documents, too.
     tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}<think>{{ m.content }}</think>{% else %}"
     tokenizer.chat_template += "{{ m.content + eos_token }}{% endif %}{% endfor %}"
@@ -300,6 +301,44 @@ def test_a_template_without_system_role_or_tools():
     assert (ids.tolist(), labels.tolist()) == by_turns(tokenizer, merged, "<|eot_id|>")
     with pytest.raises(UserError, match=r"has no form for the calls of tools. Leave such dialogues out \(row_filter\)"):
         template.encode_dialogues(tokenizer, [to_messages(WITH_TOOLS, calling(TOOLS), calls_as_json=True)])
+
+
+CHANNELS = """{% for m in messages %}{% if m.role == 'tool' %}<|start|>functions.{{ m.name }}<|message|>{{ m.content | tojson }}<|end|>
+{%- elif m.tool_calls %}{% set call = m.tool_calls[0].function %}<|start|>assistant to={{ call.name }}<|channel|>calls<|message|>
+{{- call.arguments | tojson }}<|call|>{% elif m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}
+{{- '<|return|>' if loop.last else '<|end|>' }}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
+
+
+def test_answers_that_end_in_several_ways():
+    """An answer in the history, the last one and a call end with tokens of their own; a channel opens each."""
+    tokenizer = with_template("llama", CHANNELS)
+    names = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tokenizer.eos_token = "<|return|>"
+    template = get_template(tokenizer)
+    dialogue = to_messages(WITH_TOOLS, calling([], "一", json.dumps(CALL), "二<|end|>", "三"), calls_as_json=True)
+    dialogue += messages("四", "五")
+    [(ids, labels)] = template.encode_dialogues(tokenizer, [dialogue])
+    arguments = json.dumps(CALL["arguments"], ensure_ascii=False)
+    assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == (
+        f" to=get_weather<|channel|>calls<|message|>{arguments}<|call|><|channel|>final<|message|>三<|end|>"
+        "<|channel|>final<|message|>五<|return|>"
+    )
+    assert '<|start|>functions.get_weather<|message|>"二<|end|>"<|end|>' in tokenizer.decode(ids)
+    stops = ["<|return|>", "<|end|>", "<|call|>", "<|end_of_text|>"]
+    assert tokenizer.convert_ids_to_tokens(template.stop_token_ids) == stops
+    prompt = template.encode_prompt(tokenizer, dialogue[:-1], template.answer_start)
+    assert tokenizer.decode(prompt).endswith("<|start|>assistant<|channel|>final<|message|>")
+
+
+def test_nothing_behind_the_end_of_an_answer_is_trained_on():
+    """Some templates end every dialogue with the eos_token, behind the end of the last answer."""
+    text = "{% for m in messages %}{{ m.role + '\n' + m.content + '<|eot_id|>\n' }}{% endfor %}"
+    tokenizer = with_template("llama", text + "{{ 'assistant\n' if add_generation_prompt else '<|end_of_text|>' }}")
+    [(ids, labels)] = get_template(tokenizer).encode_dialogues(tokenizer, [DIALOGUES[2]])
+    assert (ids.tolist(), labels.tolist()) == by_turns(tokenizer, DIALOGUES[2], "<|eot_id|>")
+    assert tokenizer.decode(ids).endswith("山の上。<|eot_id|>")
 
 
 def test_what_no_template_can_be_derived_from_is_refused():
