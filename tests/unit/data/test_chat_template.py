@@ -225,6 +225,19 @@ def test_text_never_becomes_a_token_that_controls(kind):
     ]
 
 
+def test_an_answer_keeps_marks_of_thoughts_but_not_of_turns():
+    """Some bases' tokens of turns are not special either."""
+    roles = "{{ '<tool_call>' if m.role == 'user' else '</tool_call>' }}{{ m.content }}<|im_end|>"
+    text = "{% for m in messages %}" + roles + "{% endfor %}{{ '</tool_call>' if add_generation_prompt }}{# <think> #}"
+    tokenizer = with_template("qwen3", text)
+    [(ids, _)] = get_template(tokenizer).encode_dialogues(
+        tokenizer, [messages("一", "<think>二<tool_call></tool_call>")]
+    )
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    found = [added[index].content for index in ids.tolist() if index in added]
+    assert found == ["<tool_call>", "<|im_end|>", "</tool_call>", "<think>", "<|im_end|>"]
+
+
 def test_thoughts_stay_as_the_base_has_them():
     tokenizer = tiny_tokenizer("qwen3")
     template = get_template(tokenizer)
@@ -330,6 +343,12 @@ def test_answers_that_end_in_several_ways():
     assert tokenizer.convert_ids_to_tokens(template.stop_token_ids) == stops
     prompt = template.encode_prompt(tokenizer, dialogue[:-1], template.answer_start)
     assert tokenizer.decode(prompt).endswith("<|start|>assistant<|channel|>final<|message|>")
+    # The token that ends an answer may stand before it, too.
+    final, thoughts = "<|start|>assistant<|channel|>final", "<|start|>assistant<|channel|>thoughts<|end|>"
+    tokenizer.chat_template = CHANNELS.replace(final, thoughts + final)
+    [(ids, labels)] = get_template(tokenizer).encode_dialogues(tokenizer, [messages("一", "二")])
+    target = f"{thoughts}{final}<|message|>二<|return|>".removeprefix("<|start|>assistant")
+    assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == target
 
 
 def test_nothing_behind_the_end_of_an_answer_is_trained_on():
