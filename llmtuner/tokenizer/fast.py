@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -51,7 +52,6 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 # Two noncharacters, which Unicode reserves for internal use. The chat template inserts them into the name of every special
 # token in a message, so that it is not recognised there; the tokenizer then removes them from the text.
 ESCAPE = "\ufdd0\ufdd1"
-ESCAPE_RULE = (ESCAPE, "")
 
 # Renders a conversation as ChatGLM3's `build_chat_input` does; only the template itself can produce roles.
 CHAT_TEMPLATE = """\
@@ -127,7 +127,7 @@ def check_sentencepiece_spec(proto: Any, model_file: Path, allow_ties: bool = Fa
         for broken, problem in [
             (trainer.model_type != 2, "it is not a BPE model"),
             (not trainer.byte_fallback, "it has no byte fallback"),
-            (_rules(normalizer) not in ([], [ESCAPE_RULE]), f"it normalizes text ({normalizer.name})"),
+            (normalizer.precompiled_charsmap not in (b"", _escape_rule()), f"it normalizes text ({normalizer.name})"),
             (not normalizer.add_dummy_prefix, "it adds no space before a text"),
             (normalizer.remove_extra_whitespaces, "it removes whitespace"),
             ([piece.piece for piece in proto.pieces[:3]] != [UNK, BOS, EOS], f"ids 0, 1, 2 are not {UNK} {BOS} {EOS}"),
@@ -148,14 +148,12 @@ def check_sentencepiece_spec(proto: Any, model_file: Path, allow_ties: bool = Fa
         )
 
 
-def _rules(normalizer: Any) -> list[tuple[str, str]]:
-    """The rules by which a sentencepiece model replaces strings before it encodes."""
-    if not normalizer.precompiled_charsmap:
-        return []
-    try:
-        return sentencepiece.SentencePieceNormalizer(normalizer_spec=normalizer).Decompile()
-    except RuntimeError as error:
-        return [("", str(error))]  # damaged
+@cache
+def _escape_rule() -> bytes:
+    """The rule by which a sentencepiece model removes `ESCAPE` from text."""
+    sentencepiece.set_min_log_level(1)  # compiling it is no news
+    spec = sentencepiece.SentencePieceNormalizer(norm_map=[(ESCAPE, "")]).serialized_normalizer_spec()
+    return sentencepiece_model_pb2.NormalizerSpec.FromString(spec).precompiled_charsmap  # type: ignore[attr-defined]
 
 
 def special_token_ids(proto: Any) -> dict[str, int]:
@@ -316,12 +314,6 @@ def _save_slow_tokenizer(proto: Any, directory: Path) -> None:
     text as it is; no speech is meant. For Glm, `AutoTokenizer` overrules `tokenizer_class` unless `auto_map` names code of
     the directory, which it runs only if it is told to trust it. There is none, and its name says what to do.
     """
-    with_rule = type(proto)()
-    with_rule.CopyFrom(proto)
-    sentencepiece.set_min_log_level(1)  # compiling a rule is no news
-    normalizer = sentencepiece.SentencePieceNormalizer(norm_map=[ESCAPE_RULE])
-    rules = type(proto.normalizer_spec).FromString(normalizer.serialized_normalizer_spec())
-    with_rule.normalizer_spec.precompiled_charsmap = rules.precompiled_charsmap
     config = {
         "tokenizer_class": "Speech2TextTokenizer",
         "auto_map": {"AutoTokenizer": ["load_without.trust_remote_code", None]},
@@ -330,10 +322,10 @@ def _save_slow_tokenizer(proto: Any, directory: Path) -> None:
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    vocabulary |= special_token_ids(proto)
+    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)} | special_token_ids(proto)
+    proto.normalizer_spec.precompiled_charsmap = _escape_rule()
     (directory / "tokenizer.json").unlink(missing_ok=True)  # of a run before
-    (directory / "tokenizer.model").write_bytes(with_rule.SerializeToString())
+    (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
     (directory / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
