@@ -435,12 +435,7 @@ def _plain_backend(tokenizer: "PreTrainedTokenizerFast", after: str) -> Any:
     if not after and only_special:
         return backend
     if tokenizer not in PLAIN_BACKENDS:
-        spec = {**json.loads(backend.to_str()), "added_tokens": [], "post_processor": None}
-        model = spec["model"]
-        if model["type"] == "BPE":  # no pre-token may be one of these tokens either (ignore_merges)
-            names = {token.content for token in added} - {model["unk_token"]}
-            model["vocab"] = {token: index for token, index in model["vocab"].items() if token not in names}
-            model["merges"] = [pair for pair in model["merges"] if not names & {*pair, "".join(pair)}]
+        spec = without_added_tokens(json.loads(backend.to_str()))
         backends = {"": backend if only_special else Tokenizer.from_str(json.dumps(spec))}
         for follows in ("token", "text"):
             other = spec | {
@@ -449,6 +444,17 @@ def _plain_backend(tokenizer: "PreTrainedTokenizerFast", after: str) -> Any:
             backends[follows] = backends[""] if other == spec else Tokenizer.from_str(json.dumps(other))
         PLAIN_BACKENDS[tokenizer] = backends
     return PLAIN_BACKENDS[tokenizer][after]
+
+
+def without_added_tokens(spec: dict[str, Any]) -> dict[str, Any]:
+    """The content of a tokenizer.json that recognises no added token in a text, and adds none to it."""
+    model, names = spec["model"], {token["content"] for token in spec.get("added_tokens") or ()}
+    if model["type"] == "BPE":  # no pre-token may be one of these tokens either (ignore_merges)
+        names -= {model["unk_token"]}
+        vocabulary = {token: index for token, index in model["vocab"].items() if token not in names}
+        merges = [pair for pair in model["merges"] if not names & {*pair, "".join(pair)}]
+        model = {**model, "vocab": vocabulary, "merges": merges}
+    return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
 
 
 def _without_space_before(spec: Any, after: str) -> Any:

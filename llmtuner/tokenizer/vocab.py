@@ -23,29 +23,27 @@ from llmtuner.tokenizer.fast import (
     SPACE,
     SPECIAL_TOKENS,
     check_sentencepiece_spec,
+    copy_tokenizer,
     display_tokens,
     encode_sentencepiece,
     read_sentencepiece,
     save_tokenizer,
     special_token_ids,
     to_processor,
+    without_added_tokens,
 )
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BOUNDARY = (
-    0  # separates what no token may span; id 0 is <unk>, a control token or the byte "!", of which no new token is made
-)
+BOUNDARY = 0  # separates what no token may span: <unk>, a control token or the byte "!", of which no new token is made
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE}
 BYTE_TO_CHARACTER |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
 """byte -> the character that stands for it in byte-level BPE, by GPT-2's rule: other bytes follow from U+0100 on"""
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 NUM_CONTROL_TOKENS = 3  # <unk> <s> </s>: the first pieces of ChatGLM3's sentencepiece model
-CONTROL_SHAPE = re.compile(
-    r"<[^<>\s]+>|\[[^\[\]\s]+\]"
-)  # of an added token that is no text: <think>, <|im_end|>, [gMASK]
+CONTROL_SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # of added tokens that are no text: <think>, [gMASK]
 
 
 class Vocab(ABC):
@@ -317,8 +315,7 @@ class JsonVocab(Vocab):
         """Encodes text without recognising added tokens in it."""
         from tokenizers import Tokenizer
 
-        content = {**self.content, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        return Tokenizer.from_str(json.dumps(content))
+        return Tokenizer.from_str(json.dumps(without_added_tokens(self.content)))
 
     @cached_property
     def merger(self) -> Any:
@@ -404,10 +401,7 @@ class JsonVocab(Vocab):
         file.write_text(json.dumps(self.content, ensure_ascii=False), encoding="utf-8")
 
     def save_model_files(self, directory: Path, base: Path) -> None:
-        from llmtuner.tokenizer.fast import copy_tokenizer
-
-        if base.is_dir():
-            copy_tokenizer(base, directory)
+        copy_tokenizer(base, directory)
         (directory / "tokenizer.model").unlink(missing_ok=True)  # the base's: it lacks the new tokens
         self.save(directory / self.file_name)
         settings = directory / "tokenizer_config.json"
@@ -450,35 +444,22 @@ def _unsupported(content: Any) -> list[str]:
     kind = model.get("type") or ("BPE" if "merges" in model else "unknown")
     if kind != "BPE" or "merges" not in model:
         return [f"it is a {kind} tokenizer; only BPE has merges, behind which new ones can be ranked"]
-    text = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    steps = {*re.findall(r'"type": "(\w+)"', json.dumps(content.get("normalizer")))}
-    lossy = sorted(steps - {"Sequence", "NFC", "Replace", "Prepend"})
-    added = content.get("added_tokens") or []
-    as_text = [
-        token["content"] for token in added if not (token["special"] or CONTROL_SHAPE.fullmatch(token["content"]))
-    ]
+    normalizer, added, tokens = content.get("normalizer"), content.get("added_tokens") or [], {*model["vocab"]}
+    lossy = sorted(
+        {*re.findall(r'"type": "(\w+)"', json.dumps(normalizer))} - {"Sequence", "NFC", "Replace", "Prepend"}
+    )
+    names = [token["content"] for token in added if not token["special"]]
+    as_text = [name for name in names if not CONTROL_SHAPE.fullmatch(name)]
     ids = {*model["vocab"].values(), *(token["id"] for token in added)}
-    byte_level = '"ByteLevel"' in text
-    alphabet = CHARACTER_TO_BYTE if byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
-    return [
-        problem
-        for broken, problem in [
-            (lossy, f"its normalizer changes text beyond repair ({', '.join(lossy)})"),
-            (
-                as_text,
-                f"it has added tokens that are text ({', '.join(map(repr, as_text[:3]))} and others), which cut words",
-            ),
-            (
-                len(ids) != max(ids, default=-1) + 1,
-                f"its {len(ids):,} ids have holes: the highest is {max(ids, default=-1):,}",
-            ),
-            (
-                not byte_level and not model.get("byte_fallback"),
-                "characters outside its vocabulary are lost (no bytes)",
-            ),
-            (not model["vocab"].keys() >= {*alphabet}, "it lacks some of the 256 bytes"),
-            (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"), "it marks parts of words"),
-            (model.get("dropout"), "it drops merges at random (dropout)"),
-        ]
-        if broken
-    ]
+    byte_level = '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
+    alphabet = {*CHARACTER_TO_BYTE} if byte_level else {f"<0x{byte:02X}>" for byte in range(256)}
+    problems = {
+        f"its normalizer changes text beyond repair ({', '.join(lossy)})": lossy,
+        f"it has added tokens that are text and cut words ({', '.join(map(repr, as_text[:3]))})": as_text,
+        f"its {len(ids):,} ids have holes: the highest is {max(ids):,}": len(ids) != max(ids) + 1,
+        "characters outside its vocabulary are lost (no bytes)": not byte_level and not model.get("byte_fallback"),
+        "it lacks some of the 256 bytes": not alphabet <= tokens,
+        "it marks parts of words": model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
+        "it drops merges at random (dropout)": model.get("dropout"),
+    }
+    return [problem for problem, found in problems.items() if found]

@@ -174,7 +174,7 @@ def changed(content, **model):
         (lambda c: changed(c, vocab=c["model"]["vocab"] | {"x": 999_999}), "ids have holes: the highest is 999,999"),
         (
             lambda c: c | {"added_tokens": [*c["added_tokens"], {"content": "\n\n", "id": 419, "special": False}]},
-            "text ('\\n\\n'",
+            "are text and cut words ('\\n\\n')",
         ),
         (lambda c: changed(c, end_of_word_suffix="</w>"), "it marks parts of words"),
         (lambda c: changed(c, dropout=0.1), "dropout"),
