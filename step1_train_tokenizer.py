@@ -1,4 +1,4 @@
-"""Step 1: train a Japanese tokenizer, whose tokens step 2 adds to the base model's tokenizer.
+"""Step 1: train tokens of the new language, which step 2 adds to the base model's tokenizer.
 
     python step1_train_tokenizer.py                           continued BPE, on top of the base tokenizer
     python step1_train_tokenizer.py --method sentencepiece    BPE from single characters, with the base's normalization
@@ -6,9 +6,9 @@
     python step1_train_tokenizer.py --start FILE.model        begin with the tokens of another sentencepiece model
     python step1_train_tokenizer.py --sample-mb 20            read less text
 
-Reads the Japanese training sets of `constants.TOKENIZER_MIX` without their held-out documents, the tokenizer of
-BASE_MODEL_DIR, and Chinese text that tells which Han strings are Chinese too. Writes
-WORK_DIR/step1_ja_tokenizer/ja_bpe.model and WORK_DIR/metrics/step1.json.
+Reads the training sets of `constants.TOKENIZER_MIX` without their held-out documents, the tokenizer of BASE_MODEL_DIR
+(sentencepiece or a BPE tokenizer.json), and text that tells what the other languages write too. Writes
+WORK_DIR/step1_ja_tokenizer/ja_bpe.model, or ja_bpe.json, and WORK_DIR/metrics/step1.json.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import constants
 import pipeline
-from constants import CORPUS_DIR, JA_TOKENIZER, PROFILE, TOKENIZER_MIX
+from constants import CORPUS_DIR, JA_TOKENIZER, LANGUAGES, PROFILE, TOKENIZER_MIX
 from llmtuner.console import Timer, UserError, format_table, print0, print_header, progress, run_cli
 from llmtuner.outputs import atomic_directory
 
@@ -46,7 +46,7 @@ def main() -> None:
     from llmtuner.tokenizer.sentencepiece_bpe import short_sentences, split_sentences, train_bpe
     from llmtuner.tokenizer.vocab import SentencePieceVocab, Vocab, read_vocab
 
-    held_out = pipeline.held_out_texts("ja")
+    held_out = pipeline.held_out_texts(LANGUAGES.added)
     next(pipeline.tokenizer_corpus(1))
     next(pipeline.reference_texts(), None)
     base = read_vocab(base_dir)
@@ -100,7 +100,7 @@ def main() -> None:
     rows = [[script, f"{count:,}"] for script, count in by_script.most_common(12)]
     print0("\n" + format_table(["written in", "new tokens"], rows))
 
-    print_header("held-out Japanese text")
+    print_header(f"held-out {LANGUAGES.name} text")
     splits: dict[str, tuple[Vocab, int]] = {"base": (base, 0)}
     splits[options.method] = (model, len(tokens))
     if options.compare:
@@ -127,7 +127,7 @@ def main() -> None:
             "pieces_by_script": dict(by_script.most_common()),
             "tokens_per_character": {name: round(value, 4) for name, value in per_character.items()},
         },
-        f"{len(tokens):,} new tokens from {total / 1e6:.1f} MB in {seconds:.0f} s; tokens per Japanese character "
+        f"{len(tokens):,} new tokens from {total / 1e6:.1f} MB in {seconds:.0f} s; tokens per {LANGUAGES.name} character "
         f"{per_character['base']:.2f} -> {per_character[options.method]:.2f}",
     )
 
@@ -156,7 +156,7 @@ def continue_bpe(base: "Vocab", documents: Iterable[str], start: "Vocab | None")
     learned = train_continued_bpe(lines, missing, writing_system, pipeline.reference_texts())
     tokens += progress(learned, "training", total=missing, unit=" tokens")
     if not tokens:
-        raise UserError(f"there is no text to train a tokenizer on in {CORPUS_DIR}. Put Japanese text there.")
+        raise UserError(f"there is no text to train a tokenizer on in {CORPUS_DIR}. Put {LANGUAGES.name} text there.")
     return tokens
 
 

@@ -1,11 +1,11 @@
-"""Step 2: merge step 1's tokens into the base tokenizer, and prove that Chinese and English are encoded as before.
+"""Step 2: merge step 1's tokens into the base tokenizer, and prove that other languages are encoded as before.
 
     python step2_merge_tokenizer.py
     python step2_merge_tokenizer.py --candidates FILE.model    merge the tokens of another sentencepiece model
     python step2_merge_tokenizer.py --method original          add every candidate with the highest score, to compare
 
-Reads the tokenizer of BASE_MODEL_DIR (not its weights), the model of step 1, and Chinese text that tells which Han strings
-are Chinese too. Writes WORK_DIR/step2_merged_tokenizer/, which `AutoTokenizer` loads, and WORK_DIR/metrics/step2.json.
+Reads the tokenizer of BASE_MODEL_DIR (not its weights), the model of step 1, and text that tells what the other languages
+write too. Writes WORK_DIR/step2_merged_tokenizer/, which `AutoTokenizer` loads, and WORK_DIR/metrics/step2.json.
 """
 
 import argparse
@@ -14,9 +14,8 @@ from typing import Any
 
 import constants
 import pipeline
-from constants import JA_TOKENIZER, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
+from constants import JA_TOKENIZER, LANGUAGES, MERGED_TOKENIZER_DIR, ORIGINAL_MERGE_DIR
 from llmtuner.console import UserError, format_table, print0, print_header, progress, run_cli, verdict
-from llmtuner.eval.language import LANGUAGES
 from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
 
@@ -54,10 +53,10 @@ def main() -> None:
     base, candidates = read_vocab(base_dir), read_vocab(options.candidates)
     held_out = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
 
-    # Do: keep the tokens that only Japanese text can contain, rank them below the base vocabulary, drop unreachable ones.
+    # Do: keep the tokens that only text of the new language can contain, rank them below the base vocabulary, drop unreachable ones.
     merged: Vocab
     if exact:
-        reference = progress(pipeline.reference_texts(), "reading Chinese text", unit=" documents")
+        reference = progress(pipeline.reference_texts(), "reading reference text", unit=" documents")
         filtered = filter_candidates(base, candidates, WRITING_SYSTEMS[constants.WRITING_SYSTEM], reference)
         merged, unused = merge_reachable(base, filtered.accepted)
         rejection_counts = {**filtered.rejected, "unreachable": len(unused)}
@@ -102,7 +101,7 @@ def main() -> None:
         for language, result in results.items()
     ]
     print0(format_table(["language", "texts", "tokens before", "after", "ratio", "changed texts"], rows))
-    for language in ("zh", "en"):
+    for language in LANGUAGES.retained:
         for change in results[language].changes[:MAX_EXAMPLES]:
             print0(f"\n{LANGUAGES[language]} text encoded differently, from the first difference on:")
             print0(f"  before  {' | '.join(change.before)}\n  after   {' | '.join(change.after)}")
@@ -114,11 +113,11 @@ def main() -> None:
             print0(f"  before  {' | '.join(old)}\n  after   {' | '.join(new)}")
             segmentations[language] = {"text": sentence, "before": old, "after": new}
 
-    changed = sum(len(results[language].changes) for language in ("zh", "en"))
-    total = sum(results[language].texts for language in ("zh", "en"))
+    changed = sum(len(results[language].changes) for language in LANGUAGES.retained)
+    total = sum(results[language].texts for language in LANGUAGES.retained)
     examples = f" ({' '.join(unreachable[:8])})" if unreachable else ""
     details = (
-        f"{changed:,} of {total:,} held-out Chinese and English texts encoded differently, {len(unreachable):,} unreachable "
+        f"{changed:,} of {total:,} held-out {LANGUAGES.listed(codes=LANGUAGES.retained)} texts encoded differently, {len(unreachable):,} unreachable "
         f"tokens{examples}, special token ids {'unchanged' if special_ids_kept else 'CHANGED'}"
     )
     print0("\n" + verdict("Merge check", not changed and not unreachable and special_ids_kept, details))
@@ -131,15 +130,16 @@ def main() -> None:
         "unreachable_tokens": len(unreachable),
         "special_ids_kept": special_ids_kept,
         "token_ratio": {language: round(result.token_ratio, 4) for language, result in results.items()},
-        "changed_texts": {language: len(results[language].changes) for language in ("zh", "en")},
+        "changed_texts": {language: len(results[language].changes) for language in LANGUAGES.retained},
         "texts": {language: result.texts for language, result in results.items()},
         "segmentations": segmentations,
         "examples_of_changes": {
-            language: [vars(change) for change in results[language].changes[:MAX_EXAMPLES]] for language in ("zh", "en")
+            language: [vars(change) for change in results[language].changes[:MAX_EXAMPLES]]
+            for language in LANGUAGES.retained
         },
     }
     if exact:
-        outcome = f"{len(added):,} tokens added to {base.base_range.stop:,}; Japanese takes {results['ja'].token_ratio:.0%} of the tokens"
+        outcome = f"{len(added):,} tokens added to {base.base_range.stop:,}; {LANGUAGES.name} takes {results[LANGUAGES.added].token_ratio:.0%} of the tokens"
         pipeline.finish_step("step2", metrics, outcome)
     else:
         atomic_write_json(ORIGINAL_MERGE_DIR / "metrics.json", metrics)
