@@ -94,6 +94,7 @@ def test_steps_1_and_2_end_to_end(places, tiny_tokenizer_dir):
     assert second.returncode == 0, second.stderr
     metrics = metrics_of(work, "step2")
     assert metrics.pop("made_from").keys() == {"base tokenizer", "ja_bpe.model"}
+    assert [*metrics.pop("languages")] == ["ja", "zh", "en"]  # in this order: the added one first
     ratio = metrics.pop("token_ratio")
     assert ratio.pop("ja") < 0.3
     assert ratio == {"zh": 1.0, "en": 1.0}
