@@ -11,7 +11,7 @@ import pytest
 
 from llmtuner.console import UserError
 from tests.helpers import ROOT, opened
-from tests.scripts import START, STEPS, free_port, refused, start, start_step
+from tests.scripts import START, STEPS, free_port, keep_few, refused, start, start_step
 
 FEW = ["--max_steps", "12", "--eval_steps", "12", "--max_eval_samples", "8"]  # settings of a short run
 
@@ -27,22 +27,6 @@ def run_of_all_steps(tmp_path_factory):
         if step == "step1":  # which writes the texts
             keep_few(directory / "work" / "corpus")
     return directory / "work"
-
-
-def keep_few(corpus):
-    """Keeps every 16th held-out text and every fourth question of each group: each step reads all that there are."""
-    import pyarrow.parquet
-
-    for file in corpus.glob("*.test.parquet"):
-        table = pyarrow.parquet.read_table(file)
-        pyarrow.parquet.write_table(table.take(list(range(0, len(table), 16))), file)
-    for file in corpus.glob("*.test.json"):
-        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8"))[::16]), encoding="utf-8")
-    by_group = {}
-    for line in (corpus / "questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
-        by_group.setdefault(json.loads(line).get("group"), []).append(line)
-    kept = "".join(line for lines in by_group.values() for line in lines[::4])
-    (corpus / "questions.jsonl").write_text(kept, encoding="utf-8")
 
 
 def metrics_of(work, step):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +25,9 @@ from llmtuner.tokenizer.vocab import read_vocab
 from llmtuner.train.tuner import export_model, run_exp
 from llmtuner.weights.embedding_init import find_new_tokens
 from llmtuner.weights.resize_embeddings import rows_equal
-from tests.helpers import TEXTS
+from mini.world import write_world
+from tests.helpers import ROOT, TEXTS
+from tests.scripts import STEPS, keep_few, start_step
 from tests.tokenizers import JAPANESE, train_tokens
 from tests.training import log_of
 
@@ -185,3 +188,39 @@ def check_logits(merged, adapter, base):
     with torch.no_grad():
         expected, found = trained(ids).logits, AutoModelForCausalLM.from_pretrained(merged)(ids).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- all seven in a row
+SHORT = dict(max_steps=4, eval_steps=2, save_steps=2, max_eval_samples=2)
+SHORT |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+
+
+@pytest.mark.slow
+def test_all_seven_steps_by_a_profile_alone(family_dir, tmp_path):
+    write_world(tmp_path / "corpus")
+    keep_few(tmp_path / "corpus")
+    profile = yaml.safe_load((ROOT / "examples" / "qwen3-4b-japanese.yaml").read_text(encoding="utf-8"))
+    profile |= dict(
+        base_model_dir=str(family_dir), base_id="tiny", questions=str(tmp_path / "corpus" / "questions.jsonl")
+    )
+    profile |= dict(num_new_tokens=300, context_length=64, max_new_tokens=8, held_out_bytes=2000)
+    profile |= dict(pt_settings=SHORT, sft_settings=SHORT)
+    profile["instruction_sets"].remove("dolly_en")  # of which the miniature has none
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(profile), encoding="utf-8")
+    for step in STEPS:
+        result = start_step(step, tmp_path, PROFILE=tmp_path / "tiny.yaml", CORPUS_DIR=tmp_path / "corpus")
+        assert result.returncode == 0, f"{step}: {result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    metrics = {step: read_json(tmp_path / "work" / "metrics" / f"{step}.json") for step in STEPS}
+    assert metrics["step3"]["old_rows_identical"]
+    for language in ("zh", "en"):
+        assert metrics["step4"][language]["identical"] == metrics["step4"][language]["total"] > 10
+    tokens = metrics["step4"]["tokens_per_character"]
+    assert tokens["zero"]["ja"] < 0.75 * tokens["base"]["ja"]
+    assert [tokens["zero"][language] for language in ("zh", "en")] == [
+        tokens["base"][language] for language in ("zh", "en")
+    ]
+    chat = tmp_path / "work" / "chat_model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat), AutoTokenizer.from_pretrained(chat)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert tokenizer.chat_template == load_tokenizer(family_dir).chat_template
+    assert len(tokenizer) == len(load_tokenizer(family_dir)) + 300 <= model.config.vocab_size
