@@ -37,7 +37,7 @@ def main() -> None:
     base_dir = pipeline.require_base_model(weights=False)
     pipeline.require_corpus()
     from llmtuner.tokenizer.comparison import compare, encoding_mismatches
-    from llmtuner.tokenizer.fast import load_tokenizer
+    from llmtuner.tokenizer.encoding import load_tokenizer
     from llmtuner.tokenizer.merge_vocab import (
         count_scripts,
         filter_candidates,

@@ -55,7 +55,7 @@ def main() -> None:
 
     from llmtuner.model.model_dir import is_original_chatglm, read_json
     from llmtuner.report.checks import MAX_LOGIT_DIFFERENCE
-    from llmtuner.tokenizer.fast import copy_tokenizer, encode_batch, load_tokenizer
+    from llmtuner.tokenizer.encoding import copy_tokenizer, encode_batch, load_tokenizer
     from llmtuner.tokenizer.vocab import read_vocab
     from llmtuner.weights import embedding_init
     from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
@@ -125,7 +125,7 @@ def main() -> None:
 
 def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
     """Weights of base tokens for each new token by their usage in the added language, for the method "focus"."""
-    from llmtuner.tokenizer.fast import encode_batch
+    from llmtuner.tokenizer.encoding import encode_batch
     from llmtuner.weights.focus import focus_weights, static_vectors
 
     documents = (text for _, text in progress(pipeline.tokenizer_corpus(FOCUS_BYTES), "reading", unit=" documents"))

@@ -27,7 +27,7 @@ def main() -> None:
     from llmtuner.eval.generation import generate_answers
     from llmtuner.eval.questions import is_correct, read_questions
     from llmtuner.model.loading import choose_placement, load_for_evaluation
-    from llmtuner.tokenizer.fast import encode_batch
+    from llmtuner.tokenizer.encoding import encode_batch
 
     questions = [
         question for question in read_questions(constants.QUESTIONS, QUESTIONS_PER_GROUP) if question.group in LANGUAGES

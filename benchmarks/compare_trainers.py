@@ -32,7 +32,7 @@ from llmtuner.files import atomic_write_json
 from llmtuner.hparams import get_train_args
 from llmtuner.hparams.transformers_args import cpu_supports_bf16
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
+from llmtuner.tokenizer.encoding import copy_tokenizer, load_tokenizer
 
 TORCH = "torch==2.13.0"
 PACKAGES = {

@@ -32,7 +32,7 @@ from llmtuner.data.template import Template
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.eval.generation import generate_answers
 from llmtuner.model.loading import load_for_evaluation, load_model
-from llmtuner.tokenizer import fast
+from llmtuner.tokenizer import chatglm3, encoding
 from llmtuner.tokenizer.vocab import Vocab, read_vocab
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import METHODS, NewTokens, find_new_tokens, init_new_embeddings
@@ -93,15 +93,15 @@ def main() -> None:
 
     base_dir, merged_dir = pipeline.require_base_model(), constants.MERGED_TOKENIZER_DIR
     new = find_new_tokens(base_dir, merged_dir)
-    tokenizer = fast.load_tokenizer(merged_dir)
+    tokenizer = encoding.load_tokenizer(merged_dir)
     sources = [get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR) for name in constants.TOKENIZER_MIX]
     japanese = [text for source in sources for text in training_documents(source, constants.VALIDATION_SHARE)]
-    init_fn = rows_maker(new, focus_weights(static_vectors(fast.encode_batch(tokenizer, japanese), new.end), new))
+    init_fn = rows_maker(new, focus_weights(static_vectors(encoding.encode_batch(tokenizer, japanese), new.end), new))
     stored = load_model(base_dir).dtype
     models = [ResizableModel(load_for_evaluation(base_dir)[0], new.first_id, stored, init_fn) for _ in range(2)]
     texts = {language: pipeline.held_out_texts(language) for language in ("ja", *BASE_LANGUAGES)}
     results: Values = {
-        "base_languages": measure_base_languages(models[0], fast.load_tokenizer(base_dir), tokenizer, texts),
+        "base_languages": measure_base_languages(models[0], encoding.load_tokenizer(base_dir), tokenizer, texts),
         "random_weights": measure_random_weights(),
         "japanese": measure_japanese(models[1], tokenizer, texts["ja"]),
     }
@@ -131,7 +131,7 @@ def measure_base_languages(
     asked = [row["question"] for row in questions(build_generators(SEED)) if row["group"] in BASE_LANGUAGES]
     prefix = Template.from_tokenizer(tokenizer).prefix
     size = WINDOW - len(prefix)
-    encoded = fast.encode_batch(tokenizer, fresh)
+    encoded = encoding.encode_batch(tokenizer, fresh)
     windows = (prefix + ids[start : start + size] for ids in encoded for start in range(0, len(ids), size))
     hidden = torch.cat([hidden_states(model, torch.tensor([ids])) for ids in windows])
     results: dict[str, Values] = {"base": bits_of(model, base_tokenizer, texts, BASE_LANGUAGES)}
@@ -231,7 +231,7 @@ def measure_training(
             zero, merged = Path(directory) / "zero", Path(directory) / "merged"
             zero.mkdir()
             resize_token_embeddings(constants.BASE_MODEL_DIR, zero, new, constants.EMBEDDING_ROWS_MULTIPLE, rows)
-            fast.copy_tokenizer(constants.MERGED_TOKENIZER_DIR, zero)
+            encoding.copy_tokenizer(constants.MERGED_TOKENIZER_DIR, zero)
             pretrain(zero, merged, max_steps=steps, seed=42 + seed)
             model, tokenizer = load_for_evaluation(merged)
         results.append({**choices, "seed": seed, "steps": steps, **bits_of(model, tokenizer, texts, texts)})
@@ -277,7 +277,7 @@ def make_kana_base(options: argparse.Namespace) -> None:
     pretrain(taught, target / "trained")
 
     # Special tokens follow the base vocabulary: the known tokens move before them.
-    specials = list(range(num_base, num_base + len(fast.SPECIAL_TOKENS)))
+    specials = list(range(num_base, num_base + len(chatglm3.SPECIAL_TOKENS)))
     order = [*range(num_base), *range(num_base + len(specials), num_base + len(specials) + len(known)), *specials]
     model = load_model(target / "trained")
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -27,8 +27,8 @@ from typing import Any
 from benchmarks.common import NUM_NEW_TOKENS, Values, make_parser, print_results, run_process, save_results
 from benchmarks.tokenizer import lines_of, texts
 from llmtuner.console import run_cli
+from llmtuner.tokenizer.chatglm3 import SPACE, build_fast_tokenizer
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
-from llmtuner.tokenizer.fast import SPACE, build_fast_tokenizer
 from llmtuner.tokenizer.merge_vocab import merge_reachable, new_candidates, unreachable_tokens
 from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes, split_sentences, train_bpe
 from llmtuner.tokenizer.vocab import JsonVocab, SentencePieceVocab, Vocab, read_vocab

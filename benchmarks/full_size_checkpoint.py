@@ -109,7 +109,7 @@ def make_adapter(resized: Path, destination: str) -> None:
 
 def merge(resized: Path, destination: str) -> None:
     """Adapter and base to a plain model; the miniature's tokenizer stands in for ChatGLM3's."""
-    from llmtuner.tokenizer.fast import copy_tokenizer
+    from llmtuner.tokenizer.encoding import copy_tokenizer
     from llmtuner.weights.merge_lora import merge_adapter
 
     copy_tokenizer(ROOT / "mini" / "base", resized)

@@ -37,7 +37,7 @@ from llmtuner.data.readers import read_rows, read_texts
 from llmtuner.data.sources import FILE_TYPES, DatasetAttr, get_dataset_attr
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.hparams import DataArguments
-from llmtuner.tokenizer import fast, merge_vocab
+from llmtuner.tokenizer import chatglm3, encoding, merge_vocab
 from llmtuner.tokenizer.comparison import compare
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
 from llmtuner.tokenizer.sentencepiece_bpe import interleave_by_bytes, split_sentences, train_bpe
@@ -158,11 +158,11 @@ def quotes_japanese(line: str) -> bool:
 
 def measure_equality(options: argparse.Namespace) -> None:
     """Ids of the fast tokenizer against those of its sentencepiece model, both with as many threads as there are cores."""
-    fast_tokenizer = fast.build_fast_tokenizer(options.tokenizer)
-    processor = fast.to_processor(fast.read_sentencepiece(options.tokenizer))
+    fast_tokenizer = chatglm3.build_fast_tokenizer(options.tokenizer)
+    processor = chatglm3.to_processor(chatglm3.read_sentencepiece(options.tokenizer))
     encoders = {
-        "fast": lambda some: fast.encode_fast(fast_tokenizer, some),
-        "sentencepiece": lambda some: fast.encode_sentencepiece(processor, some),
+        "fast": lambda some: encoding.encode_fast(fast_tokenizer, some),
+        "sentencepiece": lambda some: encoding.encode_sentencepiece(processor, some),
     }
     files = [file for file in options.corpora.iterdir() if file.suffix in FILE_TYPES and "dialogues" not in file.name]
     results: dict[str, Values] = {}
@@ -270,9 +270,9 @@ def measure_throughput(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.tokenizer
         if directory.is_file():
-            fast.save_tokenizer(options.tokenizer, directory := Path(scratch))
-        tokenizer: Any = fast.load_tokenizer(directory)
-        if not (processor := fast.PROCESSORS.get(tokenizer)):
+            chatglm3.save_tokenizer(options.tokenizer, directory := Path(scratch))
+        tokenizer: Any = encoding.load_tokenizer(directory)
+        if not (processor := encoding.PROCESSORS.get(tokenizer)):
             raise UserError(f"{directory} has no tokenizer.model, which encodes corpora.")
         slow, slow_name = slow_tokenizer(directory / "tokenizer.model")
         corpus, dialogues = Path(scratch) / "corpus", "dialogues.jsonl"

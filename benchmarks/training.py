@@ -47,7 +47,7 @@ from llmtuner.hparams import ATTN_IMPLEMENTATIONS, FinetuningArguments, get_trai
 from llmtuner.model.adapters import init_adapter
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import default_attention, load_model
-from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
+from llmtuner.tokenizer.encoding import copy_tokenizer, load_tokenizer
 from llmtuner.train import workflow
 from llmtuner.train.callbacks import peak_memory_gb
 from llmtuner.train.flops import flops_per_token, measure_peak_flops

@@ -100,7 +100,7 @@ def _conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 def make_tokenizer(texts: list[str], directory: Path) -> None:
     """Trains a tokenizer on Chinese and English with ChatGLM3's rules; the nine special tokens follow its pieces."""
-    from llmtuner.tokenizer.fast import SPECIAL_TOKENS, read_sentencepiece, save_tokenizer
+    from llmtuner.tokenizer.chatglm3 import SPECIAL_TOKENS, read_sentencepiece, save_tokenizer
     from llmtuner.tokenizer.sentencepiece_bpe import split_sentences, train_bpe
     from llmtuner.tokenizer.vocab import SentencePieceVocab
 
@@ -127,7 +127,7 @@ def make_untrained_model(directory: Path) -> None:
     from transformers import GlmConfig, GlmForCausalLM
 
     from llmtuner.data.template import Template
-    from llmtuner.tokenizer.fast import load_tokenizer
+    from llmtuner.tokenizer.encoding import load_tokenizer
 
     torch.manual_seed(1)
     tokenizer = load_tokenizer(directory)
@@ -146,7 +146,7 @@ def make_base(destination: Path) -> None:
     from llmtuner.eval.generation import generate_answers
     from llmtuner.eval.questions import is_correct, parse_questions
     from llmtuner.model.loading import load_model
-    from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
+    from llmtuner.tokenizer.encoding import copy_tokenizer, load_tokenizer
     from llmtuner.train.tuner import run_exp
 
     timer = Timer()

@@ -16,7 +16,7 @@ from tests.helpers import TEXTS
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory):
     """A Chinese-English tokenizer under ChatGLM3's rules, with the nine special tokens."""
-    from llmtuner.tokenizer.fast import save_tokenizer
+    from llmtuner.tokenizer.chatglm3 import save_tokenizer
     from llmtuner.tokenizer.sentencepiece_bpe import split_sentences, train_bpe
 
     directory = tmp_path_factory.mktemp("tiny-tokenizer")
@@ -32,7 +32,7 @@ def tiny_model_dir(tiny_tokenizer_dir, tmp_path_factory):
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
+    from llmtuner.tokenizer.encoding import copy_tokenizer, load_tokenizer
 
     directory = tmp_path_factory.mktemp("tiny-model")
     torch.manual_seed(0)

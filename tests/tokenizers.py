@@ -5,13 +5,8 @@ from typing import Any
 
 import pytest
 
+from llmtuner.tokenizer.chatglm3 import BYTE, CONTROL, NORMAL, UNKNOWN
 from llmtuner.tokenizer.continued_bpe import segment_corpus, train_continued_bpe
-from llmtuner.tokenizer.fast import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-)
 from llmtuner.tokenizer.vocab import SentencePieceVocab
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS
 from tests.helpers import ROOT

@@ -16,8 +16,7 @@ from llmtuner.console import UserError, print0
 from llmtuner.eval.generation import GENERATION_DEFAULTS
 from llmtuner.eval.language import LANGUAGES, Languages
 from llmtuner.model.loading import load_for_evaluation
-from llmtuner.tokenizer.fast import encode
-from llmtuner.tokenizer.vocab import display_ids
+from llmtuner.tokenizer.encoding import display_ids, encode
 
 COMMANDS = {
     "/help": "show this help",

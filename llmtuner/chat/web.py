@@ -24,8 +24,7 @@ from llmtuner.chat.session import ChatSession, load_generation_settings
 from llmtuner.console import UserError, print0
 from llmtuner.eval.generation import GENERATION_DEFAULTS
 from llmtuner.eval.language import LANGUAGES, Languages
-from llmtuner.tokenizer.fast import encode
-from llmtuner.tokenizer.vocab import display_ids
+from llmtuner.tokenizer.encoding import display_ids, encode
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -19,7 +19,7 @@ from llmtuner.data.template import Ids, Message, Template, encode_arrays, to_ids
 # What separates documents in pretraining; the eos_token of a chat model often ends a turn instead.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 # In a message, ESCAPE breaks the names of added tokens and stands around the text, STUFFED stands for the noncharacter
-# itself, and ANSWER_END follows an answer. ESCAPE is the one that ChatGLM3's own template inserts (tokenizer/fast.py).
+# itself, and ANSWER_END follows an answer. ESCAPE is the one that ChatGLM3's own template inserts (tokenizer/chatglm3.py).
 ESCAPE, ANSWER_END, STUFFED = "\ufdd0\ufdd1", "\ufdd0\ufdd2", "\ufdd0\ufdd4"
 SPACE_AROUND = r"\s*"
 MARKS = re.compile("\ufdd0(.)", re.DOTALL)

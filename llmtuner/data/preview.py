@@ -13,8 +13,7 @@ from llmtuner.data.loader import get_dataset
 from llmtuner.data.packing import PackedBatch, PackedDataCollator, PadToMultiple
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.hparams import get_train_args, read_args
-from llmtuner.tokenizer.fast import load_tokenizer
-from llmtuner.tokenizer.vocab import display_ids
+from llmtuner.tokenizer.encoding import display_ids, load_tokenizer
 
 GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
 MARK_OPEN, MARK_CLOSE = "⟦", "⟧"  # around targets if there are no colors

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from llmtuner.console import UserError, llmtuner_command
-from llmtuner.tokenizer.fast import PROCESSORS, encode, encode_batch, encode_fast
+from llmtuner.tokenizer.encoding import PROCESSORS, encode, encode_batch, encode_fast
 
 ROLES = ("system", "user", "assistant", "observation")
 IGNORE_INDEX = -100  # label of a token without loss

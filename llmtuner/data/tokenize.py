@@ -27,7 +27,7 @@ from llmtuner.data.template import Ids, Template
 from llmtuner.data.token_store import TokenizedDataset, TokenStore, TokenStoreWriter
 from llmtuner.files import atomic_write_json
 from llmtuner.outputs import atomic_directory
-from llmtuner.tokenizer.fast import PROCESSORS
+from llmtuner.tokenizer.encoding import PROCESSORS
 
 if TYPE_CHECKING:
     from llmtuner.hparams import DataArguments

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmtuner.console import format_table, progress_bar
 from llmtuner.data.chat_template import get_template
-from llmtuner.tokenizer.fast import encode_batch
+from llmtuner.tokenizer.encoding import encode_batch
 
 NUM_RESAMPLES = 2000
 

@@ -25,7 +25,7 @@ from llmtuner.eval.generation import batches_by_length, generate_batch, generati
 from llmtuner.eval.intervals import wilson_interval
 from llmtuner.eval.suite_data import LocalSplits, local_datasets
 from llmtuner.model.loading import load_for_evaluation
-from llmtuner.tokenizer.fast import encode, encode_batch
+from llmtuner.tokenizer.encoding import encode, encode_batch
 
 HARNESS_REQUIREMENT = "lm_eval==0.4.13"
 # MMLU-ProX asks the same questions in all three languages.

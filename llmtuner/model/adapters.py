@@ -26,7 +26,7 @@ from llmtuner.files import translate_disk_errors
 from llmtuner.hparams import EMBEDDING_MODULES, FinetuningArguments
 from llmtuner.model.model_dir import APPENDED_ROWS, MERGED_ADAPTER, adapter_checksum, read_json
 from llmtuner.outputs import finish_publishing, publish_files
-from llmtuner.tokenizer.fast import copy_tokenizer
+from llmtuner.tokenizer.encoding import copy_tokenizer
 
 NO_LORA_ON_LM_HEAD = "the output layer is trained in full or not at all. Put it into additional_target."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from llmtuner.console import UserError, llmtuner_command
 from llmtuner.model.attention import VARLEN, flash_varlen_available, register_varlen
 from llmtuner.model.model_dir import check_not_quantized, check_weight_files, is_original_chatglm, read_json
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 
 PLAIN_ATTENTION = ("glm", "llama", "mistral", "qwen2", "qwen3")
 """model_type of models whose attention is softmax(q k) v and nothing more, as the tests show."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmtuner.tokenizer.fast import encode_fast
+from llmtuner.tokenizer.encoding import encode_fast
 from llmtuner.tokenizer.vocab import Vocab
 
 if TYPE_CHECKING:

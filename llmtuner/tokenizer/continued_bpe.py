@@ -20,7 +20,7 @@ from itertools import islice
 
 import numpy as np
 
-from llmtuner.tokenizer.fast import SPACE
+from llmtuner.tokenizer.chatglm3 import SPACE
 from llmtuner.tokenizer.vocab import BOUNDARY, Vocab
 from llmtuner.tokenizer.writing_systems import ALL_CHARACTERS, WritingSystem, find_strings, partial_bytes
 

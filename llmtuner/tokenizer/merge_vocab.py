@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import SPACE, SPECIAL_TOKENS
+from llmtuner.tokenizer.chatglm3 import SPACE, SPECIAL_TOKENS
 from llmtuner.tokenizer.vocab import SentencePieceVocab, Vocab
 from llmtuner.tokenizer.writing_systems import USED_ELSEWHERE, WritingSystem, find_strings
 

@@ -17,19 +17,26 @@ import numpy as np
 
 from llmtuner.console import UserError
 from llmtuner.files import has_chatglm_tokenizer
-from llmtuner.tokenizer.fast import (
+from llmtuner.tokenizer.chatglm3 import (
     CONTROL,
     NORMAL,
     SPACE,
     SPECIAL_TOKENS,
+    bare_processor,
     check_sentencepiece_spec,
-    copy_tokenizer,
     display_tokens,
-    encode_sentencepiece,
     read_sentencepiece,
     save_tokenizer,
+    set_tokenizer_class,
     special_token_ids,
     to_processor,
+)
+from llmtuner.tokenizer.encoding import (
+    BYTE_TO_CHARACTER,
+    CHARACTER_TO_BYTE,
+    copy_tokenizer,
+    display_bytes,
+    encode_sentencepiece,
     without_added_tokens,
 )
 
@@ -37,11 +44,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BOUNDARY = 0  # separates what no token may span: <unk>, a control token or the byte "!", of which no new token is made
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_TO_CHARACTER = {byte: chr(byte) for byte in _PRINTABLE}
-BYTE_TO_CHARACTER |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))}
-"""byte -> the character that stands for it in byte-level BPE, by GPT-2's rule: other bytes follow from U+0100 on"""
-CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 NUM_CONTROL_TOKENS = 3  # <unk> <s> </s>: the first pieces of ChatGLM3's sentencepiece model
 CONTROL_SHAPE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # of added tokens that are no text: <think>, [gMASK]
 
@@ -194,18 +196,6 @@ class SentencePieceVocab(Vocab):
     def processor(self) -> Any:
         return to_processor(self.proto)
 
-    @cached_property
-    def bare_processor(self) -> Any:
-        """Adds no space before a text."""
-        bare = self._copy()
-        bare.normalizer_spec.add_dummy_prefix = False
-        return to_processor(bare)
-
-    def _copy(self) -> Any:
-        proto = type(self.proto)()
-        proto.CopyFrom(self.proto)
-        return proto
-
     def text(self, token: str) -> str | None:
         return token
 
@@ -235,7 +225,8 @@ class SentencePieceVocab(Vocab):
             raise UserError(
                 "the base tokenizer has been merged already. Set BASE_MODEL_DIR to the model before any merge."
             )
-        merged = self._copy()
+        merged = type(self.proto)()
+        merged.CopyFrom(self.proto)
         if after_special:
             for token in SPECIAL_TOKENS:
                 merged.pieces.add(piece=token, score=0.0, type=CONTROL)
@@ -247,7 +238,7 @@ class SentencePieceVocab(Vocab):
 
     def unreachable(self) -> set[str]:
         tokens = {index: token for index, token in enumerate(self.tokens) if token}
-        encoded = self.bare_processor.encode(list(tokens.values()))
+        encoded = bare_processor(self.proto).encode(list(tokens.values()))
         return {token for (index, token), ids in zip(tokens.items(), encoded, strict=True) if ids != [index]}
 
     def spell(self, tokens: Sequence[str]) -> list[list[int]]:
@@ -365,7 +356,7 @@ class JsonVocab(Vocab):
 
     def display(self, ids: Sequence[int]) -> list[str]:
         tokens = [self.tokens[index] or str(self.backend.id_to_token(index)) for index in ids]
-        return [_display_bytes(token) for token in tokens] if self.byte_level else display_tokens(tokens)
+        return [display_bytes(token) for token in tokens] if self.byte_level else display_tokens(tokens)
 
     def append(self, tokens: Sequence[str], after_special: bool = True) -> "JsonVocab":
         """Each token is the union of the two parts that the merges so far leave of it; more parts make it unreachable.
@@ -404,27 +395,7 @@ class JsonVocab(Vocab):
         copy_tokenizer(base, directory)
         (directory / "tokenizer.model").unlink(missing_ok=True)  # the base's: it lacks the new tokens
         self.save(directory / self.file_name)
-        settings = directory / "tokenizer_config.json"
-        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        # Any other class would build a tokenizer of its own from the vocabulary, with rules that need not be these.
-        settings.write_text(
-            json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, ensure_ascii=False, indent=2), "utf-8"
-        )
-
-
-def display_ids(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Tokens as they are shown to a reader: a space as such, a byte that is no character as `<0x0A>`."""
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-    return [_display_bytes(token) for token in tokens] if is_byte_level else display_tokens(tokens)
-
-
-def _display_bytes(token: str) -> str:
-    """A token of byte-level BPE as text; an added token is text already."""
-    if not CHARACTER_TO_BYTE.keys() >= {*token}:
-        return token
-    text = bytes(CHARACTER_TO_BYTE[character] for character in token).decode(errors="surrogateescape")
-    return re.sub("[\udc80-\udcff]", lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", text)
+        set_tokenizer_class(directory)
 
 
 def apply_merges(token: str, ranks: dict[tuple[str, str], int]) -> list[str]:

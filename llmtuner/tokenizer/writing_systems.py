@@ -10,7 +10,7 @@ from functools import cached_property
 import regex
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import SPACE
+from llmtuner.tokenizer.chatglm3 import SPACE
 
 USED_ELSEWHERE = "also written in the other language"  # a reason of `rejection_reason`
 MAX_SEEN_RUNS = 1_000_000  # about 100 MB

@@ -19,7 +19,7 @@ from llmtuner.hparams import diff_settings
 from llmtuner.locks import file_lock
 from llmtuner.model.adapters import ADAPTER_CONFIG_FILES, WEIGHT_FILES
 from llmtuner.outputs import finish_publishing, read_marker, recover_directory, replace_directory
-from llmtuner.tokenizer.fast import TOKENIZER_FILES
+from llmtuner.tokenizer.encoding import TOKENIZER_FILES
 
 CHECKSUM_FILE = "checksums.json"  # written last: file -> [bytes, CRC-32]
 RUN_MARKER = "a training run"  # in the marker of an output_dir

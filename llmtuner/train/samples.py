@@ -17,7 +17,7 @@ from llmtuner.data.packing import PackedSequence
 from llmtuner.data.template import Message
 from llmtuner.files import atomic_write_text
 from llmtuner.hparams import TrainArgs
-from llmtuner.tokenizer.fast import encode_batch
+from llmtuner.tokenizer.encoding import encode_batch
 from llmtuner.train.trackers import GuardedTracker
 from llmtuner.train.trainer import PackedTrainer, forward_packed
 

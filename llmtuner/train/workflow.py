@@ -27,7 +27,7 @@ from llmtuner.model.loading import check_vocab_and_context, default_attention, l
 from llmtuner.model.model_dir import adapter_checksum
 from llmtuner.report.environment import device_name
 from llmtuner.report.figures import plot_losses
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 from llmtuner.train.best_checkpoint import best_metric, retention_loss
 from llmtuner.train.callbacks import (
     GracefulStopSignal,

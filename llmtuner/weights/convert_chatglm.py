@@ -13,7 +13,7 @@ from llmtuner.console import Timer, UserError
 from llmtuner.files import checksum
 from llmtuner.model.model_dir import is_original_chatglm, read_json
 from llmtuner.outputs import atomic_directory, check_destination
-from llmtuner.tokenizer.fast import check_sentencepiece_spec, read_sentencepiece, save_tokenizer, special_token_ids
+from llmtuner.tokenizer.chatglm3 import check_sentencepiece_spec, read_sentencepiece, save_tokenizer, special_token_ids
 from llmtuner.weights.lazy_checkpoint import (
     LazyCheckpoint,
     LazyTensor,

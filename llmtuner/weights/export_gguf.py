@@ -10,15 +10,15 @@ import torch
 from llmtuner.console import Timer, UserError, progress
 from llmtuner.data.template import Template
 from llmtuner.files import translate_disk_errors
-from llmtuner.tokenizer.fast import (
+from llmtuner.tokenizer.chatglm3 import (
     CONTROL,
     ESCAPE,
     NORMAL,
     check_sentencepiece_spec,
-    load_tokenizer,
     read_sentencepiece,
     special_token_ids,
 )
+from llmtuner.tokenizer.encoding import load_tokenizer
 from llmtuner.weights.lazy_checkpoint import DTYPE_NAMES, LazyTensor, single_threaded
 from llmtuner.weights.resize_embeddings import open_model
 

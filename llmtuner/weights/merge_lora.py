@@ -13,7 +13,7 @@ from llmtuner.console import UserError
 from llmtuner.files import checksum
 from llmtuner.model.model_dir import MERGED_ADAPTER, adapter_checksum, read_json
 from llmtuner.outputs import atomic_directory, check_destination, finish_publishing
-from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
+from llmtuner.tokenizer.encoding import copy_tokenizer, load_tokenizer
 from llmtuner.weights.lazy_checkpoint import (
     LazyCheckpoint,
     LazyTensor,

@@ -20,7 +20,7 @@ from llmtuner.eval.generation import generate_answers
 from llmtuner.model.loading import load_for_evaluation, load_model
 from llmtuner.model.model_dir import read_json
 from llmtuner.report.checks import MAX_LOGIT_DIFFERENCE
-from llmtuner.tokenizer.fast import encode_batch, load_tokenizer
+from llmtuner.tokenizer.encoding import encode_batch, load_tokenizer
 from llmtuner.tokenizer.vocab import read_vocab
 from llmtuner.train.tuner import export_model, run_exp
 from llmtuner.weights.embedding_init import find_new_tokens

@@ -19,7 +19,8 @@ from llmtuner.eval.evaluate import evaluate_model
 from llmtuner.eval.generation import GREEDY, generate_answers
 from llmtuner.eval.questions import Question
 from llmtuner.model.loading import load_for_evaluation
-from llmtuner.tokenizer.fast import encode_batch, load_tokenizer, read_sentencepiece
+from llmtuner.tokenizer.chatglm3 import read_sentencepiece
+from llmtuner.tokenizer.encoding import encode_batch, load_tokenizer
 from llmtuner.tokenizer.vocab import read_vocab
 from llmtuner.train.tuner import export_model, run_exp
 from llmtuner.weights.convert_chatglm import convert_chatglm
@@ -41,7 +42,7 @@ def fill_disk(*_):
 
 def test_step_3_on_a_published_checkpoint_loads_without_this_project(published, tmp_path, monkeypatch):
     import step3_resize_model as step3
-    from llmtuner.tokenizer.fast import save_tokenizer
+    from llmtuner.tokenizer.chatglm3 import save_tokenizer
     from llmtuner.tokenizer.vocab import read_vocab
     from llmtuner.weights.embedding_init import METHODS
 

@@ -7,10 +7,7 @@ import sys
 
 import pytest
 
-from llmtuner.tokenizer.fast import (
-    NORMAL,
-    read_sentencepiece,
-)
+from llmtuner.tokenizer.chatglm3 import NORMAL, read_sentencepiece
 from llmtuner.tokenizer.merge_vocab import (
     filter_candidates,
     merge_reachable,

@@ -4,7 +4,7 @@ import pytest
 
 from llmtuner.model.loading import load_model
 from llmtuner.outputs import atomic_directory
-from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
+from llmtuner.tokenizer.encoding import copy_tokenizer, load_tokenizer
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import NewTokens
 from llmtuner.weights.resize_embeddings import resize_token_embeddings

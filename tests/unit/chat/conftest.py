@@ -5,7 +5,7 @@ import torch
 
 from llmtuner.chat.session import ChatSession
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import encode, load_tokenizer
+from llmtuner.tokenizer.encoding import encode, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from llmtuner.chat import cli
 from llmtuner.chat.session import ChatSession
-from llmtuner.tokenizer.fast import encode
+from llmtuner.tokenizer.encoding import encode
 
 HALF = "\ufffd"
 

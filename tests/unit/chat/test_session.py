@@ -12,7 +12,7 @@ from llmtuner.chat.session import ChatSession, load_generation_settings
 from llmtuner.console import UserError
 from llmtuner.data.template import Template
 from llmtuner.eval.generation import GREEDY, generate_answers
-from llmtuner.tokenizer.fast import encode
+from llmtuner.tokenizer.encoding import encode
 from tests.tiny_models import tiny_tokenizer
 
 HALF = "\ufffd"

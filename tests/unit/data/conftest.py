@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 from tests.unit.data.datasets import DIALOGUES, DOCUMENTS, info, lines
 
 

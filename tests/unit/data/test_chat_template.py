@@ -10,7 +10,8 @@ from llmtuner.data.chat_template import ChatTemplate, get_template
 from llmtuner.data.converter import to_messages
 from llmtuner.data.packing import last_turns
 from llmtuner.data.template import IGNORE_INDEX, Template
-from llmtuner.tokenizer.fast import encode, encode_batch, load_tokenizer, save_tokenizer
+from llmtuner.tokenizer.chatglm3 import save_tokenizer
+from llmtuner.tokenizer.encoding import encode, encode_batch, load_tokenizer
 from tests.helpers import ROOT
 from tests.tiny_models import tiny_tokenizer
 from tests.unit.data.datasets import CALL, TOOLS, WITH_TOOLS, calling

@@ -18,7 +18,7 @@ from llmtuner.data.packing import PackedDataCollator, PadToMultiple
 from llmtuner.data.preview import format_batch
 from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.hparams import get_train_args, read_args
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import run_exp
 from tests.tiny_models import tiny_tokenizer

@@ -8,7 +8,8 @@ import pytest
 from llmtuner.console import UserError
 from llmtuner.data.converter import to_messages
 from llmtuner.data.template import IGNORE_INDEX, Template
-from llmtuner.tokenizer.fast import PROCESSORS, encode_batch, save_tokenizer
+from llmtuner.tokenizer.chatglm3 import save_tokenizer
+from llmtuner.tokenizer.encoding import PROCESSORS, encode_batch
 from tests.helpers import ROOT
 from tests.unit.data.datasets import AS_PYTHON, TOOLS, WITH_TOOLS, calling
 

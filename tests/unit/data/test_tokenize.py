@@ -23,7 +23,8 @@ from llmtuner.data.template import Template
 from llmtuner.data.token_store import TokenStore
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.outputs import write_marker
-from llmtuner.tokenizer.fast import PROCESSORS, load_tokenizer, read_sentencepiece, to_processor
+from llmtuner.tokenizer.chatglm3 import read_sentencepiece, to_processor
+from llmtuner.tokenizer.encoding import PROCESSORS, load_tokenizer
 from tests.helpers import ROOT
 from tests.tiny_models import tiny_tokenizer
 from tests.unit.data.datasets import ALPACA, DIALOGUES, DOCUMENTS, SHAREGPT, info, lines, settings, source, turns
@@ -398,7 +399,8 @@ from types import SimpleNamespace
 from sentencepiece import SentencePieceProcessor
 from llmtuner.data import tokenize
 from llmtuner.outputs import write_marker
-from llmtuner.tokenizer.fast import PROCESSORS, SPECIAL_TOKENS
+from llmtuner.tokenizer.chatglm3 import SPECIAL_TOKENS
+from llmtuner.tokenizer.encoding import PROCESSORS
 directory, model_file, settings, number = sys.argv[1:]
 directory = pathlib.Path(directory)
 make = tokenize._tokenize_dataset

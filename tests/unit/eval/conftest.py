@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from llmtuner.data.template import Template
 from llmtuner.eval.bits_per_byte import Windows, bits_per_byte, bootstrap_ci, document_bits
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import encode, load_tokenizer
+from llmtuner.tokenizer.encoding import encode, load_tokenizer
 from tests.tiny_models import tiny_tokenizer
 
 

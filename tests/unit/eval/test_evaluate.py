@@ -12,7 +12,7 @@ from llmtuner.eval.generation import GeneratedAnswer, GeneratedAnswers
 from llmtuner.eval.questions import Question
 from llmtuner.eval.repetition import repetition_metrics
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 
 
 def test_free_answers_are_described_by_repetition_loops_ends_and_speed():

@@ -9,7 +9,7 @@ from llmtuner.console import UserError
 from llmtuner.data.template import Template
 from llmtuner.eval.generation import GeneratedAnswer, generate_answers
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import encode, load_tokenizer
+from llmtuner.tokenizer.encoding import encode, load_tokenizer
 from tests.tiny_models import tiny_tokenizer
 
 

@@ -20,7 +20,7 @@ from llmtuner.data.template import Template
 from llmtuner.eval.lm_eval_adapter import SUITES, ChatGLM3LM, load_tasks, patched_harness, run_suite
 from llmtuner.eval.scores import format_scores
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import encode, load_tokenizer
+from llmtuner.tokenizer.encoding import encode, load_tokenizer
 from tests.helpers import ROOT
 from tests.tiny_models import tiny_model
 from tests.unit.eval.by_hand import greedy, log_likelihood

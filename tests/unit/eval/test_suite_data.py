@@ -11,7 +11,7 @@ from llmtuner.data.template import Template
 from llmtuner.eval import lm_eval_adapter
 from llmtuner.eval.lm_eval_adapter import ChatGLM3LM, load_tasks, run_suite
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import encode, load_tokenizer
+from llmtuner.tokenizer.encoding import encode, load_tokenizer
 from tests.helpers import ROOT
 from tests.unit.eval.by_hand import greedy, log_likelihood
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmtuner.tokenizer.fast import build_fast_tokenizer, read_sentencepiece
+from llmtuner.tokenizer.chatglm3 import build_fast_tokenizer, read_sentencepiece
 from llmtuner.tokenizer.merge_vocab import (
     filter_candidates,
     merge_reachable,

@@ -1,7 +1,7 @@
 """Comparing two tokenizers on the same texts."""
 
+from llmtuner.tokenizer.chatglm3 import build_fast_tokenizer
 from llmtuner.tokenizer.comparison import compare, encoding_mismatches
-from llmtuner.tokenizer.fast import build_fast_tokenizer
 from tests.tokenizers import make_vocab, save_model
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
+from llmtuner.tokenizer.chatglm3 import build_fast_tokenizer
 from llmtuner.tokenizer.comparison import compare, encoding_mismatches
 from llmtuner.tokenizer.continued_bpe import ContinuedBPE, segment_corpus
-from llmtuner.tokenizer.fast import build_fast_tokenizer
 from llmtuner.tokenizer.merge_vocab import count_scripts, filter_candidates, unreachable_tokens
 from llmtuner.tokenizer.vocab import read_vocab
 from llmtuner.tokenizer.writing_systems import WRITING_SYSTEMS

@@ -6,13 +6,8 @@ import pyarrow.parquet
 import pytest
 
 from llmtuner.console import UserError
+from llmtuner.tokenizer.chatglm3 import CONTROL, NORMAL, SPECIAL_TOKENS, build_fast_tokenizer
 from llmtuner.tokenizer.comparison import compare, encoding_mismatches
-from llmtuner.tokenizer.fast import (
-    CONTROL,
-    NORMAL,
-    SPECIAL_TOKENS,
-    build_fast_tokenizer,
-)
 from llmtuner.tokenizer.merge_vocab import (
     count_scripts,
     filter_candidates,

@@ -4,11 +4,7 @@ import pytest
 import sentencepiece
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import (
-    NORMAL,
-    build_fast_tokenizer,
-    read_sentencepiece,
-)
+from llmtuner.tokenizer.chatglm3 import NORMAL, build_fast_tokenizer, read_sentencepiece
 from llmtuner.tokenizer.sentencepiece_bpe import (
     MAX_SENTENCE_BYTES,
     interleave_by_bytes,

@@ -14,7 +14,7 @@ from llmtuner.console import TrainingInterrupted, UserError
 from llmtuner.data.template import Template
 from llmtuner.eval.generation import GREEDY, generate_answers, generate_batch, generation_config
 from llmtuner.model.loading import load_for_evaluation
-from llmtuner.tokenizer.fast import encode_batch
+from llmtuner.tokenizer.encoding import encode_batch
 from llmtuner.train.samples import MAX_NEW_TOKENS
 from llmtuner.train.tuner import run_exp
 from tests.training import SFT, ended_at, log_of

@@ -13,7 +13,7 @@ from llmtuner.console import UserError
 from llmtuner.data.packing import PackedDataCollator
 from llmtuner.model import fused
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import copy_tokenizer, load_tokenizer
+from llmtuner.tokenizer.encoding import copy_tokenizer, load_tokenizer
 from llmtuner.train import self_check
 from llmtuner.train.trainer import forward_packed
 from llmtuner.train.tuner import run_exp

@@ -16,7 +16,7 @@ from llmtuner.data.template import IGNORE_INDEX
 from llmtuner.eval.bits_per_byte import bits_per_byte
 from llmtuner.hparams import FinetuningArguments, get_train_args
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 from llmtuner.train.callbacks import EarlyStopping
 from llmtuner.train.flops import PRODUCT_SIDE
 from llmtuner.train.loss import linear_cross_entropy_sum

@@ -13,7 +13,7 @@ import torch
 
 from llmtuner.console import UserError
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.tuner import export_model, run_exp
 from llmtuner.weights.merge_lora import merge_adapter

@@ -18,7 +18,7 @@ from llmtuner.model.adapters import init_adapter
 from llmtuner.model.attention import VARLEN
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.model.loading import load_model
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 from llmtuner.train import memory, workflow
 from llmtuner.train.memory import StepEstimator
 from llmtuner.train.step_settings import MEMORY_FRACTION, StepSettings

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmtuner.console import UserError
 from llmtuner.files import MARKER
-from llmtuner.tokenizer.fast import NORMAL, read_sentencepiece
+from llmtuner.tokenizer.chatglm3 import NORMAL, read_sentencepiece
 from llmtuner.weights import lazy_checkpoint
 from llmtuner.weights.convert_chatglm import check_tokenizer, convert_chatglm, glm_config_args, open_chatglm
 from llmtuner.weights.lazy_checkpoint import open_checkpoint

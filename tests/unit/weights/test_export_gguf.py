@@ -10,15 +10,8 @@ import torch
 import transformers
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import (
-    CONTROL,
-    SPECIAL_TOKENS,
-    build_fast_tokenizer,
-    copy_tokenizer,
-    encode,
-    load_tokenizer,
-    read_sentencepiece,
-)
+from llmtuner.tokenizer.chatglm3 import CONTROL, SPECIAL_TOKENS, build_fast_tokenizer, read_sentencepiece
+from llmtuner.tokenizer.encoding import copy_tokenizer, encode, load_tokenizer
 from llmtuner.weights import export_gguf as ours
 from llmtuner.weights.lazy_checkpoint import LazyTensor, open_checkpoint, write_checkpoint
 from tests.helpers import TEXTS

@@ -17,7 +17,7 @@ from llmtuner.console import UserError
 from llmtuner.files import MARKER
 from llmtuner.model.loading import load_model
 from llmtuner.outputs import atomic_directory
-from llmtuner.tokenizer.fast import TOKENIZER_FILES, copy_tokenizer, load_tokenizer
+from llmtuner.tokenizer.encoding import TOKENIZER_FILES, copy_tokenizer, load_tokenizer
 from llmtuner.weights import merge_lora
 from llmtuner.weights.lazy_checkpoint import LazyCheckpoint
 from llmtuner.weights.merge_lora import merge_adapter

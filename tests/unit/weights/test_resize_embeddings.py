@@ -23,7 +23,7 @@ from llmtuner.console import UserError
 from llmtuner.files import MARKER
 from llmtuner.model.model_dir import read_json
 from llmtuner.outputs import atomic_directory
-from llmtuner.tokenizer.fast import load_tokenizer
+from llmtuner.tokenizer.encoding import load_tokenizer
 from llmtuner.weights import lazy_checkpoint
 from llmtuner.weights.convert_chatglm import convert_chatglm
 from llmtuner.weights.embedding_init import NewTokens, init_new_embeddings

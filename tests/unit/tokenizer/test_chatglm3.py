@@ -10,19 +10,15 @@ import pytest
 import sentencepiece
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.fast import (
-    PROCESSORS,
+from llmtuner.tokenizer.chatglm3 import (
     SPECIAL_TOKENS,
     build_fast_tokenizer,
     check_sentencepiece_spec,
-    copy_tokenizer,
-    encode,
-    encode_batch,
     has_tied_scores,
-    load_tokenizer,
     read_sentencepiece,
     save_tokenizer,
 )
+from llmtuner.tokenizer.encoding import PROCESSORS, copy_tokenizer, encode, encode_batch, load_tokenizer
 from tests.tokenizers import CHINESE, ENGLISH, GOLDEN, JAPANESE, ODD, make_sentencepiece, needs_golden, save_model
 
 INJECTED = [
