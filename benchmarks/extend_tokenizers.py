@@ -24,7 +24,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import NUM_NEW_TOKENS, Values, make_parser, print_results, run_process, save_results
+from benchmarks.common import (
+    NUM_NEW_TOKENS,
+    Values,
+    make_parser,
+    markdown_table,
+    print_results,
+    run_process,
+    save_results,
+)
 from benchmarks.tokenizer import lines_of, texts
 from llmtuner.console import run_cli
 from llmtuner.tokenizer.chatglm3 import SPACE, build_fast_tokenizer
@@ -217,6 +225,35 @@ def extend_by_rival(checkout: Path, directory: Path, documents: list[str], count
         )
         extended.save_pretrained(scratch)
         return JsonVocab(json.loads((Path(scratch) / "tokenizer.json").read_text(encoding="utf-8")))
+
+
+def tables(measured: Values, part: str) -> str:
+    """The results of one language, a line for each base and way; changed lines without those that quote the language."""
+    results: dict[str, Values] = measured[part]["results"]
+    files = list(next(iter(results.values()))["ratio"])
+    rows = [
+        [
+            *name.split(", ", 1),
+            f"{values['added']:,}",
+            *(f"{values['ratio'][file]:.3f}" for file in files),
+            *(f"{values[other]['beyond_quotes']:,}" for other in OTHERS),
+            str(values["unreachable"]),
+            f"{values['seconds']:,.0f}",
+            f"{values['peak_mb']:,}",
+        ]
+        for name, values in results.items()
+    ]
+    header = [
+        "base",
+        "way",
+        "tokens",
+        *files,
+        *(f"{other} changed" for other in OTHERS),
+        "unreachable",
+        "seconds",
+        "peak MB",
+    ]
+    return markdown_table(header, rows)
 
 
 if __name__ == "__main__":

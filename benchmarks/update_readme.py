@@ -8,7 +8,7 @@ A table follows a line `<!-- name -->`, up to the next empty line, and is rewrit
 import re
 from collections.abc import Callable
 
-from benchmarks import common, memory_budget, scaling
+from benchmarks import common, extend_tokenizers, memory_budget, scaling
 from benchmarks.common import Values, markdown_table, read_results
 from benchmarks.gpu import tables as gpu
 from llmtuner.console import UserError, print0, run_cli
@@ -119,6 +119,7 @@ COLUMNS = {
     "literature=more_ja_aozora:+.1% travel_guides=more_ja_guides:+.1% encyclopedia=more_ja_wiki:+.1%",
 }
 TABLES: dict[str, Callable[[Values, str], str]] = {
+    "extend_tokenizers": extend_tokenizers.tables,
     "scaling": scaling.tables,
     "memory_budget": memory_budget.tables,
     "gpu": gpu.tables,
