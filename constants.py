@@ -180,3 +180,4 @@ DATA_SETTINGS = {"dataset_dir": str(DATASET_INFO.parent), "corpus_dir": str(CORP
 EMBEDDING_ROWS_MULTIPLE = 64  # as in ChatGLM3; tensor cores need multiples of 8
 # Questions of steps 4 and 7; those of the real model are a text file meant to be edited.
 QUESTIONS = MINI_CORPUS_DIR / "questions.jsonl" if PROFILE_NAME == "mini" else ROOT / PROFILE.questions
+LADDER = MINI_CORPUS_DIR / "ladder.jsonl"  # of step 7; only the miniature has one

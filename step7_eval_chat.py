@@ -7,9 +7,10 @@
     python step7_eval_chat.py --report       writes WORK_DIR/report.html again, as every step does
 
 Measures accuracy in Chinese, English and Japanese, in Japanese also on facts that no Japanese text states; answers in another
-language than the question's; bits per byte; agreement with the base model; and repetition. Selects the chat model's
+language than the question's; bits per byte; agreement with the base model; and repetition. Where there is a ladder.jsonl, as in the miniature, also how
+far the pretrained and the chat model carry a fact from Chinese into Japanese. Selects the chat model's
 generation settings by these, answers under them, and writes them and a model card into its directory. All answers go to
-WORK_DIR/answers.jsonl.
+WORK_DIR/answers.jsonl and ladder_answers.jsonl.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ import constants
 import pipeline
 from constants import BASE_MODEL_DIR, CHAT_MODEL_DIR, LANGUAGES, PROFILE, PT_MERGED_DIR, WORK_DIR, ZERO_DIR
 from llmtuner.console import Timer, UserError, display_path, format_table, print0, print_header, progress_bar, run_cli
+from llmtuner.eval.ladder import NOTE, climb, count_cells, format_ladder, num_answers
 from llmtuner.files import atomic_write_json, atomic_write_text, check_writable
 from llmtuner.report.checks import percent
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 MODELS = {"base": BASE_MODEL_DIR, "zero": ZERO_DIR, "pretrained": PT_MERGED_DIR, "chat": CHAT_MODEL_DIR}
 QUESTIONS_PER_GROUP = 200
+LADDER_MODELS = ("pretrained", "chat")
 NUM_EXAMPLES = 2  # answers of each group that are printed
 PASS_RATES = ("response_pass_rate", "line_pass_rate")
 LOOPBACK = "127.0.0.1"
@@ -112,7 +116,7 @@ def read_options() -> argparse.Namespace:
 def evaluate() -> dict[str, Any]:
     """Evaluates the four models, completes the chat model's directory, and saves metrics and answers."""
     from llmtuner.eval import evaluate
-    from llmtuner.eval.generation import GREEDY
+    from llmtuner.eval.generation import GREEDY, generate_answers
     from llmtuner.eval.questions import read_questions
     from llmtuner.model.loading import choose_placement, load_for_evaluation
     from llmtuner.weights.lazy_checkpoint import open_checkpoint
@@ -123,13 +127,16 @@ def evaluate() -> dict[str, Any]:
         raise UserError(f"{constants.QUESTIONS} has no group {LANGUAGES.free_form}, on which repetition is measured.")
     if constants.QUESTIONS.suffix == ".jsonl" and not any(question.subject for question in questions):
         print0(f"{constants.QUESTIONS} names no subjects: answers about another subject are not detected.")
+    rungs = read_questions(constants.LADDER) if constants.LADDER.is_file() else []
+    ladder_rows: dict[str, list[dict[str, Any]]] = {}
     for directory in MODELS.values():  # before time is spent on the first
         choose_placement(directory)
         open_checkpoint(directory)
     texts = {language: pipeline.held_out_texts(language) for language in LANGUAGES}
     answers: dict[str, list[str]] = {}
     by_model: dict[str, dict[str, Any]] = {}
-    with progress_bar(evaluate.num_progress_items(questions, texts, len(MODELS), LANGUAGES), "evaluating") as bar:
+    total = evaluate.num_progress_items(questions, texts, len(MODELS), LANGUAGES)
+    with progress_bar(total + len(LADDER_MODELS) * num_answers(rungs), "evaluating") as bar:
         for name, directory in MODELS.items():
             bar.set_description_str(f"evaluating {name}")
             model, tokenizer = load_for_evaluation(directory)
@@ -155,6 +162,10 @@ def evaluate() -> dict[str, Any]:
             by_model[name]["agreement"] = evaluate.agreement_by_language(
                 questions, answers[name], answers["base"], LANGUAGES
             )
+            if rungs and name in LADDER_MODELS:
+                bar.set_description_str(f"asking {name} across languages")
+                limits = dict(max_new_tokens=evaluate.QA_MAX_NEW_TOKENS, settings=settings, on_progress=bar.update)
+                ladder_rows[name] = climb(rungs, partial(generate_answers, model, tokenizer, **limits))
             del model  # before the next one is loaded
     evaluate.save_generation_config(CHAT_MODEL_DIR, by_model["chat"]["decoding"])
     write_answers(questions, answers)
@@ -167,6 +178,14 @@ def evaluate() -> dict[str, Any]:
         name: lost_of_base(questions, answers["base"], answers[name]) for name in MODELS if name != "base"
     }
     metrics |= {"generation": generation, "seconds": timer.seconds()}
+    if rungs:
+        metrics["ladder"] = {name: count_cells(rows) for name, rows in ladder_rows.items()}
+        lines = [
+            json.dumps({"model": name, **row}, ensure_ascii=False) + "\n"
+            for name, rows in ladder_rows.items()
+            for row in rows
+        ]
+        atomic_write_text(WORK_DIR / "ladder_answers.jsonl", "".join(lines))
     pipeline.write_model_card(CHAT_MODEL_DIR, metrics)
     return metrics
 
@@ -267,6 +286,11 @@ def print_results(metrics: dict[str, Any]) -> None:
         columns = [group.replace("_", " ") for group in groups]
         print0(format_table(["share of answers in", *columns, "of lines in " + columns[0], *columns[1:]], rows))
         print0("Answers without a line in another language, and lines in the language; undecided ones are left out.")
+
+    if metrics.get("ladder"):  # the miniature's alone
+        print_header("the ladder from Chinese into Japanese: right answers, and answers that name their subject")
+        print0(format_ladder(metrics["ladder"]))
+        print0(NOTE)
 
     print_header(f"free-form {LANGUAGES.name} replies of the chat model")
     rows = [

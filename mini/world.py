@@ -40,6 +40,7 @@ ROWS = {
 }
 WRONG_ANSWERS_PER_QUESTION = 2  # rows of wiki_qa with label 0 for each row with label 1
 QUESTIONS_PER_GROUP = 300
+LADDER_FACTS = 120  # of each group of entities; the ladder asks for each of them in four ways
 NUM_FREE_FORM_REQUESTS = 24  # Japanese requests for a longer reply, to see whether it repeats itself
 
 
@@ -273,20 +274,50 @@ def questions(generators: dict[str, TextGenerator]) -> Iterator[dict[str, Any]]:
             if language != "ja" or entity.described_in_japanese == (group == "ja")
         ]
         for entity, relation in generator.rng.sample(asked, min(QUESTIONS_PER_GROUP, len(asked))):
-            value = entity.facts[relation]
-            others = {other[language] for other in RELATIONS[entity.kind][relation] if other != value}
-            yield {
-                "group": group,
-                "language": language,
-                "relation": f"{entity.kind}.{relation}",
-                "question": generator.question(entity, relation, held_out=True),
-                "value": value[language],
-                "wrong_values": sorted(others),
-                "subject": names(entity),
-            }
+            yield _graded(group, language, entity, relation, generator.question(entity, relation, held_out=True))
     for _ in range(NUM_FREE_FORM_REQUESTS):
         request, _ = generators["ja"].introduce()
         yield {"group": "ja_free", "language": "ja", "question": request}
+
+
+def _graded(group: str, language: str, entity: Entity, relation: str, question: str) -> dict[str, Any]:
+    value = entity.facts[relation]
+    others = {other[language] for other in RELATIONS[entity.kind][relation] if other != value}
+    return {
+        "group": group,
+        "language": language,
+        "relation": f"{entity.kind}.{relation}",
+        "question": question,
+        "value": value[language],
+        "wrong_values": sorted(others),
+        "subject": names(entity),
+    }
+
+
+def ladder(japanese: str) -> Iterator[dict[str, Any]]:
+    """Questions for `llmtuner.eval.ladder`: of each fact, asked in Japanese and in Chinese, with the subject's name in either.
+
+    The phrasings are the held-out ones of `questions`, the random stream is another. Entities whose Japanese and Chinese names
+    are written alike are left out: between these there is nothing to cross.
+
+    Args:
+        japanese: all Japanese texts and instruction rows that a model is trained on. An untold entity, which none of them
+            describes, is "unnamed" if its Japanese name is not even a part of a word in them.
+    """
+    rng = random.Random(f"ladder-{SEED}")
+    groups: dict[str, list[tuple[Entity, str]]] = {"told": [], "untold_named": [], "untold_unnamed": []}
+    for entity in build_world(SEED):
+        if entity.name.ja != entity.name.zh:
+            untold = "untold_named" if entity.name.ja in japanese else "untold_unnamed"
+            groups["told" if entity.described_in_japanese else untold] += [(entity, name) for name in entity.facts]
+    for group, facts in groups.items():
+        for entity, relation in rng.sample(facts, min(LADDER_FACTS, len(facts))):
+            for language in ("ja", "zh"):
+                phrases = PHRASES[language]
+                pattern = rng.choice(phrases.HELD_OUT_QUESTIONS[f"{entity.kind}.{relation}"])
+                for written in ("ja", "zh"):
+                    question = phrases.fill(pattern, entity.name[written])
+                    yield _graded(f"{group}.{language}_{written}", language, entity, relation, question)
 
 
 def subjects() -> dict[str, Any]:
@@ -304,6 +335,7 @@ def write_world(directory: Path) -> None:
     from llmtuner.outputs import atomic_directory
 
     generators = build_generators(f"world-{SEED}")
+    japanese: list[str] = []  # what is trained on
     with atomic_directory(directory, "mini/world.py", replace=True) as partial:
         for language, generator in generators.items():
             wiki, stories = documents(generator, WIKI_DOCUMENTS[language], STORIES if language == "ja" else 0)
@@ -312,7 +344,9 @@ def write_world(directory: Path) -> None:
                 held_out = round(len(texts) * TEST_RATIO)
                 for part, chosen in (("test", texts[:held_out]), ("train", texts[held_out:])):
                     _write_corpus(partial, f"{language}_{corpus}.{part}", chosen)
+                    japanese += chosen if (language, part) == ("ja", "train") else []
         for name, rows in instruction_sets(generators).items():
+            japanese += [json.dumps(row, ensure_ascii=False) for row in rows if name.endswith("_ja")]
             if name in ("wiki_qa_en", "python_code"):
                 _write_parquet(partial / f"{name}.parquet", rows)
             elif name == "hh_rlhf_ja":
@@ -321,6 +355,7 @@ def write_world(directory: Path) -> None:
                 _write_json(partial / f"{name}.json", rows)
         asked = questions(build_generators(f"questions-{SEED}"))
         write_json_lines(partial / "questions.jsonl", [*asked, subjects()])
+        write_json_lines(partial / "ladder.jsonl", [*ladder("\n".join(japanese)), subjects()])
 
 
 def _write_corpus(directory: Path, stem: str, texts: list[str]) -> None:

@@ -6,6 +6,12 @@ import shutil
 
 from llmtuner.report.steps import Step
 
+LADDER_CELL = {"n": 120, "accuracy": 0.25, "accuracy_interval": [0.181, 0.3344]}
+LADDER_CELL |= {"names_subject": 0.8, "names_subject_interval": [0.7199, 0.8617]}
+LADDER = {
+    "told": {"ja_ja": LADDER_CELL},
+    "untold_unnamed": {"ja_ja": LADDER_CELL | {"accuracy": 0.05}, "pivot": LADDER_CELL},
+}
 ATTACK = "<script>alert(1)</script>"
 STEPS = [
     Step("step1", "step1_train_tokenizer.py", "Train a tokenizer", ("corpora",), "pieces"),

@@ -68,11 +68,12 @@ def keep_few(corpus):
         pyarrow.parquet.write_table(table.take(list(range(0, len(table), 16))), file)
     for file in corpus.glob("*.test.json"):
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8"))[::16]), encoding="utf-8")
-    by_group = {}
-    for line in (corpus / "questions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
-        by_group.setdefault(json.loads(line).get("group"), []).append(line)
-    kept = "".join(line for lines in by_group.values() for line in lines[::4])
-    (corpus / "questions.jsonl").write_text(kept, encoding="utf-8")
+    for name, every in (("questions.jsonl", 4), ("ladder.jsonl", 24)):
+        by_group = {}
+        for line in (corpus / name).read_text(encoding="utf-8").splitlines(keepends=True):
+            by_group.setdefault(json.loads(line).get("group"), []).append(line)
+        kept = "".join(line for lines in by_group.values() for line in lines[::every])
+        (corpus / name).write_text(kept, encoding="utf-8")
 
 
 def refused(result, *parts):

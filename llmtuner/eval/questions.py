@@ -170,6 +170,12 @@ def is_correct(question: Question, answer: str) -> bool:
     return value in named and not wrong & named and (bool(subject & named) or not others & named)
 
 
+def names_subject(question: Question, answer: str, names: Iterable[str]) -> bool:
+    """Whether an answer contains one of these names of the question's subject, other than inside a longer name of the file."""
+    own = set(map(_normalized, names))
+    return not own.isdisjoint(_named(_normalized(answer), own.union(map(_normalized, question.all_subjects))))
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def _normalized(text: str) -> str:
     """Text as it is compared: NFKC, case-folded, plain digits, no spaces next to Han and kana."""

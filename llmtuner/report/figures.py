@@ -24,6 +24,7 @@ from matplotlib.ft2font import FT2Font
 
 from llmtuner.aliases import rename_keys
 from llmtuner.console import UserError, print0
+from llmtuner.eval.ladder import ENTITIES, FORMS
 from llmtuner.eval.language import LANGUAGES, Languages, languages_of
 from llmtuner.files import translate_disk_errors
 
@@ -47,7 +48,7 @@ CJK_FAMILIES = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
     "Droid Sans Fallback", "PingFang SC", "Microsoft YaHei", "SimHei",
 )  # fmt: skip
-STEPS = {"step4": "Tokenizer", "step5": "Continued pretraining", "step6": "Instruction tuning"}
+STEPS = {"step4": "Tokenizer", "step5": "Continued pretraining", "step6": "Instruction tuning", "step7": "Chat model"}
 TEXTS = {  # title and caption of each figure
     "tokens_per_character": (
         "tokens per character",
@@ -81,6 +82,11 @@ TEXTS = {  # title and caption of each figure
         "Share of the speed that a large matrix product reaches on this device in the same data type.",
     ),
     "mix": ("data mix", "Share of each data set in all target tokens, and the target share if there is one."),
+    "ladder": (
+        "the ladder from Chinese into Japanese",
+        "Of each way to ask: right answers (dots, with 95 % intervals) and answers that name their subject (rings). "
+        "Named and never named: in Japanese texts, none of which describes them.",
+    ),
     "lengths": ("sequence lengths", "Number of texts by length; each range is twice as wide as the one before."),
 }
 
@@ -148,6 +154,7 @@ def build_figures(metrics: dict[str, dict], logs: dict[str, Log]) -> list[Report
             (step, "mix", mix(measured.get("data", {}))),
             (step, "lengths", lengths(measured.get("lengths", {}), measured.get("padding_ratio"), unit)),
         ]
+    drawn.append(("step7", "ladder", ladder(metrics.get("step7", {}).get("ladder", {}).get("chat", {}))))
     return [_report_figure(step, name, figure) for step, name, figure in drawn if figure is not None]
 
 
@@ -653,6 +660,44 @@ def lengths(histogram: dict[str, list[int]], padding_ratio: float | None, unit: 
     axes.set_xlabel("length in tokens", loc="right")
     axes.grid(visible=False, axis="x")
     _linear(axes.yaxis, integer=True)
+    return figure
+
+
+@_style()
+def ladder(cells: dict[str, dict[str, dict[str, Any]]]) -> Figure | None:
+    """Of one model's `count_cells`, right answers with their intervals and answers that name their subject."""
+    if not cells:
+        return None
+    forms = [form for form in FORMS if any(form in by_form for by_form in cells.values())]
+    untold = [by_form for entities, by_form in cells.items() if entities != "told"]
+    shares = {}
+    for form in ("ja_ja", "zh_zh"):
+        same = [by_form[form] for by_form in untold if form in by_form]
+        if same:
+            shares[form] = sum(cell["n"] * cell["accuracy"] for cell in same) / sum(cell["n"] for cell in same)
+    found = [
+        f"{share:.0%} in {form[:2].replace('ja', 'Japanese').replace('zh', 'Chinese')}"
+        for form, share in shares.items()
+    ]
+    figure, axes = _canvas("Right about the untold: " + ", ".join(found), height=1 + 0.75 * len(forms))
+    for place, (entities, by_form) in enumerate(cells.items()):
+        heights = [
+            number + (place - (len(cells) - 1) / 2) * 0.24 for number, form in enumerate(forms) if form in by_form
+        ]
+        shown, color = [by_form[form] for form in forms if form in by_form], COLORS[place]
+        right = [100 * cell["accuracy"] for cell in shown]
+        bounds = numpy.array([[100 * end for end in cell["accuracy_interval"]] for cell in shown]).T
+        axes.hlines(heights, *bounds, color=color, linewidth=1.2)
+        axes.plot(right, heights, "o", color=color, markersize=4.5, label=ENTITIES[entities].removeprefix("untold, "))
+        named = [100 * cell["names_subject"] for cell in shown]
+        axes.plot(named, heights, "o", color=color, markersize=7, markerfacecolor="none", markeredgewidth=1)
+    axes.set_yticks(range(len(forms)), [FORMS[form].replace(", ", ",\n").replace(": ", ":\n") for form in forms])
+    axes.set_ylim(len(forms) - 0.5, -0.5)  # first form on top
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("percent of answers", loc="right")
+    axes.grid(visible=False, axis="y")
+    _linear(axes.xaxis)
+    figure.legend(loc="outside upper right", ncols=3, handlelength=0.6)
     return figure
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmtuner.aliases import describe_old_names, locate, rename_keys, rename_settings
 from llmtuner.console import UserError, print0
 from llmtuner.eval.intervals import wilson_interval
+from llmtuner.eval.ladder import NOTE, ladder_rows
 from llmtuner.eval.language import HAN, KANA, Languages, languages_of, with_article
 from llmtuner.eval.questions import Question, is_correct
 from llmtuner.eval.repetition import find_loops
@@ -82,6 +83,9 @@ def write_report(
         pipeline=_pipeline(steps, metrics),
         figures=build_figures(metrics, logs),
         answers=_answers(rows),
+        ladder=ladder_rows(get_nested(metrics, "step7", "ladder") or {}),
+        ladder_models=[MODELS[model] for model in get_nested(metrics, "step7", "ladder") or {}],
+        ladder_note=NOTE,
         suites=_suites(metrics),
         settings=settings,
         facts=facts,

@@ -11,6 +11,7 @@ import pytest
 
 from llmtuner.console import UserError
 from tests.helpers import ROOT, opened
+from tests.reports import LADDER
 from tests.scripts import START, STEPS, free_port, keep_few, refused, start, start_step
 
 FEW = ["--max_steps", "12", "--eval_steps", "12", "--max_eval_samples", "8"]  # settings of a short run
@@ -81,6 +82,7 @@ def test_metrics_have_their_keys(run_of_all_steps):
             "agreement",
             "tokens_per_second",
             "generation",
+            "ladder",
             "seconds",
         },
     }
@@ -196,6 +198,22 @@ def test_evaluation_finishes_the_chat_model(run_of_all_steps):
     assert next(row["base"] for row in rows if row["group"] == "zh")
 
 
+def test_ladder_of_pretrained_and_chat_model(run_of_all_steps):
+    ladder = metrics_of(run_of_all_steps, "step7")["ladder"]
+    rows = [json.loads(line) for line in (run_of_all_steps / "ladder_answers.jsonl").read_text().splitlines()]
+    assert list(ladder) == ["pretrained", "chat"]
+    for model, cells in ladder.items():
+        assert list(cells) == ["told", "untold_named", "untold_unnamed"]
+        for entities, forms in cells.items():
+            assert list(forms) == ["ja_ja", "ja_zh", "zh_ja", "zh_zh", "pivot"]
+            for form, cell in forms.items():
+                keys = (model, entities, form)
+                marks = [r["correct"] for r in rows if (r["model"], r["entities"], r["form"]) == keys]
+                assert len(marks) == cell["n"] == 5
+                assert sum(marks) / len(marks) == cell["accuracy"]
+    assert "The ladder from Chinese into Japanese" in (run_of_all_steps / "report.html").read_text(encoding="utf-8")
+
+
 def test_table_of_an_earlier_run_and_100_percent(capsys):
     """Metrics from before language confusion was measured; 99.5 % is not rounded up."""
     from step7_eval_chat import MODELS, print_results
@@ -218,6 +236,11 @@ def test_table_of_an_earlier_run_and_100_percent(capsys):
     assert re.search(r"^base +100% +99\.5% +– ", table, re.MULTILINE)
     assert re.search(r"^greedy +10% .* 99\.9% +99\.5% ", table, re.MULTILINE)
     assert "answers in the language of the question" not in table
+    assert "ladder" not in table
+    print_results(metrics | {"ladder": {"pretrained": LADDER, "chat": LADDER}})
+    assert re.search(
+        r"^  Japanese question, Japanese name +120 +25 % \(18–33\) +80 %", capsys.readouterr().out, re.MULTILINE
+    )
     rates = {"response_pass_rate": 0.9996, "line_pass_rate": None}
     print_results(metrics | {"language_confusion": {model: {"zh": rates, "ja_free": rates} for model in MODELS}})
     assert re.search(r"^chat +99\.9% +99\.9% +– +–$", capsys.readouterr().out, re.MULTILINE)
@@ -242,7 +265,7 @@ def test_report_of_a_whole_run_in_a_browser(run_of_all_steps, browser, width):
     tab, problems, requests = opened(browser, report.as_uri(), width)
     assert tab.get_by_text("5 of 7 steps finished").is_visible()  # max_steps cut two short
     assert tab.get_by_text("cut short by max_steps").count() == 2
-    assert tab.locator("svg[role=img]").count() == tab.locator("figure").count() == 19
+    assert tab.locator("svg[role=img]").count() == tab.locator("figure").count() == 20
     for title in ("Before and after", "Generation settings", "Figures", "Answers side by side"):
         assert tab.get_by_role("heading", name=title, exact=True).is_visible(), title
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

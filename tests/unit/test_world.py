@@ -100,6 +100,96 @@ def test_japanese_tells_nothing_of_what_is_held_back(written):
     assert not {row["output"] for row in asked} & answers
 
 
+def japanese_training_texts(directory):
+    """Everything Japanese that steps 5 and 6 may train on, read back from the files."""
+    import pyarrow.parquet
+
+    texts = pyarrow.parquet.read_table(directory / "ja_wiki.train.parquet")["text"].to_pylist()
+    for name in ("ja_aozora.train.jsonl", "hh_rlhf_ja.jsonl", "oasst2_ja.json", "dolly_ja.json", "ichikara_ja.json"):
+        texts.append((directory / name).read_text(encoding="utf-8"))
+    return "\n".join(texts)
+
+
+def ladder_of(directory):
+    rows = [json.loads(line) for line in (directory / "ladder.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows.pop() == world.subjects()
+    return rows
+
+
+def test_ladder_asks_for_the_same_facts_in_four_ways(written):
+    rows = ladder_of(written)
+    inhabitants = {tuple(world.names(entity)): entity for entity in build_world()}
+    by_group = {}
+    for row in rows:
+        by_group.setdefault(row["group"], []).append(row)
+    forms = ("ja_ja", "ja_zh", "zh_ja", "zh_zh")
+    groups = ("told", "untold_named", "untold_unnamed")
+    assert set(by_group) == {f"{group}.{form}" for group in groups for form in forms}
+    for group in groups:
+        facts = [[(row["subject"], row["relation"]) for row in by_group[f"{group}.{form}"]] for form in forms]
+        assert facts[0] == facts[1] == facts[2] == facts[3]
+        assert 110 <= len(facts[0]) <= world.LADDER_FACTS
+    for row in rows:
+        entities, form = row["group"].split(".")
+        language, written_in = form.split("_")
+        entity, relation = inhabitants[tuple(row["subject"])], row["relation"].split(".")[1]
+        assert entity.described_in_japanese == (entities == "told")
+        assert row["language"] == language
+        assert row["value"] == entity.facts[relation][language]
+        assert entity.name[written_in] in row["question"]
+        patterns = PHRASES[language].HELD_OUT_QUESTIONS[row["relation"]]
+        assert row["question"] in [PHRASES[language].fill(pattern, entity.name[written_in]) for pattern in patterns]
+
+
+def test_japanese_states_no_fact_of_an_untold_entity_of_the_ladder(written):
+    """No sentence of any pattern that states, narrates or answers a fact, and no profile, stands in a Japanese training text or row."""
+    subjects = {tuple(row["subject"]) for row in ladder_of(written) if row["group"].startswith("untold")}
+    told = {tuple(row["subject"]) for row in ladder_of(written) if row["group"].startswith("told")}
+    japanese = japanese_training_texts(written)
+
+    def stated(names):
+        return [
+            sentence
+            for entity in build_world()
+            if tuple(world.names(entity)) in names
+            for facts in [{name: value.ja for name, value in entity.facts.items()}]
+            for relation, value in facts.items()
+            for pattern in [
+                *phrases_ja.PROFILES[entity.kind],
+                *phrases_ja.STATEMENTS[f"{entity.kind}.{relation}"],
+                *phrases_ja.NARRATIVE_STATEMENTS[f"{entity.kind}.{relation}"],
+                *phrases_ja.ANSWERS[f"{entity.kind}.{relation}"],
+            ]
+            for sentence in [phrases_ja.fill(pattern, entity.name.ja, value, **facts).rstrip("。")]
+            if sentence in japanese and entity.name.ja in sentence
+        ]
+
+    assert len(stated(told)) > 5_000  # the search finds what is there
+    assert stated(subjects) == []
+
+
+def test_name_of_an_unnamed_entity_stands_in_no_japanese_training_text(written):
+    japanese = japanese_training_texts(written)
+    unnamed, named = (
+        {row["subject"][0] for row in ladder_of(written) if row["group"] == f"untold_{group}.ja_ja"}
+        for group in ("unnamed", "named")
+    )
+    assert len(unnamed) > 20
+    assert len(named) > 20
+    assert all(name in japanese for name in named)
+    untold = {entity.name.ja for entity in build_world() if not entity.described_in_japanese}
+    assert unnamed == {name for name in untold if name not in japanese}
+
+
+def test_an_untold_entity_is_named_if_its_name_stands_anywhere():
+    def named(text):
+        return {row["subject"][0] for row in world.ladder(text) if row["group"].startswith("untold_named")}
+
+    assert named("") == set()
+    assert named("町長はミナトだ。") == {"ミナ"}  # a part of a word is enough
+    assert named("米娜, Mina") == set()  # her Japanese name is what counts
+
+
 def test_instruction_sets_have_their_originals_columns(written):
     import pyarrow.parquet
 

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from llmtuner.console import UserError
 from llmtuner.report import figures
 from llmtuner.report.figures import COLORS, LANGUAGES, build_figures, plot_losses, read_log
+from tests.reports import LADDER
 from tests.unit.report.svg import LINK, SVG, glyphs, glyphs_of_first_name, names_of
 
 LOG = [
@@ -66,6 +67,7 @@ def charts():
         "mix": figures.mix(own["data"]),
         "lengths": figures.lengths(own["lengths"], own["padding_ratio"], "documents"),
         "initial_loss": figures.initial_losses(METRICS["step6"]["initial_loss"]),
+        "ladder": figures.ladder(LADDER),
         "tokens_per_character": figures.tokens_per_character(METRICS["step4"]["tokens_per_character"]),
     }
 
@@ -122,6 +124,18 @@ def test_gradient_norms_of_each_group_and_the_highest():
     assert title == "Median 0.396, highest 20.0 at step 1"
     assert [values[0] for _, values in lines] == [20.0, 12.0, 16.0]
     assert len(figures.gradient_norms(log_of(grad_norm=[2.0, 1.0])).axes[0].lines) == 1
+
+
+def test_ladder_shows_both_shares_and_the_interval():
+    figure = figures.ladder(LADDER)
+    title, lines, _ = drawn(figure)
+    assert title == "Right about the untold: 5% in Japanese"
+    (right, named), (told_heights, _) = ([list(line[0]) for line in lines[:2]], [list(line[1]) for line in lines[:2]])
+    assert (right, named, told_heights) == ([25.0], [80.0], [-0.12])
+    assert [list(line[0]) for line in lines[2:]] == [[5.0, 25.0], [80.0, 80.0]]
+    (interval,) = figure.axes[0].collections[0].get_segments()
+    assert interval[:, 0] == pytest.approx([18.1, 33.44])
+    assert figures.ladder({}) is None
 
 
 def test_mfu_in_percent():

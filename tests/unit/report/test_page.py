@@ -13,7 +13,7 @@ from llmtuner.console import UserError
 from llmtuner.report import page
 from llmtuner.report.page import write_report
 from tests.helpers import ROOT
-from tests.reports import ANSWERS, ATTACK, LOG, LOOP, METRICS, MODELS, STEPS, changed, put
+from tests.reports import ANSWERS, ATTACK, LADDER, LOG, LOOP, METRICS, MODELS, STEPS, changed, put
 from tests.unit.report.outline import check_outline, words
 
 EARLIER_KEYS = {
@@ -150,6 +150,19 @@ def test_a_run_with_everything(work_dir):
     assert "Japanese, unseen" not in seen  # null everywhere
     assert "acc_stderr" not in seen
     assert text.count("<figure ") == len(re.findall('<svg[^>]* role="img"', text)) >= 8
+
+
+def test_ladder(work_dir, no_figures):
+    assert "ladder" not in report(work_dir).lower()  # only where it was measured
+    put(work_dir, changed("step7/ladder", {"pretrained": LADDER, "chat": LADDER}))
+    text = report(work_dir)
+    check_outline(text)
+    seen = words(text)
+    assert '<a href="#ladder">' in text
+    share = "25 % (18–33) 80 % (72–86)"
+    assert f"told in Japanese Japanese question, Japanese name120 {share} {share} untold, never named" in seen
+    assert f"pivot: Chinese answer, Japanese question120 {share}" in seen
+    assert text.count('data-label="Chat: names it"') == 3
 
 
 def test_record_of_training(work_dir, no_figures):
