@@ -27,6 +27,7 @@ from llmtuner.console import UserError, print0
 from llmtuner.eval.ladder import ENTITIES, FORMS
 from llmtuner.eval.language import LANGUAGES, Languages, languages_of
 from llmtuner.files import translate_disk_errors
+from llmtuner.report.checks import percent
 
 Log = list[dict[str, Any]]
 Series = tuple[numpy.ndarray, numpy.ndarray]  # steps and values
@@ -676,7 +677,7 @@ def ladder(cells: dict[str, dict[str, dict[str, Any]]]) -> Figure | None:
         if same:
             shares[form] = sum(cell["n"] * cell["accuracy"] for cell in same) / sum(cell["n"] for cell in same)
     found = [
-        f"{share:.0%} in {form[:2].replace('ja', 'Japanese').replace('zh', 'Chinese')}"
+        f"{percent(share)} in {form[:2].replace('ja', 'Japanese').replace('zh', 'Chinese')}"
         for form, share in shares.items()
     ]
     figure, axes = _canvas("Right about the untold: " + ", ".join(found), height=1 + 0.75 * len(forms))
