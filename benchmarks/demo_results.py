@@ -8,7 +8,7 @@ import json
 from benchmarks.common import make_parser, save_results, use_work_dir
 from llmtuner.console import run_cli
 
-FIGURES = ("accuracy", "bits_per_byte", "repetition", "generation")
+FIGURES = ("accuracy", "bits_per_byte", "repetition", "generation", "ladder")
 QUOTED = {"ja": 6, "ja_unseen": 3}  # answers of each group, the first ones: nobody picks them
 
 

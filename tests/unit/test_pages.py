@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from benchmarks.scaling import flop_per_token
 from llmtuner import hparams
+from llmtuner.eval.ladder import format_ladder
 from llmtuner.hparams import llamafactory
 from llmtuner.hparams.setting import find_problem, settings_of
 from llmtuner.report.checks import percent
@@ -565,6 +566,18 @@ def test_the_tables_of_the_demo_are_those_of_its_results():
     for page in READMES:
         assert cells_of(page, "bits/byte") == rows
     assert [cells[:-1] for cells in cells_of("docs/evaluation.md", "longest loop")] == tried  # speed is the machine's
+
+
+def test_the_ladder_is_that_of_the_demos_results():
+    ladder = results("demo")["step7"]["ladder"]
+    assert format_ladder(ladder) in (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    chat = {(entities, form): cell for entities, cells in ladder["chat"].items() for form, cell in cells.items()}
+    untold = [
+        [chat[entities, form]["names_subject"] for entities in ("untold_named", "untold_unnamed")]
+        for form in ("ja_ja", "ja_zh")
+    ]
+    assert 0.02 < max(untold[0]) <= 0.03  # "at most 3 %", "75 to 88 %" in the READMEs
+    assert [round(100 * share) for share in sorted(untold[1])] == [75, 88]
 
 
 def test_the_three_readmes_show_one_table():
