@@ -28,6 +28,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -363,10 +364,10 @@ class PackedTrainer(Trainer):
         if not is_logged:
             return
         groups: dict[str, list[torch.Tensor]] = {}
-        embeddings = embedding_parameters(self.model)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                groups.setdefault("embeddings" if id(parameter) in embeddings else "layers", []).append(parameter.grad)
+                name = "embeddings" if id(parameter) in self.embedding_ids else "layers"
+                groups.setdefault(name, []).append(parameter.grad)
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler else 1.0  # of fp16 gradients, which clipping will divide them by
         self.group_norms = {
@@ -374,6 +375,11 @@ class PackedTrainer(Trainer):
         }
 
     # ------------------------------------------------------------------------------------------------------- optimizer
+    @cached_property
+    def embedding_ids(self) -> set[int]:
+        """The `id` of every parameter of input and output embeddings."""
+        return embedding_parameters(self.model)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Adds parameter groups for the embeddings and for LoRA's B matrices if these have learning rates of their own."""
         embedding_lr, loraplus_ratio = (
@@ -385,10 +391,9 @@ class PackedTrainer(Trainer):
             peaks = dict(zip(LR_GROUPS, (base, base * (loraplus_ratio or 1), embedding_lr), strict=True))
             groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
             decayed = set(self.get_decay_parameter_names(self.model))
-            embeddings = embedding_parameters(self.model)
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    lr_group = self._get_lr_group(name, id(parameter) in embeddings)
+                    lr_group = self._get_lr_group(name, id(parameter) in self.embedding_ids)
                     groups.setdefault((lr_group, name in decayed), []).append(parameter)
             ordered = sorted(groups.items(), key=lambda group: LR_GROUPS.index(group[0][0]))
             self.lr_groups = [lr_group for (lr_group, _), _ in ordered]
