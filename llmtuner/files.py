@@ -1,4 +1,4 @@
-"""Files: atomic writing, disk errors that say what to do, and checksums."""
+"""Files: atomic writing, JSON, disk errors that say what to do, and checksums."""
 
 import fnmatch
 import json
@@ -98,6 +98,23 @@ def atomic_write_text(path: Path, text: str, errors: str = "strict") -> None:
 def atomic_write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that appears complete or not at all; raises as `atomic_write_text`."""
     atomic_write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: if the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object. Download it again.")
+    return content
 
 
 def fsync_directory(directory: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmtuner.console import UserError
+from llmtuner.files import read_json as read_json
 
 # safetensors' names of the dtypes that weights may have; integer weights are those of a quantized checkpoint.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -17,23 +18,6 @@ APPENDED_ROWS = "appended_rows"
 """Key of config.json: [first, end), the embedding rows that step 3 appended for new tokens, without padding rows."""
 MERGED_ADAPTER = "merged_adapter"
 """Key of adapter_config.json: the adapter that create_new_adapter had merged into the base before training."""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: if the file is missing or is not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object. Download it again.")
-    return content
 
 
 def is_original_chatglm(config: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtuner.console import UserError
-from llmtuner.files import has_chatglm_tokenizer
+from llmtuner.files import has_chatglm_tokenizer, read_json
 from llmtuner.tokenizer.chatglm3 import (
     CONTROL,
     NORMAL,
@@ -291,12 +291,7 @@ class JsonVocab(Vocab):
         Raises:
             UserError: if it is unreadable, or of a kind that cannot be extended; lists every reason.
         """
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {file} ({error.strerror or error}).") from error
-        except ValueError as error:
-            raise UserError(f"{file} is not valid JSON ({error}). Download it again.") from error
+        content = read_json(file)
         if problems := _unsupported(content):
             raise UserError(f"{file} cannot be extended: {'; '.join(problems)}.")
         return cls(content)
@@ -407,9 +402,9 @@ def apply_merges(token: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     return parts
 
 
-def _unsupported(content: Any) -> list[str]:
+def _unsupported(content: dict[str, Any]) -> list[str]:
     """Why a tokenizer.json cannot be extended by continued BPE."""
-    model = content.get("model") if isinstance(content, dict) else None
+    model = content.get("model")
     if not isinstance(model, dict) or not model.get("vocab"):
         return ["it has no vocabulary; download it again"]
     kind = model.get("type") or ("BPE" if "merges" in model else "unknown")
