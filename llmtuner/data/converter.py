@@ -3,11 +3,14 @@
 import json
 import keyword
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
-from llmtuner.data.held_out import text_hash
+from llmtuner.console import UserError
+from llmtuner.data.bridges import by_language, glossary_documents, parallel_document
+from llmtuner.data.held_out import never_held_out, text_hash
 from llmtuner.data.readers import Row
-from llmtuner.data.sources import DEFAULT_TAGS, DatasetAttr
+from llmtuner.data.sources import DEFAULT_TAGS, TRANSLATIONS, DatasetAttr
 from llmtuner.data.template import Message
 
 # ChatGLM3's own introduction of the tools of a dialogue.
@@ -21,6 +24,21 @@ class InvalidRow(Exception):
     """A row cannot be used; the message says why, for a reader who has the row in front of them."""
 
 
+def check_stage(dataset_attr: DatasetAttr, stage: str) -> None:
+    """Checks that a dataset holds what a stage trains on.
+
+    Raises:
+        UserError: if it holds translations, or documents to be code-switched, and the stage trains on dialogues.
+    """
+    bridge = dataset_attr.formatting if dataset_attr.formatting in TRANSLATIONS else ""
+    bridge = "code_switch" if dataset_attr.code_switch else bridge
+    if stage == "sft" and bridge:
+        raise UserError(
+            f"dataset {dataset_attr.name}: {bridge} in dataset_info.json makes documents, which stage pt trains on; stage "
+            "sft needs dialogues. Move it to the data of step 5, or leave it out."
+        )
+
+
 def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str], complete: bool = False) -> None:
     """Checks that dataset_info.json names no column that does not exist; a single row may lack any.
 
@@ -32,6 +50,9 @@ def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str
     Raises:
         UserError: names the configured column and those that exist.
     """
+    if dataset_attr.formatting in TRANSLATIONS:
+        _check_languages(dataset_attr, columns, complete)
+        return
     if stage == "pt":
         roles = ["prompt"]
     elif dataset_attr.formatting == "sharegpt":
@@ -44,18 +65,34 @@ def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str
         dataset_attr.resolve_column(role, columns)
 
 
+def _check_languages(dataset_attr: DatasetAttr, columns: Collection[str], complete: bool) -> None:
+    languages = dataset_attr.column_names["translations"]
+    missing = [language for language in languages if language not in columns]
+    if "translation" not in columns and len(languages) - len(missing) < (len(languages) if complete else 2):
+        raise UserError(
+            f"dataset {dataset_attr.name}: {dataset_attr.describe_locations()} has no column "
+            f"{' or '.join(map(repr, missing))}; it has {', '.join(map(repr, columns))}. Rename it, or correct "
+            "`translations` under `columns` in dataset_info.json."
+        )
+
+
 def convert_row(
     row: Row,
     dataset_attr: DatasetAttr,
     stage: str,
     default_system: str | None = None,
     calls_as_json: bool = False,
-) -> None:
+) -> list[Row]:
     """Sets `content`, `num_bytes` and `hash` of a row; the content of a blank document is empty.
+
+    Returns:
+        The row; of translations a row for each document made of it, none if it says the same in all languages.
 
     Raises:
         InvalidRow: if the row holds no document (`pt`) or dialogue (`sft`).
     """
+    if stage == "pt" and dataset_attr.formatting in TRANSLATIONS:
+        return _convert_translations(row, dataset_attr)
     if stage == "pt":
         value, what = _require_column(dataset_attr, "prompt", row.values)
         encoded = _encode_utf8(value, what)
@@ -66,6 +103,31 @@ def convert_row(
         row.num_bytes = sum(len(message["content"].encode()) for message in row.content)
         encoded = _encode_json(row.content).encode()
     row.hash = text_hash(encoded)
+    return [row]
+
+
+def _convert_translations(row: Row, dataset_attr: DatasetAttr) -> list[Row]:
+    values = by_language(row.values)
+    texts = {
+        language: _text(values[language], f"column {language!r}").strip()
+        for language in dataset_attr.column_names["translations"]
+        if not _is_blank(values.get(language))
+    }
+    if len(texts) < 2:
+        known = ", ".join(dataset_attr.column_names["translations"])
+        raise InvalidRow(f"has text in {' and '.join(texts) or 'none'} of {known}; two languages are the minimum")
+    distinct = list(dict.fromkeys(texts.values()))
+    if len(distinct) < 2:
+        return []
+    number = text_hash("\n".join(distinct).encode())
+    if dataset_attr.formatting == "parallel":
+        documents = {parallel_document(distinct, number): number}
+    else:
+        # A glossary is what is to be learned, not a sample by which to measure.
+        glossary = glossary_documents(distinct, number)
+        documents = {document: never_held_out(text_hash(document.encode())) for document in glossary}
+    contents = [(document.encode(), document_hash) for document, document_hash in documents.items()]
+    return [replace(row, content=content, num_bytes=len(content), hash=number) for content, number in contents]
 
 
 def to_messages(

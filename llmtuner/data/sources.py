@@ -17,7 +17,8 @@ from llmtuner.files import checksum
 FILE_TYPES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of all types but parquet, which compresses by itself
 SUPPORTED_FILES = f"{', '.join(FILE_TYPES)}; all but parquet also with {' or '.join(COMPRESSIONS)}"
-FORMATTINGS = ("alpaca", "sharegpt")
+TRANSLATIONS = ("parallel", "glossary")  # formattings whose rows hold the same in several languages
+FORMATTINGS = ("alpaca", "sharegpt", *TRANSLATIONS)
 # What one document of a .txt file is; names and default are those of Hugging Face's text loader.
 SAMPLE_BY = {"line": "a line", "paragraph": "a block of lines between blank ones", "document": "a whole file"}
 # LLaMA-Factory's defaults, for entries that do not say otherwise.
@@ -31,7 +32,9 @@ DEFAULT_TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-KNOWN_COLUMNS = (*DEFAULT_COLUMNS, "history", "system", "tools")
+KNOWN_COLUMNS = (*DEFAULT_COLUMNS, "history", "system", "tools", "translations")
+CODE_SWITCH_STYLES = ("replace", "alongside")
+CODE_SWITCH_DEFAULTS = {"glossary": "", "from": "", "to": "", "ratio": 0.5, "style": CODE_SWITCH_STYLES[0]}
 VALUE_TYPES: dict[type, str] = {int: "a whole number above 0", dict: "an object of the form {KEY: VALUE}", str: "text"}
 # Other hubs, and a checksum that LLaMA-Factory does not enforce: ignored beside a file name or a hub id.
 IGNORED_KEYS = ("ms_hub_url", "om_hub_url", "file_sha1")
@@ -54,15 +57,19 @@ class DatasetAttr:
     num_samples: int | None = None
     """Maximum number of rows."""
     formatting: str = "alpaca"
-    """`alpaca` (columns prompt, query, response, history) or `sharegpt` (a list of messages); both: system, tools."""
+    """`alpaca` (columns prompt, query, response, history) or `sharegpt` (a list of messages), both: system, tools; for stage pt
+    `parallel` (translations, a line each) or `glossary` (translations in parentheses)."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """role of a column -> its name in the files, or a list of names, of which the first that exists is used."""
+    """role of a column -> its name in the files, or a list of names, of which the first that exists is used. All names of
+    `translations` are used: they are language codes."""
     tags: dict[str, str] = field(default_factory=dict)
     """Names used inside sharegpt messages, where they differ from `DEFAULT_TAGS`."""
     row_filter: dict[str, Any] = field(default_factory=dict)
     """Only rows with these column values are used."""
     sample_by: str = "line"
     """What one document of a .txt file is: `line`, `paragraph` (lines between blank lines) or `document` (the file)."""
+    code_switch: "CodeSwitch | None" = None
+    """Terms that are translated in the documents of stage pt."""
 
     @cached_property
     def column_names(self) -> dict[str, list[str]]:
@@ -122,7 +129,24 @@ class DatasetAttr:
         if not files and self.hf_hub_url and Path(self.hf_hub_url).is_dir():
             files = sorted(path for path in Path(self.hf_hub_url).rglob("*") if path.is_file())
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, checksum(file)) for file in files]
-        return hashlib.sha256(json.dumps([stats, repr(self)], sort_keys=True).encode()).hexdigest()[:16]
+        glossary = self.code_switch.glossary.fingerprint() if self.code_switch else ""
+        return hashlib.sha256(json.dumps([stats, repr(self), glossary], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class CodeSwitch:
+    """`code_switch` of an entry: which terms of its documents are translated, and how."""
+
+    glossary: DatasetAttr
+    """Its columns are language codes."""
+    source: str
+    """`from`: the language of the documents."""
+    target: str
+    """`to`: the language of the translations."""
+    ratio: float
+    """Of the terms in a document, those that are translated."""
+    style: str
+    """`replace`: a translation takes the place of each occurrence; `alongside`: it follows the first one in parentheses."""
 
 
 def get_dataset_attr(name: str, dataset_info: Path, corpus_dir: Path) -> DatasetAttr:
@@ -161,7 +185,32 @@ def get_dataset_attr(name: str, dataset_info: Path, corpus_dir: Path) -> Dataset
         print_once(f"dataset {name}: {search_path}:{skipped} Supported types: {SUPPORTED_FILES}.")
     if pattern and not files:
         print_once(f"dataset {name}: no file {search_path}; reading {entry['hf_hub_url']} from the hub")
+    if "code_switch" in entry:
+        entry["code_switch"] = _find_code_switch(entry["code_switch"], name, entries, dataset_info, corpus_dir)
     return DatasetAttr(name=name, files=files, search_path=search_path if pattern else "", **entry)
+
+
+def _find_code_switch(
+    given: dict[str, Any], name: str, entries: dict[str, Any], dataset_info: Path, corpus_dir: Path
+) -> CodeSwitch:
+    """Looks up the glossary that a valid `code_switch` of the dataset `name` refers to.
+
+    Raises:
+        UserError: as `get_dataset_attr`; if it is no dataset of translations, or lacks one of the two languages.
+    """
+    given, place = {**CODE_SWITCH_DEFAULTS, **given}, f"{dataset_info}: code_switch of {name!r}"
+    entry = entries.get(given["glossary"])
+    if not isinstance(entry, dict) or entry.get("formatting") not in TRANSLATIONS:
+        which = " or ".join(TRANSLATIONS)
+        raise UserError(f"{place}: glossary {given['glossary']!r} is no dataset there of the formatting {which}.")
+    glossary = get_dataset_attr(given["glossary"], dataset_info, corpus_dir)
+    languages = glossary.column_names["translations"]
+    for key in ("from", "to"):
+        if given[key] not in languages:
+            raise UserError(
+                f"{place}: {key} is {given[key]!r}; the languages of {glossary.name} are {', '.join(languages)}."
+            )
+    return CodeSwitch(glossary, given["from"], given["to"], given["ratio"], given["style"])
 
 
 @cache
@@ -216,7 +265,8 @@ def _validate_entry(entry: Any, place: str) -> dict[str, Any]:
     for key in IGNORED_KEYS if has_location else ():
         entry.pop(key, None)
     known = {"file_name", *DatasetAttr.__dataclass_fields__} - {"name", "files", "search_path"}
-    for inside, keys in (("", known), ("columns", set(KNOWN_COLUMNS)), ("tags", set(DEFAULT_TAGS))):
+    groups = {"": known, "columns": {*KNOWN_COLUMNS}, "tags": {*DEFAULT_TAGS}, "code_switch": {*CODE_SWITCH_DEFAULTS}}
+    for inside, keys in groups.items():
         given = entry.get(inside, {}) if inside else entry
         for key in given if isinstance(given, dict) else ():
             if key not in keys and given[key]:
@@ -225,13 +275,42 @@ def _validate_entry(entry: Any, place: str) -> dict[str, Any]:
     if not has_location:
         raise UserError(f"{place} names neither file_name nor hf_hub_url: there is nothing to read.")
     for key, value in entry.items():
-        expected: type = int if key == "num_samples" else dict if key in ("columns", "tags", "row_filter") else str
+        objects = ("columns", "tags", "row_filter", "code_switch")
+        expected: type = int if key == "num_samples" else dict if key in objects else str
         if type(value) is not expected or (isinstance(value, int) and value < 1):
             raise UserError(f"{place}: {key} is {value!r}; it must be {VALUE_TYPES[expected]}.")
     for key, known_values in (("formatting", FORMATTINGS), ("sample_by", tuple(SAMPLE_BY))):
         if entry.get(key, known_values[0]) not in known_values:
             raise UserError(f"{place}: {key} {entry[key]!r} is unknown; use {' or '.join(known_values)}.")
+    _validate_bridges(entry, place)
     return entry
+
+
+def _validate_bridges(entry: dict[str, Any], place: str) -> None:
+    """Checks what an entry says about translations.
+
+    Raises:
+        UserError: names the entry and the key.
+    """
+    formatting, languages = entry.get("formatting"), entry.get("columns", {}).get("translations")
+    if formatting in TRANSLATIONS:
+        is_list = isinstance(languages, list) and all(isinstance(language, str) for language in languages)
+        if not is_list or len({*languages}) < 2:
+            raise UserError(
+                f"{place}: formatting {formatting} needs the names of two columns or more, which are language codes: "
+                '"columns": {"translations": ["ja", "en"]}.'
+            )
+    elif languages:
+        raise UserError(f"{place}: `translations` under `columns` needs formatting {' or '.join(TRANSLATIONS)}.")
+    if "code_switch" not in entry:
+        return
+    if formatting not in (None, "alpaca"):
+        raise UserError(f"{place}: code_switch is for documents, not for the formatting {formatting}. Leave one out.")
+    ratio, style = ({**CODE_SWITCH_DEFAULTS, **entry["code_switch"]}[key] for key in ("ratio", "style"))
+    if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise UserError(f"{place}: ratio of code_switch is {ratio!r}; it must be a number above 0, at most 1.")
+    if style not in CODE_SWITCH_STYLES:
+        raise UserError(f"{place}: style of code_switch {style!r} is unknown; use {' or '.join(CODE_SWITCH_STYLES)}.")
 
 
 def _local_files(corpus_dir: Path, file_name: str) -> tuple[tuple[str, ...], str]:

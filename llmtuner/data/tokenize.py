@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from llmtuner.aliases import TOKENS_FILE
 from llmtuner.console import UserError, print0
+from llmtuner.data.bridges import CodeSwitcher
 from llmtuner.data.chat_template import ChatTemplate, get_template
-from llmtuner.data.converter import InvalidRow, check_columns, convert_row
+from llmtuner.data.converter import InvalidRow, check_columns, check_stage, convert_row
 from llmtuner.data.readers import Row, read_rows
 from llmtuner.data.sources import DatasetAttr, file_type, get_dataset_attr
 from llmtuner.data.template import Ids, Template
@@ -59,13 +60,13 @@ def load_tokenized_dataset(name: str, stage: str, tokenizer: Any, data_args: "Da
     if data_args.tokenized_path:
         directory = Path(data_args.tokenized_path) / safe_name
     else:
-        dataset_attr = _find_dataset(name, data_args)
+        dataset_attr = _find_dataset(name, stage, data_args)
         content = json.dumps([settings, dataset_attr.fingerprint()], sort_keys=True)
         directory = Path(data_args.cache_dir) / f"{safe_name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     if not _is_cached(name, directory, data_args.overwrite_cache):
         with _lock(directory):
             if not _is_cached(name, directory, data_args.overwrite_cache):
-                dataset_attr = dataset_attr or _find_dataset(name, data_args)
+                dataset_attr = dataset_attr or _find_dataset(name, stage, data_args)
                 _tokenize_dataset(directory, dataset_attr, stage, tokenizer, data_args, settings)
     dataset, notes = _open_cached(name, directory, settings)
     for note in [*notes, *_check_invalid_ratio(dataset, data_args.max_invalid_ratio)]:
@@ -91,9 +92,12 @@ def _lock(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _find_dataset(name: str, data_args: "DataArguments") -> DatasetAttr:
+def _find_dataset(name: str, stage: str, data_args: "DataArguments") -> DatasetAttr:
     dataset_dir = Path(data_args.dataset_dir)
-    return get_dataset_attr(name, dataset_dir / "dataset_info.json", Path(data_args.corpus_dir or dataset_dir))
+    info, corpus_dir = dataset_dir / "dataset_info.json", Path(data_args.corpus_dir or dataset_dir)
+    dataset_attr = get_dataset_attr(name, info, corpus_dir)
+    check_stage(dataset_attr, stage)
+    return dataset_attr
 
 
 def _cache_settings(name: str, stage: str, tokenizer: Any, data_args: "DataArguments") -> dict[str, Any]:
@@ -243,6 +247,8 @@ def _tokenize_dataset(
             notes.append(
                 f"{dataset_attr.describe_sample_by()}: {num_documents:,} documents from {len(txt_files):,} files"
             )
+        if reader.switcher:
+            notes.append(reader.switcher.describe())
         metadata = {"settings": settings, "locations": locations, "counts": counts, "notes": notes}
         atomic_write_json(partial / METADATA_FILE, metadata)
 
@@ -277,6 +283,7 @@ class _BatchReader:
         self.default_system, self.calls_as_json = data_args.default_system, calls_as_json
         self.limit = min(data_args.max_samples or sys.maxsize, dataset_attr.num_samples or sys.maxsize)
         self.invalid_rows = invalid_rows
+        self.switcher = CodeSwitcher(dataset_attr.code_switch) if dataset_attr.code_switch else None
         self.counts = {"read": 0, "filtered": 0, "invalid": 0, "empty": 0}
         self.columns: dict[str, None] = {}
         """Columns that at least one row has, in order."""
@@ -300,9 +307,9 @@ class _BatchReader:
                 num_readable += 1
                 if num_readable == COLUMN_CHECK_ROWS:
                     check_columns(self.dataset_attr, self.stage, self.columns)
-            if self._convert(row):
-                batch.append(row)
-                size += row.num_bytes
+            for converted in self._convert(row):
+                batch.append(converted)
+                size += converted.num_bytes
                 if size >= MAX_BATCH_BYTES or len(batch) == MAX_BATCH_ROWS:
                     yield batch
                     batch, size = [], 0
@@ -314,11 +321,12 @@ class _BatchReader:
             complete = counts["read"] - counts["filtered"] < self.limit
             check_columns(self.dataset_attr, self.stage, self.columns, complete)
 
-    def _convert(self, row: Row) -> bool:
-        """Converts a row; returns whether it is valid and not empty."""
+    def _convert(self, row: Row) -> list[Row]:
+        """Converts a row; returns none if it is invalid or empty, and several if it is an entry of a glossary."""
+        rows: list[Row] = []
         if not row.error:
             try:
-                convert_row(row, self.dataset_attr, self.stage, self.default_system, self.calls_as_json)
+                rows = convert_row(row, self.dataset_attr, self.stage, self.default_system, self.calls_as_json)
             except InvalidRow as error:
                 row.error = str(error)
         if row.error:
@@ -326,11 +334,15 @@ class _BatchReader:
             file = self.dataset_attr.locations[row.file]
             entry = {"dataset": self.dataset_attr.name, "file": file, "line": row.line, "reason": row.error}
             self.invalid_rows.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            return False
-        if not row.content:
+            return []
+        if not any(converted.content for converted in rows):
             self.counts["empty"] += 1
-            return False
-        return True
+            return []
+        if self.switcher:
+            # The hash stays that of the text as it was read: a document that is held out is held out in every version.
+            row.content = self.switcher(row.content.decode(), row.hash).encode()
+            row.num_bytes = len(row.content)
+        return rows
 
 
 def _prefetch_encode(
