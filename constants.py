@@ -52,6 +52,7 @@ class Profile:
     instruction_sets: list[str] = setting(REQUIRED, f"Instructions of step 6: {SETS}.")
     reference_sets: list[str] = setting(
         [], f"Text of the languages to keep, which tells what they write, too: {SETS}. Needed for a shared script.")
+    glossary: str = setting("", f"Translations of words that step 3 reads with --init glossary: one of the {SETS}.")
     questions: str = setting("data/questions.txt", "What steps 4 and 7 ask; its groups are named after language codes.")
     num_new_tokens: int = setting(13_756, "Tokens that step 1 trains on top of the base tokenizer.", AT_LEAST_1)
     ja_vocab_size: int = setting(20_000, "Vocabulary size that step 1 trains with --method sentencepiece.", AT_LEAST_1)
@@ -75,6 +76,7 @@ JAPANESE: dict[str, Any] = dict(
     tokenizer_mix={"wikipedia_ja": 0.8, "aozora_ja": 0.2},
     # Which Han strings occur in Chinese too.
     reference_sets=["wikipedia_zh"],
+    glossary="glossary",
     # By tokens ja 76 : zh 12 : en 12.
     pretraining_mix={"wikipedia_ja": 0.64, "aozora_ja": 0.12, "wikipedia_zh": 0.12, "wikitext_en": 0.12},
     eval_sets={"ja": ["wikipedia_ja", "aozora_ja"], "zh": ["wikipedia_zh"], "en": ["wikitext_en"]},

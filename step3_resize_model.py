@@ -2,6 +2,7 @@
 
     python step3_resize_model.py
     python step3_resize_model.py --init focus             initialize the new rows in another way; --help lists them
+    python step3_resize_model.py --init glossary          start new words from their translations, see docs/bridges.md
     python step3_resize_model.py --norm-correction        scale new input rows to the mean norm of the old ones
 
 Old rows stay bit-identical. New output rows are weighted means of old ones, so no new token outscores the old ones, and
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from llmtuner.weights.lazy_checkpoint import EmbeddingKind
 
 # The names of `embedding_init.METHODS`, which would import torch before anything is checked.
-METHODS = ("mean", "focus", "first_weighted", "last_weighted", "global_mean", "random")
+METHODS = ("mean", "focus", "glossary", "first_weighted", "last_weighted", "global_mean", "random")
 FOCUS_BYTES = 30_000_000  # text of the added language from which "focus" learns which tokens occur in similar contexts
 MAX_BYTES_TO_COMPARE = 2e9  # a larger model is not loaded twice only to compare logits
 PROBE_PROMPTS = [  # on these, base and Zero model must give equal logits for the old ids
@@ -42,14 +43,26 @@ def main() -> None:
     parser.add_argument("--init", choices=METHODS, default="mean", help="how new rows start (default: %(default)s)")
     parser.add_argument("--init-output", choices=METHODS, help="how new output rows start, if differently")
     parser.add_argument(
+        "--glossary",
+        default=constants.PROFILE.glossary,
+        metavar="NAME",
+        help=f"data set of translations for --init glossary (default: the profile's, {constants.PROFILE.glossary or 'none'})",
+    )
+    parser.add_argument(
         "--norm-correction", action="store_true", help="scale new input rows to the old rows' mean norm"
     )
     options = parser.parse_args()
     methods = {"input": options.init, "output": options.init_output or options.init}
 
+    if "glossary" in methods.values() and not options.glossary:
+        raise UserError(
+            f"--init glossary needs a data set of translations: name one of {constants.DATASET_INFO} with --glossary, or as "
+            "glossary in the profile. docs/bridges.md says what it looks like."
+        )
+
     pipeline.start_step("step3", MERGED_TOKENIZER_DIR)
     pipeline.require_base_model(original_chatglm=True)
-    if "focus" in methods.values():
+    if {"focus", "glossary"} & {*methods.values()}:
         pipeline.require_corpus()
     timer = Timer()
 
@@ -61,7 +74,11 @@ def main() -> None:
     from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
 
     new = embedding_init.find_new_tokens(BASE_MODEL_DIR, MERGED_TOKENIZER_DIR)
-    weights = usage_weights(load_tokenizer(MERGED_TOKENIZER_DIR), new) if "focus" in methods.values() else None
+    weights = {}
+    if "focus" in methods.values():
+        weights["focus"] = usage_weights(load_tokenizer(MERGED_TOKENIZER_DIR), new)
+    if "glossary" in methods.values():
+        weights["glossary"] = translation_weights(options.glossary, new)
 
     def init_fn(matrix: "torch.Tensor", kind: "EmbeddingKind") -> "torch.Tensor":
         if kind == "tied" and (options.norm_correction or methods["input"] != methods["output"]):
@@ -76,7 +93,7 @@ def main() -> None:
         scaled = options.norm_correction and kind == "input"
         method = methods["input" if kind == "input" else "output"]
         return embedding_init.init_new_embeddings(
-            matrix, new, method, scaled, seed=int(kind == "output"), weights=weights
+            matrix, new, method, scaled, seed=int(kind == "output"), weights=weights.get(method)
         )
 
     with atomic_directory(ZERO_DIR, replace=True) as partial:
@@ -132,6 +149,21 @@ def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
     ids = (ids for text in documents for ids in encode_batch(tokenizer, [text]))
     vectors = static_vectors(ids, new.end)
     return focus_weights(vectors, new)
+
+
+def translation_weights(name: str, new: Any) -> "torch.Tensor":
+    """Weights of base tokens for each new token by its translations in a data set, for the method "glossary"."""
+    from llmtuner.data.bridges import read_translations
+    from llmtuner.data.sources import get_dataset_attr
+    from llmtuner.tokenizer.vocab import read_vocab
+    from llmtuner.weights.embedding_init import glossary_weights
+
+    glossary = get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR)
+    translations = read_translations(glossary, LANGUAGES.added)
+    base, merged = read_vocab(BASE_MODEL_DIR), read_vocab(MERGED_TOKENIZER_DIR)
+    weights, num_translated = glossary_weights(base, merged, new, translations)
+    print0(f"glossary: {num_translated:,} of {len(new.base_ids):,} new tokens have a translation")
+    return weights
 
 
 def max_logit_difference(prompts: list[list[int]], old_ids: int) -> float:

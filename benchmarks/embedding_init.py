@@ -47,7 +47,7 @@ DOCUMENTS = 600  # of each base language
 BASE_LANGUAGES = ("zh", "en")
 WINDOW = 256  # tokens, as in the miniature's profile
 NORM = "+norm"
-CHOICES = [method + norm for method in METHODS for norm in ("", NORM)]
+CHOICES = [method + norm for method in METHODS if method != "glossary" for norm in ("", NORM)]
 # Methods of the rows of the input and of the output matrix, as pairs; last_weighted/first_weighted is AdaptiVocab's.
 MIXED = "mean+norm/mean focus/mean focus+norm/mean mean/first_weighted mean+norm/first_weighted "
 MIXED += "last_weighted/first_weighted global_mean+norm/mean"

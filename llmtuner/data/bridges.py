@@ -1,5 +1,6 @@
 """Puts languages side by side: translations in one document, entries of a glossary, and code-switched documents."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,6 +74,24 @@ def read_glossary(glossary: DatasetAttr) -> Iterator[dict[str, str]]:
             f"dataset {glossary.name}: no row of {glossary.describe_locations()} has text in the column "
             f"{' or '.join(map(repr, missing))}. Correct `columns` in dataset_info.json."
         )
+
+
+def read_translations(glossary: DatasetAttr, language: str) -> dict[str, list[str]]:
+    """The terms of a glossary in one language, each with its translations into all others, of all entries that have it.
+
+    Raises:
+        UserError: as `read_glossary`; if the dataset has no translations, or none into this language.
+    """
+    if language not in (languages := glossary.column_names["translations"]):
+        raise UserError(
+            f"dataset {glossary.name} has no translations of {language!r} ({', '.join(languages) or 'none at all'}). Name "
+            "the column of this language under `translations` in its entry in dataset_info.json, as docs/bridges.md shows."
+        )
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for entry in read_glossary(glossary):
+        if term := entry.pop(language, ""):
+            found[term] |= dict.fromkeys(entry.values())
+    return {term: list(translations) for term, translations in found.items()}
 
 
 def _valid(text: str) -> str:

@@ -7,14 +7,16 @@ constraint, since a new token never occurs in a Chinese or English prompt.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llmtuner.console import UserError
-from llmtuner.tokenizer.vocab import read_vocab
+from llmtuner.data.term_finder import is_spaced
+from llmtuner.tokenizer.chatglm3 import SPACE
+from llmtuner.tokenizer.vocab import Vocab, read_vocab
 
 METHODS = {
     "mean": "mean of the rows of the base tokens that spell it (SambaLingo, arXiv 2404.05829)",
@@ -23,8 +25,9 @@ METHODS = {
     "global_mean": "mean of all base-vocabulary rows, the same row for every new token (Hewitt 2021)",
     "random": "normal around 0 with the standard deviation of the base-vocabulary rows (the usual default)",
     "focus": "sparsemax-weighted mean of the base tokens that occur in similar contexts (FOCUS, arXiv 2305.14481)",
+    "glossary": "mean of the rows of its translations, where a glossary has them, else as mean (cf. PreAlign, arXiv 2407.16222)",
 }
-CONVEX_METHODS = ("mean", "first_weighted", "last_weighted", "global_mean", "focus")
+CONVEX_METHODS = ("mean", "first_weighted", "last_weighted", "global_mean", "focus", "glossary")
 _LOG_WEIGHT_STEP = {"mean": 0.0, "first_weighted": -2.0, "last_weighted": 2.0}  # from token to token
 _ROW_CHUNK = 4096
 _COLUMN_CHUNK = 256
@@ -75,7 +78,7 @@ def init_new_embeddings(
         norm_correction: scales each row to the median norm of the base-vocabulary rows (as Nemotron's tokenizer extension
             does for input rows); means of several rows are shorter than these.
         seed: of the method "random"; use a different one for each matrix.
-        weights: of the method "focus", from `focus_weights`.
+        weights: of the method "focus", from `focus_weights`, or "glossary", from `glossary_weights`.
 
     Returns:
         [new tokens, width] in fp32
@@ -91,8 +94,8 @@ def init_new_embeddings(
         rows = noise * _base_std(matrix, new)
     elif method == "global_mean":
         rows = base_mean(matrix, new).expand(count, width).clone()
-    elif method == "focus":
-        assert weights is not None, "the method focus needs the weights from focus_weights"
+    elif method in ("focus", "glossary"):
+        assert weights is not None, f"the method {method} needs the weights from {method}_weights"
         rows = weighted_rows(matrix, weights)
     else:
         rows = weighted_rows(matrix, position_weights(new, method))
@@ -116,6 +119,32 @@ def position_weights(new: NewTokens, method: str) -> torch.Tensor:
     return sparse_weights(
         new.base_ids, [(_LOG_WEIGHT_STEP[method] * position).softmax(0) for position in positions], new
     )
+
+
+def glossary_weights(
+    base: Vocab, merged: Vocab, new: NewTokens, translations: Mapping[str, Collection[str]]
+) -> tuple[torch.Tensor, int]:
+    """Weights of base tokens for each new token: the mean of its translations, each of which is the mean of its tokens.
+
+    A new token that is no term of the glossary, without the mark of a space before it, is the mean of its spelling.
+
+    Args:
+        translations: term in the added language -> its translations into languages of the base.
+
+    Returns:
+        sparse [new tokens, base ids] in fp32, whose rows sum to 1; how many new tokens have a translation
+    """
+    ids, values, num_translated = [], [], 0
+    for token, spelling in zip(merged.tokens[new.first_id :], new.base_ids, strict=True):
+        texts = translations.get((merged.text(token) or "").removeprefix(SPACE), ())
+        # As in the middle of a text: a word of a script with spaces has one before it.
+        spaced = [" " + text if is_spaced(text[0]) else text for text in texts]
+        spellings = base.spell([base.from_bytes(text.encode()) or text.replace(" ", SPACE) for text in spaced])
+        num_translated += bool(spellings)
+        spellings = spellings or [spelling]
+        ids.append([index for part in spellings for index in part])
+        values.append(torch.cat([torch.full((len(part),), 1 / len(part) / len(spellings)) for part in spellings]))
+    return sparse_weights(ids, values, new), num_translated
 
 
 def sparse_weights(ids: Sequence[Sequence[int]], values: Sequence[torch.Tensor], new: NewTokens) -> torch.Tensor:

@@ -80,6 +80,34 @@ def test_step_3_refuses_what_a_tied_matrix_cannot_have(family_dir, merged_dir, t
     assert not (tmp_path / "zero").exists()
 
 
+def test_new_rows_can_start_from_their_translations(family_dir, merged_dir, zero_dir, tmp_path, monkeypatch, capsys):
+    new, merged = find_new_tokens(family_dir, merged_dir), read_vocab(merged_dir)
+    words = [(merged.text(token) or "").lstrip("▁") for token in merged.tokens[new.first_id :]]
+    row = next(number for number, word in enumerate(words) if len(word) > 1 and words.count(word) == 1)
+    (tmp_path / "names.jsonl").write_text(json.dumps({"ja": words[row], "zh": "山"}) + "\n", encoding="utf-8")
+    entry = {"file_name": "names.jsonl", "formatting": "glossary", "columns": {"translations": ["ja", "zh"]}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"names": entry}), encoding="utf-8")
+    monkeypatch.setattr(constants, "DATASET_INFO", tmp_path / "dataset_info.json")
+    monkeypatch.setattr(constants, "CORPUS_DIR", tmp_path)
+    monkeypatch.setattr(step3_resize_model.pipeline, "require_corpus", lambda: tmp_path)
+    result = run_step_3(family_dir, merged_dir, tmp_path, monkeypatch, "--init", "glossary", "--glossary", "names")
+    assert "glossary: 1 of 60 new tokens have a translation" in capsys.readouterr().out
+    assert read_json(tmp_path / "metrics" / "step3.json")["init"] == {"input": "glossary", "output": "glossary"}
+    models = [load_model(directory) for directory in (result, zero_dir)]
+    [spelling] = read_vocab(family_dir).encode(["山"])
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        translated, mean = (getattr(model, get)().weight.float() for model in models)
+        assert (translated != mean).any(dim=1).nonzero().tolist() == [[new.first_id + row]]
+        torch.testing.assert_close(translated[new.first_id + row], translated[spelling].mean(dim=0))
+
+
+def test_step_3_says_what_a_glossary_is(family_dir, merged_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(step3_resize_model.pipeline, "require_corpus", lambda: tmp_path)
+    with pytest.raises(UserError, match=r"--init glossary needs a data set .* docs/bridges\.md"):
+        run_step_3(family_dir, merged_dir, tmp_path, monkeypatch, "--init", "glossary", "--glossary", "")
+    assert not (tmp_path / "zero").exists()
+
+
 @pytest.fixture
 def run(tiny_run, zero_dir, tmp_path):
     """Settings of step 5, for a few steps on Japanese text."""

@@ -7,7 +7,14 @@ from collections import Counter
 import pytest
 
 from llmtuner.console import UserError
-from llmtuner.data.bridges import CodeSwitcher, alongside, glossary_documents, parallel_document, read_glossary
+from llmtuner.data.bridges import (
+    CodeSwitcher,
+    alongside,
+    glossary_documents,
+    parallel_document,
+    read_glossary,
+    read_translations,
+)
 from llmtuner.data.held_out import is_validation, training_documents
 from llmtuner.data.loader import load_tokenized_datasets
 from llmtuner.data.sources import CodeSwitch, get_dataset_attr
@@ -96,6 +103,16 @@ def test_a_language_without_a_column_is_refused(folder, tokenizer):
         load_tokenized_dataset("pairs", "pt", tokenizer, settings(folder))
     with pytest.raises(UserError, match=r"no row of .* has text in the column 'en'"):
         list(read_glossary(get_dataset_attr("pairs", folder / "dataset_info.json", folder)))
+
+
+def test_translations_of_a_term_are_collected_from_all_entries(folder):
+    rows = [MINA, {"ja": "水", "zh": "水", "en": "water"}, {"ja": "水", "zh": "开水"}, {"zh": "青川"}]
+    names = get_dataset_attr("names", lines(folder / "names.jsonl", rows).parent / "dataset_info.json", folder)
+    assert read_translations(names, "ja") == {"ミナ": ["米娜", "Mina"], "水": ["水", "water", "开水"]}
+    with pytest.raises(UserError, match=r"names has no translations of 'ko' \(ja, zh, en\)"):
+        read_translations(names, "ko")
+    with pytest.raises(UserError, match=r"documents has no translations of 'ja' \(none at all\)"):
+        read_translations(get_dataset_attr("documents", folder / "dataset_info.json", folder), "ja")
 
 
 def test_translations_train_no_dialogues(folder, tokenizer):

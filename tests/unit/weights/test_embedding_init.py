@@ -6,17 +6,22 @@ import pytest
 import torch
 
 from llmtuner.console import UserError
+from llmtuner.tokenizer.vocab import JsonVocab, read_vocab
 from llmtuner.weights import embedding_init
 from llmtuner.weights.embedding_init import (
     CONVEX_METHODS,
     METHODS,
     NewTokens,
+    glossary_weights,
     init_new_embeddings,
     median_norm,
     position_weights,
     weighted_rows,
 )
 from llmtuner.weights.focus import focus_weights
+from tests.tiny_models import tiny_tokenizer
+from tests.tokenizers import make_vocab
+from tests.unit.tokenizer.test_vocab import metaspace_tokenizer
 
 BASE = range(3, 51)  # after <unk>, <s>, </s>; nine special tokens and four padding rows follow
 NEW = NewTokens(60, [[5, 9], [11, 12, 13], [7, 7, 20], [30, 31, 32, 33]], 0, range(3, 51))
@@ -127,3 +132,45 @@ def test_weighted_rows_reads_only_rows_below_the_first_new_id(matrix):
     matrix[60:] = float("nan")
     weights = position_weights(NEW, "mean")
     assert torch.allclose(weighted_rows(matrix, weights), weights.to_dense() @ matrix[:60], atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ glossary
+@pytest.fixture(params=["sentencepiece", "metaspace", "qwen3"])
+def vocab(request, tmp_path):
+    if request.param == "sentencepiece":
+        return make_vocab(["▁", *"abeiklnortw山上下在町，。", "上下", "in", "▁w", "▁wa", "ter"])
+    if request.param == "metaspace":
+        return JsonVocab(metaspace_tokenizer())
+    tiny_tokenizer(request.param).save_pretrained(tmp_path)
+    return read_vocab(tmp_path)
+
+
+def merge(vocab, *texts):
+    tokens = [vocab.from_text(text) for text in texts]
+    return vocab.append(tokens), NewTokens(vocab.first_new_id, vocab.spell(tokens), vocab.unk_id, vocab.base_range)
+
+
+def test_a_translated_token_is_the_mean_of_its_translations(vocab):
+    """Translations are spelled as in the middle of a text, of which the start is cut off here."""
+    merged, new = merge(vocab, "みず", "▁みず", "みずうみ", "み")
+    weights, translated = glossary_weights(
+        vocab, merged, new, {"みず": ["在上下", "water"], "うみ": ["山"], "": ["町"]}
+    )
+    before, chinese, english = vocab.encode(["在，", "在，在上下", "在， water"])
+    expected = torch.zeros(new.first_id)
+    for part in (chinese[len(before) :], english[len(before) :]):
+        for index in part:
+            expected[index] += 0.5 / len(part)
+    rows = weights.to_dense()
+    assert translated == 2
+    assert torch.allclose(rows[0], expected)
+    assert torch.equal(rows[1], rows[0])  # the mark of a space is no part of the word
+    assert torch.equal(rows[2:], position_weights(new, "mean").to_dense()[2:])
+    assert torch.allclose(rows.sum(dim=1), torch.ones(4))
+
+
+def test_a_translation_of_several_words_has_its_spaces(vocab):
+    merged, new = merge(vocab, "みず")
+    weights, _ = glossary_weights(vocab, merged, new, {"みず": ["in water"]})
+    before, english = vocab.encode(["在，", "在， in water"])
+    assert {*weights.coalesce().indices()[1].tolist()} == {*english[len(before) :]}
