@@ -111,7 +111,7 @@ def main() -> None:
         retained = LANGUAGES.listed(codes=LANGUAGES.retained)
         print0(f"note: such output rows can outscore the old ones: answers in {retained} may change")
 
-    print_header("some new tokens and the base tokens they were made from")
+    print_header("some new tokens and the base tokens that spell them")
     base, merged = read_vocab(BASE_MODEL_DIR), read_vocab(MERGED_TOKENIZER_DIR)
     for offset in range(0, len(new.base_ids), max(1, len(new.base_ids) // 8)):
         [token] = merged.display([new.first_id + offset])
