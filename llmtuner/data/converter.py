@@ -39,6 +39,11 @@ def check_stage(dataset_attr: DatasetAttr, stage: str) -> None:
         )
 
 
+def holds_dialogues(dataset_attr: DatasetAttr) -> bool:
+    """Whether a dataset in the mix of stage pt has answers: then its rows are dialogues, in the format of stage sft."""
+    return dataset_attr.formatting == "sharegpt" or "response" in dataset_attr.columns
+
+
 def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str], complete: bool = False) -> None:
     """Checks that dataset_info.json names no column that does not exist; a single row may lack any.
 
@@ -53,7 +58,7 @@ def check_columns(dataset_attr: DatasetAttr, stage: str, columns: Collection[str
     if dataset_attr.formatting in TRANSLATIONS:
         _check_languages(dataset_attr, columns, complete)
         return
-    if stage == "pt":
+    if stage == "pt" and not holds_dialogues(dataset_attr):
         roles = ["prompt"]
     elif dataset_attr.formatting == "sharegpt":
         roles = ["messages"]
@@ -89,11 +94,11 @@ def convert_row(
         The row; of translations a row for each document made of it, none if it says the same in all languages.
 
     Raises:
-        InvalidRow: if the row holds no document (`pt`) or dialogue (`sft`).
+        InvalidRow: if the row holds no document (`pt`) or dialogue (`sft`; `pt`, if the dataset has answers).
     """
     if stage == "pt" and dataset_attr.formatting in TRANSLATIONS:
         return _convert_translations(row, dataset_attr)
-    if stage == "pt":
+    if stage == "pt" and not holds_dialogues(dataset_attr):
         value, what = _require_column(dataset_attr, "prompt", row.values)
         encoded = _encode_utf8(value, what)
         row.content = encoded if value.strip() else b""

@@ -21,7 +21,7 @@ from llmtuner.aliases import TOKENS_FILE
 from llmtuner.console import UserError, print0
 from llmtuner.data.bridges import CodeSwitcher
 from llmtuner.data.chat_template import ChatTemplate, get_template
-from llmtuner.data.converter import InvalidRow, check_columns, check_stage, convert_row
+from llmtuner.data.converter import InvalidRow, check_columns, check_stage, convert_row, holds_dialogues
 from llmtuner.data.readers import Row, read_rows
 from llmtuner.data.sources import DatasetAttr, file_type, get_dataset_attr
 from llmtuner.data.template import Ids, Template
@@ -61,7 +61,13 @@ def load_tokenized_dataset(name: str, stage: str, tokenizer: Any, data_args: "Da
         directory = Path(data_args.tokenized_path) / safe_name
     else:
         dataset_attr = _find_dataset(name, stage, data_args)
-        content = json.dumps([settings, dataset_attr.fingerprint()], sort_keys=True)
+        of_dialogues = stage == "pt" and holds_dialogues(dataset_attr)
+        parts = [
+            settings,
+            dataset_attr.fingerprint(),
+            *([_dialogue_settings(tokenizer, data_args)] if of_dialogues else []),
+        ]
+        content = json.dumps(parts, sort_keys=True)
         directory = Path(data_args.cache_dir) / f"{safe_name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     if not _is_cached(name, directory, data_args.overwrite_cache):
         with _lock(directory):
@@ -111,11 +117,16 @@ def _cache_settings(name: str, stage: str, tokenizer: Any, data_args: "DataArgum
     }
     template = _get_template(tokenizer, data_args)
     if stage == "sft":
-        names = ("mask_history", "train_on_prompt", "default_system")
-        settings |= {"template": template.fingerprint, **{setting: getattr(data_args, setting) for setting in names}}
+        settings |= _dialogue_settings(tokenizer, data_args)
     elif isinstance(template, ChatTemplate):
         settings["document_tokens"] = [*template.prefix, template.document_end]
     return settings
+
+
+def _dialogue_settings(tokenizer: Any, data_args: "DataArguments") -> dict[str, Any]:
+    names = ("mask_history", "train_on_prompt", "default_system")
+    fingerprint = _get_template(tokenizer, data_args).fingerprint
+    return {"template": fingerprint, **{setting: getattr(data_args, setting) for setting in names}}
 
 
 def _get_template(tokenizer: Any, data_args: "DataArguments") -> Template | ChatTemplate:
@@ -215,11 +226,11 @@ def _tokenize_dataset(
 
     def encode(rows: list[Row]) -> Encoded:
         contents = [row.content for row in rows]
-        if stage == "pt":
+        if stage == "pt" and not holds_dialogues(dataset_attr):
             return template.encode_documents(tokenizer, contents, threads), []
         masks = data_args.mask_history, data_args.train_on_prompt
         ids, labels = zip(*template.encode_dialogues(tokenizer, contents, *masks, threads), strict=True)
-        return list(ids), list(labels)
+        return list(ids), list(labels) if stage == "sft" else []
 
     with atomic_directory(directory, replace=True) as partial, _gc_frozen():
         with (

@@ -131,10 +131,29 @@ def test_the_chat_template_and_the_marks_of_documents_belong_to_the_cache(corpus
     assert directory("dialogues", "sft", document_end_token="</think>") == dialogues
     assert directory("documents", "pt", edit) == documents
     assert directory("dialogues", "sft", edit) != dialogues
+    assert directory("dialogues", "pt", edit) != directory("dialogues", "pt")  # of dialogues in stage pt, too
     other = directory("documents", "pt", document_end_token="</think>")
     assert other != documents
     ends = [TokenStore(folder).ids(0)[-1] for folder in (documents, other)]
     assert tiny_tokenizer("qwen3").convert_ids_to_tokens(map(int, ends)) == ["<|endoftext|>", "</think>"]
+
+
+@pytest.mark.parametrize(
+    ("attr", "row"),
+    [(SHAREGPT, turns("h", "g", "h", "g")), (ALPACA, {"q": "一", "in": "二", "a": "三", "before": [], "rules": ""})],
+)
+def test_dialogues_in_the_mix_of_pretraining_keep_their_format(corpus, tokenizer, attr, row):
+    """All their tokens are trained on; answers tell dialogues from documents."""
+    lines(corpus / "talks.jsonl", [{**row, "n": n} for n in range(3)])
+    entry = {"file_name": "talks.jsonl", "formatting": attr.formatting, "columns": attr.columns}
+    info(corpus, talks={name: value for name, value in entry.items() if value})
+    trained, tuned = (
+        load_tokenized_dataset("talks", stage, tokenizer, settings(corpus)).store for stage in ("pt", "sft")
+    )
+    assert trained.ids(2).tolist() == tuned.ids(2).tolist()
+    assert len(trained.labels(2)) == 0  # none is masked
+    assert trained.column("hash").tolist() == tuned.column("hash").tolist()  # held out together
+    assert "<|assistant|>" in tokenizer.convert_ids_to_tokens(map(int, trained.ids(2)))
 
 
 def test_settings_that_change_the_ids_make_another_cache(corpus, tokenizer, tiny_tokenizer_dir):
