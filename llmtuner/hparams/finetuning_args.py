@@ -42,6 +42,9 @@ class FinetuningArguments:
     embedding_learning_rate: float | None = setting(
         None, "Learning rate of the embedding matrices; by default that of everything else.", NOT_NEGATIVE
     )
+    use_muon: bool = setting(
+        False, "Muon (arXiv 2502.16982) updates the hidden matrices, and optim what remains: embeddings, norms, biases."
+    )
     fused_ops: bool = setting(True, "LoRA, norms, attention and MLP in fewer passes: in bf16, and in fp32 on a CPU.")
     chunked_loss: bool = setting(True, "Compute logits and their gradients in chunks instead of all at once.")
     metric_for_best_model: str | None = setting(

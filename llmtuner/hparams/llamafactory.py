@@ -50,7 +50,7 @@ UNSUPPORTED = (
     Feature(f"GaLore: {OTHER_OPTIMIZERS}", {"use_galore": False}, ("galore_*",)),
     Feature(f"APOLLO: {OTHER_OPTIMIZERS}", {"use_apollo": False}, ("apollo_*",)),
     Feature(f"BAdam: {OTHER_OPTIMIZERS}", {"use_badam": False}, ("badam_*",)),
-    Feature(OTHER_OPTIMIZERS, {"use_adam_mini": False, "use_muon": False}),
+    Feature(OTHER_OPTIMIZERS, {"use_adam_mini": False}),
     Feature("the loss is cross-entropy, summed over the target tokens of the whole batch",
         {"use_dft_loss": False, "use_asft_loss": False, "use_eaft_loss": False, "ignore_pad_token_for_loss": True},
         ("asft_alpha", "eaft_alpha")),

@@ -361,6 +361,12 @@ def _validate_method(values: dict[str, Any], for_export: bool) -> Iterator[Valid
     for name in (*of_lora, *(() if for_export else ("adapter_name_or_path",))):
         if values[name] and method != "lora":
             yield (name, "finetuning_type"), f"{name} is given, but finetuning_type {method} has no adapters"
+    if values["use_muon"] and method != "full":
+        text = f"use_muon is for finetuning_type full, and this one is {method}; leave it out"
+        yield ("use_muon", "finetuning_type"), text
+    if values["use_muon"] and values.get("deepspeed"):
+        text = "use_muon needs complete matrices, of which DeepSpeed's optimizer sees parts; leave one of them out"
+        yield ("use_muon", "deepspeed"), text
     for name, default in {"freeze_trainable_layers": 2, "freeze_trainable_modules": ["all"]}.items():
         if method != "freeze" and values[name] not in (None, default):
             text = f"{name} is given, but finetuning_type {method} does not train some layers only"

@@ -34,6 +34,7 @@ from llmtuner.model.adapters import init_adapter
 from llmtuner.model.attention import VARLEN, register_varlen
 from llmtuner.model.fused import apply_fused_ops
 from llmtuner.train import loss
+from llmtuner.train.muon import hidden_matrices
 from llmtuner.train.trainer import PackedTrainer
 
 COMPILED = (pointwise, loss)  # modules whose decorated functions are compiled on a GPU
@@ -376,7 +377,9 @@ class StepEstimator:
             embeddings = [module for module in self.model.modules() if isinstance(module, torch.nn.Embedding)]
             matrices = [matrix for module in embeddings for matrix in module.parameters() if matrix.requires_grad]
             in_32_bits = sum(matrix.numel() for matrix in matrices)
-        return int(per_parameter * (self.num_trained - in_32_bits) + 4 * round(per_parameter) * in_32_bits)
+        by_muon = sum(matrix.numel() for matrix in hidden_matrices(self.model)) if finetuning.use_muon else 0
+        others = self.num_trained - in_32_bits - by_muon
+        return int(per_parameter * others + 4 * round(per_parameter) * in_32_bits + 4 * by_muon)
 
 
 def state_bytes_per_parameter(training_args: TrainingArguments, flat: bool = False) -> float:

@@ -72,6 +72,7 @@ from llmtuner.train.checkpointing import (
 from llmtuner.train.divergence import DivergenceMonitor
 from llmtuner.train.flops import Utilization
 from llmtuner.train.loss import linear_cross_entropy_sum
+from llmtuner.train.muon import MuonAndOther, hidden_matrices
 from llmtuner.train.run_status import State, write_run_status
 from llmtuner.train.trackers import guard_trackers
 
@@ -381,34 +382,40 @@ class PackedTrainer(Trainer):
         return embedding_parameters(self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Adds parameter groups for the embeddings and for LoRA's B matrices if these have learning rates of their own."""
-        embedding_lr, loraplus_ratio = (
+        """Adds parameter groups for the embeddings and LoRA's B matrices if they have learning rates of their own, and Muon's."""
+        embedding_lr, loraplus_ratio, use_muon = (
             self.finetuning_args.embedding_learning_rate,
             self.finetuning_args.loraplus_lr_ratio,
+            self.finetuning_args.use_muon,
         )
-        if self.optimizer is None and (embedding_lr, loraplus_ratio) != (None, None):
+        if self.optimizer is None and (embedding_lr, loraplus_ratio, use_muon) != (None, None, False):
             base = self.args.learning_rate
             peaks = dict(zip(LR_GROUPS, (base, base * (loraplus_ratio or 1), embedding_lr), strict=True))
-            groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+            hidden = set(map(id, hidden_matrices(self.model))) if use_muon else set()
+            groups: dict[tuple[bool, str, bool], list[torch.nn.Parameter]] = {}
             decayed = set(self.get_decay_parameter_names(self.model))
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     lr_group = self._get_lr_group(name, id(parameter) in self.embedding_ids)
-                    groups.setdefault((lr_group, name in decayed), []).append(parameter)
-            ordered = sorted(groups.items(), key=lambda group: LR_GROUPS.index(group[0][0]))
-            self.lr_groups = [lr_group for (lr_group, _), _ in ordered]
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(
+                    groups.setdefault((id(parameter) in hidden, lr_group, name in decayed), []).append(parameter)
+            ordered = sorted(groups.items(), key=lambda group: (group[0][0], LR_GROUPS.index(group[0][1])))
+            self.lr_groups = [lr_group for (_, lr_group, _), _ in ordered]
+            by_optim, by_muon = (
                 [
                     {
                         "params": parameters,
                         "weight_decay": self.args.weight_decay if decay else 0.0,
                         "lr": peaks[lr_group],
                     }
-                    for (lr_group, decay), parameters in ordered
-                ],
-                **options,
+                    for (is_hidden, lr_group, decay), parameters in ordered
+                    if is_hidden is muon
+                ]
+                for muon in (False, True)
             )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(by_optim, **options)
+            if use_muon:
+                self.optimizer = MuonAndOther(self.optimizer, by_muon)
         return super().create_optimizer(*args, **kwargs)
 
     def _get_lr_group(self, name: str, is_embedding: bool) -> str:

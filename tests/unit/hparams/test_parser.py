@@ -177,6 +177,8 @@ CONTRADICTIONS = [
     ({"finetuning_type": "full", "use_dora": True}, "use_dora is given, but finetuning_type full has no adapters"),
     ({"finetuning_type": "full", "use_rslora": True}, "use_rslora is given, but finetuning_type full"),
     ({"finetuning_type": "full", "adapter_name_or_path": "x"}, "adapter_name_or_path is given, but finetuning_type"),
+    ({"use_muon": True}, "use_muon is for finetuning_type full, and this one is lora"),
+    ({"use_muon": True, "finetuning_type": "full", "deepspeed": "{}"}, "use_muon needs complete matrices"),
     ({"train_new_tokens_only": True}, "train_new_tokens_only needs"),
     ({"train_new_tokens_only": True, "additional_target": "q_proj"}, "embed_tokens or lm_head in additional_target"),
     (
