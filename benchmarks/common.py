@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -144,6 +145,25 @@ def run_process(command: Iterable[object], sync: bool = False, **variables: obje
             end = f"{printed[-1_000:]}\n{stderr.read()[-3_000:]}"
             raise UserError(f"{' '.join(words)} exited with code {process.returncode}:\n{end}")
     return FinishedProcess(printed, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
+
+
+def run_step(script: str, work: Path, texts: Path, *arguments: str, **variables: str) -> None:
+    """Runs a step script as a user starts it; one that has finished in this WORK_DIR ends at once.
+
+    Args:
+        texts: its CORPUS_DIR.
+        variables: environment variables; by default PROFILE is the miniature's.
+
+    Raises:
+        UserError: if it fails; it has said why itself.
+    """
+    print_header(f"{work.name}: {script} {' '.join(arguments)}")
+    environ = {name: value for name, value in os.environ.items() if name not in ("BASE_MODEL_DIR", "OVERWRITE")}
+    environ |= {"PROFILE": "mini", "WORK_DIR": str(work), "CORPUS_DIR": str(texts), "SKIP_COMPLETED": "1"}
+    environ |= {"HF_HUB_OFFLINE": "1", **variables}  # the texts are those of this directory, or none
+    command = [sys.executable, str(ROOT / script), *arguments]
+    if subprocess.run(command, env=environ, stdin=subprocess.DEVNULL).returncode:
+        raise UserError(f"{script} failed in {work}; its message is above. The same command resumes there.")
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

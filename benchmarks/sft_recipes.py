@@ -13,8 +13,7 @@ import shutil
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.common import Values, make_parser, print_results, read_results, save_results
-from benchmarks.recipes import run_step
+from benchmarks.common import Values, make_parser, print_results, read_results, run_step, save_results
 from llmtuner.console import run_cli
 from llmtuner.outputs import atomic_directory
 

@@ -10,7 +10,7 @@ phrasings that no dialogue used. The model card gives every figure.
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,9 @@ def _conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
     return {"conversations": messages}
 
 
-def make_tokenizer(texts: list[str], directory: Path) -> None:
+def make_tokenizer(
+    texts: Iterable[str], directory: Path, vocab_size: int = VOCAB_SIZE, character_coverage: float = 1.0
+) -> None:
     """Trains a tokenizer on Chinese and English with ChatGLM3's rules; the nine special tokens follow its pieces."""
     from llmtuner.tokenizer.chatglm3 import SPECIAL_TOKENS, read_sentencepiece, save_tokenizer
     from llmtuner.tokenizer.sentencepiece_bpe import split_sentences, train_bpe
@@ -106,7 +108,7 @@ def make_tokenizer(texts: list[str], directory: Path) -> None:
 
     sentences = (sentence for text in texts for sentence in split_sentences(text))
     model_file = directory / "trained.model"
-    train_bpe(sentences, model_file, VOCAB_SIZE, 1.0, required_characters=PUNCTUATION, threads=2)
+    train_bpe(sentences, model_file, vocab_size, character_coverage, required_characters=PUNCTUATION, threads=2)
     # No piece may have the name of a special token ("people" would yield "eop"), nor be reachable only through one.
     proto = read_sentencepiece(model_file)
     unwanted = set(SPECIAL_TOKENS)
@@ -121,7 +123,7 @@ def make_tokenizer(texts: list[str], directory: Path) -> None:
     model_file.unlink()
 
 
-def make_untrained_model(directory: Path) -> None:
+def make_untrained_model(directory: Path, architecture: dict[str, Any] = ARCHITECTURE) -> None:
     """Saves a randomly initialized Glm beside its tokenizer, with embeddings padded to a multiple of 64."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
@@ -134,7 +136,7 @@ def make_untrained_model(directory: Path) -> None:
     template = Template.from_tokenizer(tokenizer)
     vocab_size = -(-len(tokenizer) // 64) * 64
     special: dict[str, Any] = dict(eos_token_id=template.stop_token_ids, pad_token_id=tokenizer.pad_token_id)
-    model = GlmForCausalLM(GlmConfig(vocab_size=vocab_size, bos_token_id=None, **special, **ARCHITECTURE))
+    model = GlmForCausalLM(GlmConfig(vocab_size=vocab_size, bos_token_id=None, **special, **architecture))
     model.generation_config.update(do_sample=False, bos_token_id=None, **special)
     model.save_pretrained(str(directory))
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
+from benchmarks.real_text import RECIPES
 from benchmarks.scaling import flop_per_token
 from llmtuner import hparams
 from llmtuner.eval.ladder import format_ladder
@@ -533,11 +534,45 @@ def peak(recipe: str) -> float:
 
 
 def test_real_text_is_learned_as_measured():
-    runs = {one["recipe"]: one for one in results("recipes")["corpora"]["runs"]}
-    text = " ".join(text_of("docs/your-texts.md").split())
-    before, after = (runs["joint"]["bits_per_byte"][when]["ja"] for when in ("before", "after"))
-    assert f"from {before:.2f} to {after:.2f} bits per byte in {runs['joint']['tokens']:,} tokens" in text
-    assert f"{runs['staged']['bits_per_byte']['after']['ja']:.2f}: `" in text
+    measured, base = results("real_text"), results("real_base")
+    recipes, before = measured["recipes"], measured["before"]
+    tokens = {run["tokens"] for run in measured["runs"] if RECIPES[run["recipe"]].share == 1}
+    yours, evidence, decisions = (
+        " ".join(text_of(f"docs/{page}.md").split()) for page in ("your-texts", "evidence", "decisions")
+    )
+    assert len(tokens) == 1
+    assert (
+        f"from {before['ja']:.2f} to {recipes['default']['ja']['mean']:.2f} bits per byte in {max(tokens):,} tokens"
+        in yours
+    )
+    assert f"then {max(tokens):,} tokens of Japanese" in evidence
+    assert (
+        f"{before['ja']:.3f} for Japanese, {before['zh']:.3f} for Chinese and {before['en']:.3f} for English"
+        in evidence
+    )
+    bits = base["bits_per_byte"]
+    assert f"Chinese with {bits['zh']:.2f} and English with {bits['en']:.2f} bits" in evidence
+    assert f"on {base['tokens']:,} tokens" in evidence
+    by_seed = {(run["recipe"], run["seed"]): run["bits_per_byte"] for run in measured["runs"]}
+    faster, usual = by_seed["lr_2", 42], by_seed["default", 42]
+    assert (
+        f"learns {usual['ja'] - faster['ja']:.3f} bits more Japanese and costs {faster['zh'] - usual['zh']:.3f}"
+        in evidence
+    )
+    share, _, high = measured["tokens_needed"]["original_lr"]["share"]
+    assert high > 1
+    assert f"learning rate**: {share:.0%}".replace("%", " %") in evidence
+    staged, new_rows, crossing = (
+        recipes[name]["ja"]["difference"] for name in ("staged", "new_rows", "no_neat_packing")
+    )
+    assert "learn {:.3f} bits per byte of Japanese less than together ({:.3f} to {:.3f}".format(*staged) in decisions
+    assert "{:.3f} bits per byte of Japanese are lost ({:.3f} to {:.3f})".format(*crossing) in decisions
+    assert f"for {new_rows[0]:.3f} bits of Japanese" in evidence
+    for name in ("zh", "en"):
+        assert recipes["new_rows"][name]["mean"] - before[name] < 0.03
+    lost = [recipes["default"][name]["mean"] - before[name] for name in ("zh", "en")]
+    assert "default loses {:.3f} and {:.3f}".format(*lost) in decisions
+    assert staged[1] < recipes["half"]["ja"]["difference"][0] < staged[2]  # "ends where `half` does"
 
 
 def test_a_killed_run_ends_as_the_page_says():

@@ -10,7 +10,13 @@ from llmtuner.console import UserError
 
 @pytest.mark.parametrize(
     ("page", "tables"),
-    [("benchmarks/README.md", 15), ("benchmarks/scaling.md", 6), ("docs/memory.md", 4), ("docs/gpu.md", 7)],
+    [
+        ("benchmarks/README.md", 15),
+        ("benchmarks/scaling.md", 6),
+        ("docs/memory.md", 4),
+        ("docs/gpu.md", 7),
+        ("docs/evidence.md", 2),
+    ],
 )
 def test_tables_of_a_page_match_the_results(page, tables):
     assert page in update_readme.PAGES
