@@ -572,6 +572,28 @@ def test_real_text_is_learned_as_measured():
         assert recipes["new_rows"][name]["mean"] - before[name] < 0.03
     lost = [recipes["default"][name]["mean"] - before[name] for name in ("zh", "en")]
     assert "default loses {:.3f} and {:.3f}".format(*lost) in decisions
+    random_output, rank_8, rank_128 = (recipes[name] for name in ("random_output", "rank_8", "rank_128"))
+    assert f"cost {random_output['ja']['difference'][0]:.3f} bits of Japanese" in evidence
+    lost = [random_output[name]["difference"][0] for name in ("ja", "zh")]
+    assert "cost {:.3f} bits per byte of Japanese after training on real text, and {:.3f} of".format(*lost) in decisions
+    tokens_of_original = recipes["original_tokens"]["ja"]["difference"]
+    assert (
+        "by {:.3f} bits on average, but the interval reaches from {:.3f} to {:+.3f}".format(
+            -tokens_of_original[0], *tokens_of_original[1:]
+        )
+        in evidence
+    )
+    assert f"the higher rank {rank_8['ja']['difference'][0]:.3f}" in evidence
+    ranks = [recipes[name]["ja"]["mean"] for name in ("rank_8", "default", "rank_128")]
+    assert "end at {:.3f}, {:.3f} and {:.3f}".format(*ranks) in evidence
+    assert (
+        "learns {:.3f} bits per byte of Japanese less than 32 ({:.3f} to {:.3f})".format(*rank_8["ja"]["difference"])
+        in decisions
+    )
+    more, low, high = (-value for value in rank_128["ja"]["difference"])
+    assert f"128 learns {more:.3f} more ({high:.3f} to {low:.3f})" in decisions
+    lost = [rank_128[name]["difference"][0] for name in ("zh", "en")]
+    assert "for {:.3f} and {:.3f} more lost".format(*lost) in decisions
     assert staged[1] < recipes["half"]["ja"]["difference"][0] < staged[2]  # "ends where `half` does"
 
 
