@@ -568,6 +568,9 @@ def test_real_text_is_learned_as_measured():
     assert "learn {:.3f} bits per byte of Japanese less than together ({:.3f} to {:.3f}".format(*staged) in decisions
     assert "{:.3f} bits per byte of Japanese are lost ({:.3f} to {:.3f})".format(*crossing) in decisions
     assert f"for {new_rows[0]:.3f} bits of Japanese" in evidence
+    assert f"Muon at the same rates learns {recipes['full_muon']['ja']['difference'][0]:.3f} bits less" in evidence
+    regained = 1 - recipes["new_rows_lr_2"]["ja"]["difference"][0] / new_rows[0]
+    assert abs(regained - 1 / 3) < 0.02
     for name in ("zh", "en"):
         assert recipes["new_rows"][name]["mean"] - before[name] < 0.03
     lost = [recipes["default"][name]["mean"] - before[name] for name in ("zh", "en")]
