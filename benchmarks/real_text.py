@@ -79,6 +79,8 @@ class Recipe:
 
     step5: str = ""
     """Arguments of step 5."""
+    step1: str = ""
+    """Arguments of step 1."""
     step3: str = ""
     """Arguments of step 3."""
     original_tokenizer: bool = False
@@ -100,8 +102,10 @@ ORIGINAL = "--lora_rank 8 --lora_alpha 16 --warmup_ratio 0 --neat_packing false"
 RANDOM_OUTPUT = "--init mean --init-output random"
 RECIPES = {
     "default": Recipe(),
-    "original": Recipe(f"{ORIGINAL} --learning_rate 1e-4 --embedding_learning_rate 1e-4", RANDOM_OUTPUT, True),
-    "original_lr": Recipe(ORIGINAL, RANDOM_OUTPUT, True),
+    "original": Recipe(
+        f"{ORIGINAL} --learning_rate 1e-4 --embedding_learning_rate 1e-4", step3=RANDOM_OUTPUT, original_tokenizer=True
+    ),
+    "original_lr": Recipe(ORIGINAL, step3=RANDOM_OUTPUT, original_tokenizer=True),
     "half": Recipe(share=1 / 2),
     "quarter": Recipe(share=1 / 4),
     "staged": Recipe("--staged"),
@@ -109,6 +113,7 @@ RECIPES = {
     "new_rows_lr_2": Recipe(f"--train_new_tokens_only {rates(2)}"),
     "no_neat_packing": Recipe("--neat_packing false"),
     "original_tokens": Recipe(original_tokenizer=True),
+    "sentencepiece_tokens": Recipe(step1="--method sentencepiece"),
     "no_warmup": Recipe("--warmup_ratio 0"),
     "random_output": Recipe(step3=RANDOM_OUTPUT),
     "random": Recipe(step3="--init random"),
@@ -194,10 +199,10 @@ class Lab:
 
     def prepare(self, recipe: Recipe) -> Path:
         """A WORK_DIR with steps 1 to 3 done."""
-        kind = f"{'original' if recipe.original_tokenizer else 'ours'} {recipe.step3.replace('--', '')}".strip()
-        work = self.directory / kind.replace(" ", "_")
+        words = ["original" if recipe.original_tokenizer else "ours", *recipe.step1.split(), *recipe.step3.split()]
+        work = self.directory / "_".join(words).replace("--", "")
         if not (work / "metrics" / "step3.json").exists():
-            self._step(STEPS[0], work, *(["--compare"] if recipe.original_tokenizer else []))
+            self._step(STEPS[0], work, *recipe.step1.split(), *(["--compare"] if recipe.original_tokenizer else []))
             self._step(STEPS[1], work)
             original = merge_original(self.base, work) if recipe.original_tokenizer else None
             self._step(STEPS[2], work, *recipe.step3.split())

@@ -34,6 +34,7 @@ def test_every_recipe_is_accepted(name, tmp_path):
     assert len(args.data.dataset) == len(args.data.interleave_probs)
     methods = [word for word in recipe.step3.split() if not word.startswith("--")]
     assert set(methods) <= set(step3_resize_model.METHODS)
+    assert recipe.step1 in ("", "--method sentencepiece")
     assert recipe.share in (1, 1 / 2, 1 / 4)
 
 
