@@ -1,14 +1,14 @@
 """Puts languages side by side: translations in one document, entries of a glossary, and code-switched documents."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import regex
 
 from llmtuner.console import UserError
 from llmtuner.data.held_out import text_hash
-from llmtuner.data.readers import read_rows
+from llmtuner.data.readers import Row, read_rows
 from llmtuner.data.sources import CodeSwitch, DatasetAttr
 from llmtuner.data.term_finder import TermFinder
 
@@ -99,9 +99,13 @@ def _valid(text: str) -> str:
     return text.encode(errors="ignore").decode().strip()
 
 
+def _is_spoken(message: dict[str, Any]) -> bool:
+    return message["role"] in ("user", "assistant") and "metadata" not in message
+
+
 class CodeSwitcher:
-    """Replaces terms of a glossary in documents (EntityCS, arXiv 2210.12540), or translates them in parentheses (LEIA,
-    arXiv 2402.11485).
+    """Replaces terms of a glossary in documents and dialogues (EntityCS, arXiv 2210.12540), or translates them in parentheses
+    (LEIA, arXiv 2402.11485).
     """
 
     def __init__(self, code_switch: CodeSwitch) -> None:
@@ -114,7 +118,7 @@ class CodeSwitcher:
         self.terms: dict[str, tuple[str, int]] = {}
         """term -> its translation, and an odd number that depends on the term alone"""
         self.num_documents = self.num_switched = 0
-        """Documents seen, and those in which at least one term was switched."""
+        """Documents or dialogues seen, and those in which at least one term was switched."""
         for entry in read_glossary(code_switch.glossary):
             term, translation = entry.get(code_switch.source, ""), entry.get(code_switch.target, "")
             if len(term) >= MIN_TERM_CHARS and translation not in ("", term):
@@ -126,29 +130,55 @@ class CodeSwitcher:
             )
         self.find_terms = TermFinder(self.terms)
 
-    def __call__(self, text: str, document_hash: int) -> str:
-        """Switches a document; which of its terms is decided by `document_hash` and the term alone."""
+    def __call__(self, row: Row) -> None:
+        """Switches a converted row: a document, or in a dialogue the terms that the user mentions.
+
+        An answer thus repeats a name as the question has it, and is otherwise in its own language. Calls of tools and what
+        they return stay as they are. `row.hash` remains that of the text as it was read, so that a document that is held out
+        is held out in every version.
+        """
+        if isinstance(row.content, bytes):
+            switched: Any = self.switch(row.content.decode(), row.hash).encode()
+            num_bytes = len(switched)
+        else:
+            asked = [message["content"] for message in row.content if message["role"] == "user"]
+            mentioned = {term for text in asked for _, term in self.find_terms(text)}
+            switched = [
+                {**message, "content": self.switch(message["content"], row.hash, mentioned)}
+                if _is_spoken(message)
+                else message
+                for message in row.content
+            ]
+            num_bytes = sum(len(message["content"].encode()) for message in switched)
+        self.num_documents += 1
+        self.num_switched += switched != row.content
+        row.content, row.num_bytes = switched, num_bytes
+
+    def switch(self, text: str, document_hash: int, among: Collection[str] | None = None) -> str:
+        """Switches a text. Which terms is decided by hash and term alone: equal terms of a dialogue are switched alike.
+
+        Args:
+            among: only these terms.
+        """
         alone, limit = self.code_switch.style == "replace", self.code_switch.ratio * 2**64
         parts: list[str] = []
         seen: set[str] = set()  # in parentheses only once
         copied = 0
         for start, term in self.find_terms(text):
             translation, term_hash = self.terms[term]
-            if document_hash * term_hash % 2**64 >= limit or term in seen:
+            if document_hash * term_hash % 2**64 >= limit or term in seen or (among is not None and term not in among):
                 continue
             if not alone:
                 seen.add(term)
                 translation = alongside(term, [translation])
             parts += (text[copied:start], translation)
             copied = start + len(term)
-        self.num_documents += 1
-        self.num_switched += bool(parts)
         return "".join([*parts, text[copied:]])
 
     def describe(self) -> str:
         """Says how much was switched, in one line."""
         switch = self.code_switch
         return (
-            f"code_switch: {self.num_switched:,} of {self.num_documents:,} documents name terms of {switch.glossary.name} "
+            f"code_switch: {self.num_switched:,} of {self.num_documents:,} documents or dialogues name terms of {switch.glossary.name} "
             f"({len(self.terms):,}) that were translated from {switch.source} to {switch.target}"
         )

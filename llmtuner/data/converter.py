@@ -28,14 +28,12 @@ def check_stage(dataset_attr: DatasetAttr, stage: str) -> None:
     """Checks that a dataset holds what a stage trains on.
 
     Raises:
-        UserError: if it holds translations, or documents to be code-switched, and the stage trains on dialogues.
+        UserError: if it holds translations and the stage trains on dialogues.
     """
-    bridge = dataset_attr.formatting if dataset_attr.formatting in TRANSLATIONS else ""
-    bridge = "code_switch" if dataset_attr.code_switch else bridge
-    if stage == "sft" and bridge:
+    if stage == "sft" and dataset_attr.formatting in TRANSLATIONS:
         raise UserError(
-            f"dataset {dataset_attr.name}: {bridge} in dataset_info.json makes documents, which stage pt trains on; stage "
-            "sft needs dialogues. Move it to the data of step 5, or leave it out."
+            f"dataset {dataset_attr.name}: formatting {dataset_attr.formatting} makes documents, which stage pt trains on; "
+            "stage sft needs dialogues. Move it to the data of step 5, or leave it out."
         )
 
 

@@ -69,7 +69,7 @@ class DatasetAttr:
     sample_by: str = "line"
     """What one document of a .txt file is: `line`, `paragraph` (lines between blank lines) or `document` (the file)."""
     code_switch: "CodeSwitch | None" = None
-    """Terms that are translated in the documents of stage pt."""
+    """Terms that are translated in its documents or dialogues."""
 
     @cached_property
     def column_names(self) -> dict[str, list[str]]:
@@ -135,16 +135,16 @@ class DatasetAttr:
 
 @dataclass(frozen=True)
 class CodeSwitch:
-    """`code_switch` of an entry: which terms of its documents are translated, and how."""
+    """`code_switch` of an entry: which terms of its documents or dialogues are translated, and how."""
 
     glossary: DatasetAttr
     """Its columns are language codes."""
     source: str
-    """`from`: the language of the documents."""
+    """`from`: the language of the texts."""
     target: str
     """`to`: the language of the translations."""
     ratio: float
-    """Of the terms in a document, those that are translated."""
+    """Of the terms in a document or dialogue, those that are translated."""
     style: str
     """`replace`: a translation takes the place of each occurrence; `alongside`: it follows the first one in parentheses."""
 
@@ -304,8 +304,8 @@ def _validate_bridges(entry: dict[str, Any], place: str) -> None:
         raise UserError(f"{place}: `translations` under `columns` needs formatting {' or '.join(TRANSLATIONS)}.")
     if "code_switch" not in entry:
         return
-    if formatting not in (None, "alpaca"):
-        raise UserError(f"{place}: code_switch is for documents, not for the formatting {formatting}. Leave one out.")
+    if formatting in TRANSLATIONS:
+        raise UserError(f"{place}: code_switch does not go with the formatting {formatting}. Leave one out.")
     ratio, style = ({**CODE_SWITCH_DEFAULTS, **entry["code_switch"]}[key] for key in ("ratio", "style"))
     if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         raise UserError(f"{place}: ratio of code_switch is {ratio!r}; it must be a number above 0, at most 1.")

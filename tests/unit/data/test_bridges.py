@@ -27,6 +27,7 @@ NAMES = {"file_name": "names.*", "formatting": "glossary", "columns": {"translat
 PAIRS = {"file_name": "pairs.*", "formatting": "parallel", "columns": {"translations": ["ja", "zh", "en"]}}
 SWITCHED = {**DOCUMENTS, "code_switch": {"glossary": "names", "from": "zh", "to": "ja", "ratio": 1}}
 MINA = {"ja": "ミナ", "zh": "米娜", "en": "Mina"}
+CALL = '{"name": "find", "arguments": {"who": "米娜"}}'
 
 
 @pytest.fixture
@@ -38,9 +39,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def texts_of(folder, tokenizer, name, **changed):
+def texts_of(folder, tokenizer, name, stage="pt"):
     """The documents of a data set, without the tokens around them."""
-    dataset = load_tokenized_dataset(name, "pt", tokenizer, settings(folder, **changed))
+    dataset = load_tokenized_dataset(name, stage, tokenizer, settings(folder))
     decode = load_tokenizer(tokenizer.name_or_path).decode
     return [decode(dataset.store.ids(row), skip_special_tokens=True).strip() for row in range(len(dataset))]
 
@@ -116,8 +117,8 @@ def test_translations_of_a_term_are_collected_from_all_entries(folder):
 
 
 def test_translations_train_no_dialogues(folder, tokenizer):
-    for name, key in (("names", "glossary"), ("pairs", "parallel"), ("switched", "code_switch")):
-        with pytest.raises(UserError, match=f"dataset {name}: {key} in dataset_info.json makes documents"):
+    for name, formatting in (("names", "glossary"), ("pairs", "parallel")):
+        with pytest.raises(UserError, match=f"dataset {name}: formatting {formatting} makes documents"):
             load_tokenized_dataset(name, "sft", tokenizer, settings(folder))
 
 
@@ -151,33 +152,56 @@ def test_the_longest_term_counts_and_terms_do_not_overlap(tmp_path):
             {"zh": "", "ja": "なし"},
         ],
     )
-    assert switch("青川大学生在青川。人同じ", 7) == "アオカワ大学生在アオカワ。人同じ"
-    assert switch("大学生", 7) == "学生"
-    assert switch("青", 7) == "青"
-    assert switch("", 7) == ""
-    assert (switch.num_documents, switch.num_switched) == (4, 2)
-    assert "2 of 4 documents name terms of here (3) that were translated from zh to ja" in switch.describe()
+    assert switch.switch("青川大学生在青川。人同じ", 7) == "アオカワ大学生在アオカワ。人同じ"
+    assert switch.switch("大学生", 7) == "学生"
+    assert switch.switch("青", 7) == "青"
+    assert switch.switch("", 7) == ""
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+def test_what_the_user_mentions_is_switched_in_a_dialogue(folder, tokenizer, stage, capsys):
+    """In the answers too; their other terms, the system message, and what goes to tools and comes from them stay."""
+    said = [
+        ("human", "米娜住哪儿？"),
+        ("gpt", "米娜住在青川。"),
+        ("human", "好。"),
+        ("function_call", CALL),
+        ("observation", "米娜"),
+    ]
+    dialogues = [[*said, ("gpt", "米娜。")], [("system", "你是米娜。"), ("human", "你好"), ("gpt", "米娜")]]
+    messages = [[{"from": role, "value": text} for role, text in dialogue] for dialogue in dialogues]
+    lines(folder / "talks.jsonl", [{"conversations": one} for one in messages])
+    lines(folder / "pairs.jsonl", [{"instruction": "米娜是谁？", "output": "米娜是歌手。"}])
+    switch = {"code_switch": SWITCHED["code_switch"]}
+    talks = {"file_name": "talks.*", "formatting": "sharegpt", **switch}
+    pairs = {"file_name": "pairs.*", "columns": {"prompt": "instruction", "response": "output"}, **switch}
+    info(folder, names=NAMES, talks=talks, pairs=pairs)
+    read = texts_of(folder, tokenizer, "talks", stage)
+    assert [read[0].count(name) for name in ("ミナ", "米娜", "青川町", "青川")] == [3, 2, 0, 1]
+    assert "ミナ" not in read[1]
+    assert "talks: code_switch: 1 of 2 documents or dialogues name terms of names (2) that" in capsys.readouterr().out
+    assert texts_of(folder, tokenizer, "pairs", stage)[0].count("ミナ") == 2
 
 
 def test_a_translation_alongside_follows_the_first_mention(tmp_path):
     switch = switcher(tmp_path, [MINA], style="alongside")
-    assert switch("米娜住在这里。米娜很高兴。", 7) == "米娜（ミナ）住在这里。米娜很高兴。"
+    assert switch.switch("米娜住在这里。米娜很高兴。", 7) == "米娜（ミナ）住在这里。米娜很高兴。"
     switch = switcher(tmp_path, [MINA], "en", style="alongside")
-    assert switch("See Mina. Mina sees.", 7) == "See Mina (ミナ). Mina sees."
+    assert switch.switch("See Mina. Mina sees.", 7) == "See Mina (ミナ). Mina sees."
 
 
 def test_the_ratio_is_of_the_terms_of_a_document_and_always_the_same(tmp_path):
     rows = [{"zh": f"甲{chr(0x4E00 + number)}", "ja": f"ア{number}"} for number in range(400)]
     switch = switcher(tmp_path, rows, ratio=0.3)
     text = "，".join(row["zh"] for row in rows * 2)
-    first, second = (switch(text, number).split("，") for number in (123456789123456789, 987654321987654321))
+    first, second = (switch.switch(text, number).split("，") for number in (123456789123456789, 987654321987654321))
     assert first[:400] == first[400:]  # all mentions of a term alike
     shares = [sum(part.startswith("ア") for part in parts) / 800 for parts in (first, second)]
     assert shares == pytest.approx([0.3, 0.3], abs=0.07)
     both = sum(a.startswith("ア") and b.startswith("ア") for a, b in zip(first, second, strict=True)) / 800
     assert both == pytest.approx(0.09, abs=0.05)  # each document has its own choice
-    assert switch(text, 123456789123456789).split("，") == first
-    whole = switcher(tmp_path, rows)(text, 5)
+    assert switch.switch(text, 123456789123456789).split("，") == first
+    whole = switcher(tmp_path, rows).switch(text, 5)
     assert "甲" not in whole
 
 
@@ -195,7 +219,9 @@ def test_a_switched_data_set_has_its_own_cache_which_follows_the_glossary(folder
     assert texts_of(folder, tokenizer, "documents") == ["米娜住在青川。米娜很高兴。"]
     before = load("switched")
     assert before.counts["bytes"] == len("ミナ住在青川町。ミナ很高兴。".encode())
-    assert "switched: code_switch: 1 of 1 documents name terms of names (2) that" in capsys.readouterr().out
+    assert (
+        "switched: code_switch: 1 of 1 documents or dialogues name terms of names (2) that" in capsys.readouterr().out
+    )
     assert load("switched").directory == before.directory
     lines(folder / "names.jsonl", [{**MINA, "ja": "ミーナ"}])
     assert load("switched").directory != before.directory
@@ -232,7 +258,7 @@ def test_no_version_of_a_held_out_document_is_trained_on(folder, tokenizer, val_
         ({**PAIRS, "columns": {"translations": "ja"}}, "formatting parallel needs the names of two columns"),
         ({**PAIRS, "columns": {"translations": ["ja", "ja"]}}, "formatting parallel needs the names of two"),
         ({**DOCUMENTS, "columns": {"translations": ["ja", "zh"]}}, "needs formatting parallel or glossary"),
-        ({**PAIRS, "code_switch": SWITCHED["code_switch"]}, "code_switch is for documents"),
+        ({**PAIRS, "code_switch": SWITCHED["code_switch"]}, "code_switch does not go with the formatting parallel"),
         ({**DOCUMENTS, "code_switch": "names"}, "code_switch is 'names'; it must be an object"),
         ({**DOCUMENTS, "code_switch": {"glosary": "names"}}, "'glosary' under `code_switch`.* Known: from, glossary"),
         ({**DOCUMENTS, "code_switch": {"from": "zh", "to": "ja"}}, "glossary '' is no dataset"),
