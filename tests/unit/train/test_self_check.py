@@ -154,6 +154,30 @@ def test_glm_with_lora_and_embeddings_passes(tiny_run, monkeypatch, capsys, stag
     print(f"| {how} | {loss} | {moved} | {milliseconds} |")
 
 
+def test_rounding_of_bf16_stops_no_model_that_is_sure_of_itself(tiny_run, monkeypatch, capsys):
+    """Random ids are what a trained model expects least, and the rounding of so large a loss may exceed the tolerance."""
+    monkeypatch.setattr("llmtuner.hparams.transformers_args.cpu_supports_bf16", lambda: True)
+    original, any_seed, rechecked = self_check.self_check, numpy.random.default_rng, []
+    recheck = self_check._recheck
+    monkeypatch.setattr(self_check, "_recheck", lambda *args: rechecked.append(recheck(*args)) or rechecked[-1])
+
+    def repeated(trainer, *args):
+        for name, parameter in trainer.model.named_parameters():
+            parameter.data *= 10 if "lm_head" in name else 1
+        for number in range(40):
+            monkeypatch.setattr(numpy.random, "default_rng", lambda seed, number=number: any_seed([number, seed]))
+            original(trainer, *args)
+        monkeypatch.setattr(numpy.random, "default_rng", any_seed)
+
+    monkeypatch.setattr(self_check, "self_check", repeated)
+    short = dict(max_steps=1, eval_strategy="no", eval_on_start=False, plot_loss=False)
+    run_exp({**tiny_run, **short, "bf16": True})
+    tolerance = self_check.TOLERANCES[torch.bfloat16][0]
+    assert len(WHOLE_LINE.findall(capsys.readouterr().out)) == 40  # none is refused
+    assert 0 < len(rechecked) < 10
+    assert max(rechecked) < tolerance
+
+
 def test_the_check_leaves_no_trace_in_the_run(tiny_run, tmp_path, monkeypatch):
     """Weights after dropout and shuffling are bit for bit those of a run without it; no gradient is left behind."""
     settings = {**tiny_run, "lora_dropout": 0.2, "plot_loss": False}
