@@ -37,7 +37,9 @@ class FinetuningArguments:
     loraplus_lr_ratio: float | None = setting(
         None, "LoRA+ (arXiv 2402.12354): the B matrices' learning rate is learning_rate times this.", ABOVE_0
     )
-    use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank): keeps high ranks learning (arXiv 2312.03732).")
+    use_rslora: bool = setting(
+        False, "Scale by alpha / sqrt(rank), for high ranks (arXiv 2312.03732); set lora_alpha then."
+    )
     use_dora: bool = setting(False, "Train each weight row's magnitude apart from its direction (arXiv 2402.09353).")
     embedding_learning_rate: float | None = setting(
         None, "Learning rate of the embedding matrices; by default that of everything else.", NOT_NEGATIVE

@@ -598,6 +598,24 @@ def test_real_text_is_learned_as_measured():
     lost = [rank_128[name]["difference"][0] for name in ("zh", "en")]
     assert "for {:.3f} and {:.3f} more lost".format(*lost) in decisions
     assert staged[1] < recipes["half"]["ja"]["difference"][0] < staged[2]  # "ends where `half` does"
+    for phrase, name, languages in (
+        ("learns {:.3f} bits more Japanese and costs {:.3f} of Chinese, more than anything", "ja_100", ("ja", "zh")),
+        ("costs {:.3f} bits of Japanese and gives back {:.3f} of Chinese", "ja_50", ("ja", "zh")),
+        ("no more Japanese and loses {:.3f} of Chinese and {:.3f} of English", "embedding_lr_4", ("zh", "en")),
+        ("**LoRA+** learns {:.3f} bits more Japanese and loses {:.3f} and {:.3f}", "loraplus", ("ja", "zh", "en")),
+        ("training ends {:.3f} bits worse in Japanese and {:.3f} in Chinese", "rank_128_rslora", ("ja", "zh")),
+        ("they end {:.3f} bits above `default`", "sentencepiece_tokens", ("ja",)),
+    ):
+        assert phrase.format(*(abs(recipes[name][code]["difference"][0]) for code in languages)) in evidence
+    more, lost, less = (
+        abs(recipes[name][code]["difference"][0])
+        for name, code in (("ja_100", "ja"), ("ja_100", "zh"), ("ja_50", "ja"))
+    )
+    assert (
+        f"{more:.3f} bits per byte more of Japanese are learned from real text and {lost:.3f} of Chinese" in decisions
+    )
+    assert f"Japanese has {less:.3f} bits more" in decisions
+    assert recipes["ja_100"]["zh"]["mean"] == max(recipe["zh"]["mean"] for recipe in recipes.values())
 
 
 def test_a_killed_run_ends_as_the_page_says():
