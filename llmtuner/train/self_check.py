@@ -128,8 +128,8 @@ def _compare_losses(trainer: PackedTrainer, batch: dict[str, Any], reference: fl
 def _recheck(trainer: PackedTrainer, ids: numpy.ndarray, packed: bool) -> float:
     """The root mean square of the differences between losses on further documents.
 
-    Random ids are what a trained model expects least, and in bf16 so large a loss is rounded by as much as the tolerance once
-    in thirty times. Over several documents that comes to its standard deviation, half of the tolerance; an error does not
+    Random ids are what a trained model expects least, and in bf16 the rounding of so large a loss exceeds the tolerance now and
+    then. Over several documents that comes to its standard deviation, less than half of the tolerance; an error does not
     become smaller.
     """
     differences = []
