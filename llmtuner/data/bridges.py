@@ -139,7 +139,6 @@ class CodeSwitcher:
         """
         if isinstance(row.content, bytes):
             switched: Any = self.switch(row.content.decode(), row.hash).encode()
-            num_bytes = len(switched)
         else:
             asked = [message["content"] for message in row.content if message["role"] == "user"]
             mentioned = {term for text in asked for _, term in self.find_terms(text)}
@@ -149,10 +148,9 @@ class CodeSwitcher:
                 else message
                 for message in row.content
             ]
-            num_bytes = sum(len(message["content"].encode()) for message in switched)
         self.num_documents += 1
         self.num_switched += switched != row.content
-        row.content, row.num_bytes = switched, num_bytes
+        row.set_content(switched)
 
     def switch(self, text: str, document_hash: int, among: Collection[str] | None = None) -> str:
         """Switches a text. Which terms is decided by hash and term alone: equal terms of a dialogue are switched alike.

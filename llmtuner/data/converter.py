@@ -99,11 +99,9 @@ def convert_row(
     if stage == "pt" and not holds_dialogues(dataset_attr):
         value, what = _require_column(dataset_attr, "prompt", row.values)
         encoded = _encode_utf8(value, what)
-        row.content = encoded if value.strip() else b""
-        row.num_bytes = len(row.content)
+        row.set_content(encoded if value.strip() else b"")
     else:
-        row.content = to_messages(dataset_attr, row.values, default_system, calls_as_json)
-        row.num_bytes = sum(len(message["content"].encode()) for message in row.content)
+        row.set_content(to_messages(dataset_attr, row.values, default_system, calls_as_json))
         encoded = _encode_json(row.content).encode()
     row.hash = text_hash(encoded)
     return [row]

@@ -38,6 +38,12 @@ class Row:
     hash: int = 0
     """Of the text, or of the messages as JSON."""
 
+    def set_content(self, content: "bytes | list[dict[str, Any]]") -> None:
+        """Sets the document or dialogue, and the number of its bytes."""
+        self.content = content
+        texts = [content] if isinstance(content, bytes) else [message["content"].encode() for message in content]
+        self.num_bytes = sum(map(len, texts))
+
 
 def read_rows(dataset_attr: DatasetAttr) -> Iterator[Row]:
     """Yields the rows of a dataset, including those with an error; memory does not grow with the dataset.

@@ -17,6 +17,7 @@ from llmtuner.data.bridges import (
 )
 from llmtuner.data.held_out import is_validation, training_documents
 from llmtuner.data.loader import load_tokenized_datasets
+from llmtuner.data.readers import Row
 from llmtuner.data.sources import CodeSwitch, get_dataset_attr
 from llmtuner.data.tokenize import load_tokenized_dataset
 from llmtuner.tokenizer.encoding import load_tokenizer
@@ -188,6 +189,17 @@ def test_a_translation_alongside_follows_the_first_mention(tmp_path):
     assert switch.switch("米娜住在这里。米娜很高兴。", 7) == "米娜（ミナ）住在这里。米娜很高兴。"
     switch = switcher(tmp_path, [MINA], "en", style="alongside")
     assert switch.switch("See Mina. Mina sees.", 7) == "See Mina (ミナ). Mina sees."
+
+
+def test_in_a_dialogue_a_translation_stands_beside_the_first_mention_of_each_message(tmp_path):
+    said = ["米娜住在哪里？米娜老了吗？", "米娜住在青川。"]
+    row = Row(line=1)
+    row.set_content([{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)])
+    before = row.num_bytes
+    switcher(tmp_path, [MINA, {"zh": "青川", "ja": "青川町"}], style="alongside")(row)
+    beside = [message["content"] for message in row.content]
+    assert beside == ["米娜（ミナ）住在哪里？米娜老了吗？", "米娜（ミナ）住在青川。"]  # no user mentions the town
+    assert row.num_bytes == before + 2 * len("（ミナ）".encode())
 
 
 def test_the_ratio_is_of_the_terms_of_a_document_and_always_the_same(tmp_path):
