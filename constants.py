@@ -53,6 +53,7 @@ class Profile:
     reference_sets: list[str] = setting(
         [], f"Text of the languages to keep, which tells what they write, too: {SETS}. Needed for a shared script.")
     glossary: str = setting("", f"Translations of words that step 3 reads with --init glossary: one of the {SETS}.")
+    init_output: str = setting("", "How step 3 starts new output rows unless it is told: one of its --init; empty: mean.")
     questions: str = setting("data/questions.txt", "What steps 4 and 7 ask; its groups are named after language codes.")
     num_new_tokens: int = setting(13_756, "Tokens that step 1 trains on top of the base tokenizer.", AT_LEAST_1)
     ja_vocab_size: int = setting(20_000, "Vocabulary size that step 1 trains with --method sentencepiece.", AT_LEAST_1)

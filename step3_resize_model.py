@@ -40,7 +40,8 @@ PROBE_PROMPTS = [  # on these, base and Zero model must give equal logits for th
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", choices=METHODS, default="mean", help="how new rows start (default: %(default)s)")
+    output = constants.PROFILE.init_output or "mean"
+    parser.add_argument("--init", choices=METHODS, help=f"how new rows start (default: mean, output rows {output})")
     parser.add_argument("--init-output", choices=METHODS, help="how new output rows start, if differently")
     parser.add_argument(
         "--glossary",
@@ -52,7 +53,7 @@ def main() -> None:
         "--norm-correction", action="store_true", help="scale new input rows to the old rows' mean norm"
     )
     options = parser.parse_args()
-    methods = {"input": options.init, "output": options.init_output or options.init}
+    methods = {"input": options.init or "mean", "output": options.init_output or options.init or output}
 
     if "glossary" in methods.values() and not options.glossary:
         raise UserError(
@@ -74,14 +75,10 @@ def main() -> None:
     from llmtuner.weights.resize_embeddings import resize_token_embeddings, rows_equal
 
     new = embedding_init.find_new_tokens(BASE_MODEL_DIR, MERGED_TOKENIZER_DIR)
-    weights = {}
-    if "focus" in methods.values():
-        weights["focus"] = usage_weights(load_tokenizer(MERGED_TOKENIZER_DIR), new)
-    if "glossary" in methods.values():
-        weights["glossary"] = translation_weights(options.glossary, new)
+    usage = usage_weights(load_tokenizer(MERGED_TOKENIZER_DIR), new) if "focus" in methods.values() else None
 
     def init_fn(matrix: "torch.Tensor", kind: "EmbeddingKind") -> "torch.Tensor":
-        if kind == "tied" and (options.norm_correction or methods["input"] != methods["output"]):
+        if kind == "tied" and (options.norm_correction or options.init_output not in (None, methods["input"])):
             reason = "its new rows can only start in one way. Leave --init-output out."
             if options.norm_correction:
                 answers = f"answers in {LANGUAGES.listed(codes=LANGUAGES.retained)}"
@@ -89,11 +86,14 @@ def main() -> None:
             raise UserError(
                 f"{BASE_MODEL_DIR} has one matrix for input and output embeddings (tie_word_embeddings): {reason}"
             )
+        if kind == "tied":
+            methods["output"] = methods["input"]  # whatever the profile says
         # A longer output row would outscore the old ones, so only input rows are scaled.
         scaled = options.norm_correction and kind == "input"
         method = methods["input" if kind == "input" else "output"]
+        weights = translation_weights(options.glossary, new, kind) if method == "glossary" else usage
         return embedding_init.init_new_embeddings(
-            matrix, new, method, scaled, seed=int(kind == "output"), weights=weights.get(method)
+            matrix, new, method, scaled, seed=int(kind == "output"), weights=weights
         )
 
     with atomic_directory(ZERO_DIR, replace=True) as partial:
@@ -151,18 +151,19 @@ def usage_weights(tokenizer: Any, new: Any) -> "torch.Tensor":
     return focus_weights(vectors, new)
 
 
-def translation_weights(name: str, new: Any) -> "torch.Tensor":
-    """Weights of base tokens for each new token by its translations in a data set, for the method "glossary"."""
+def translation_weights(name: str, new: Any, kind: "EmbeddingKind") -> "torch.Tensor":
+    """Weights of base tokens for each new token by translations in a data set, for the method "glossary"."""
     from llmtuner.data.bridges import read_translations
     from llmtuner.data.sources import get_dataset_attr
     from llmtuner.tokenizer.vocab import read_vocab
-    from llmtuner.weights.embedding_init import glossary_weights
+    from llmtuner.weights.embedding_init import first_token_weights, glossary_weights
 
     glossary = get_dataset_attr(name, constants.DATASET_INFO, constants.CORPUS_DIR)
     translations = read_translations(glossary, LANGUAGES.added)
     base, merged = read_vocab(BASE_MODEL_DIR), read_vocab(MERGED_TOKENIZER_DIR)
-    weights, num_translated = glossary_weights(base, merged, new, translations)
-    print0(f"glossary: {num_translated:,} of {len(new.base_ids):,} new tokens have a translation")
+    compute, found = (first_token_weights, "begin a word with") if kind == "output" else (glossary_weights, "have")
+    weights, count = compute(base, merged, new, translations)
+    print0(f"glossary: {count:,} of {len(new.base_ids):,} new tokens {found} a translation")
     return weights
 
 

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex
 import torch
 
 from llmtuner.console import UserError
-from llmtuner.data.term_finder import is_spaced
 from llmtuner.tokenizer.chatglm3 import SPACE
 from llmtuner.tokenizer.vocab import Vocab, read_vocab
 
@@ -25,10 +25,15 @@ METHODS = {
     "global_mean": "mean of all base-vocabulary rows, the same row for every new token (Hewitt 2021)",
     "random": "normal around 0 with the standard deviation of the base-vocabulary rows (the usual default)",
     "focus": "sparsemax-weighted mean of the base tokens that occur in similar contexts (FOCUS, arXiv 2305.14481)",
-    "glossary": "mean of the rows of its translations, where a glossary has them, else as mean (cf. PreAlign, arXiv 2407.16222)",
+    "glossary": "from a glossary's translations of it, or for output rows of words that begin with it, else as mean "
+    "(cf. PreAlign, arXiv 2407.16222)",
 }
 CONVEX_METHODS = ("mean", "first_weighted", "last_weighted", "global_mean", "focus", "glossary")
 _LOG_WEIGHT_STEP = {"mean": 0.0, "first_weighted": -2.0, "last_weighted": 2.0}  # from token to token
+# Letters of scripts with spaces between words.
+_SPACED_LETTER = regex.compile(
+    r"[\p{L}--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]]", regex.V1
+)
 _ROW_CHUNK = 4096
 _COLUMN_CHUNK = 256
 
@@ -78,7 +83,8 @@ def init_new_embeddings(
         norm_correction: scales each row to the median norm of the base-vocabulary rows (as Nemotron's tokenizer extension
             does for input rows); means of several rows are shorter than these.
         seed: of the method "random"; use a different one for each matrix.
-        weights: of the method "focus", from `focus_weights`, or "glossary", from `glossary_weights`.
+        weights: of the method "focus", from `focus_weights`, or "glossary", from `glossary_weights` or for output rows from
+            `first_token_weights`.
 
     Returns:
         [new tokens, width] in fp32
@@ -134,17 +140,56 @@ def glossary_weights(
     Returns:
         sparse [new tokens, base ids] in fp32, whose rows sum to 1; how many new tokens have a translation
     """
-    ids, values, num_translated = [], [], 0
-    for token, spelling in zip(merged.tokens[new.first_id :], new.base_ids, strict=True):
-        texts = translations.get((merged.text(token) or "").removeprefix(SPACE), ())
-        # As in the middle of a text: a word of a script with spaces has one before it.
-        spaced = [" " + text if is_spaced(text[0]) else text for text in texts]
-        spellings = base.spell([base.from_bytes(text.encode()) or text.replace(" ", SPACE) for text in spaced])
-        num_translated += bool(spellings)
-        spellings = spellings or [spelling]
-        ids.append([index for part in spellings for index in part])
-        values.append(torch.cat([torch.full((len(part),), 1 / len(part) / len(spellings)) for part in spellings]))
-    return sparse_weights(ids, values, new), num_translated
+    terms = [(merged.text(token) or "").removeprefix(SPACE) for token in merged.tokens[new.first_id :]]
+    spelled = _spell_translations(base, {term: translations.get(term, ()) for term in terms})
+    num_translated = sum(bool(spelled[term]) for term in terms)
+    choices = [spelled[term] or [spelling] for term, spelling in zip(terms, new.base_ids, strict=True)]
+    return _mean_of_means(choices, new), num_translated
+
+
+def first_token_weights(
+    base: Vocab, merged: Vocab, new: NewTokens, translations: Mapping[str, Collection[str]]
+) -> tuple[torch.Tensor, int]:
+    """Weights of base tokens for the output row of each new token, which is what its logit is computed from.
+
+    Half is the mean of its spelling, and half the mean of the first tokens of the translations of all terms that begin with
+    it: where a model is about to say a word in a language of the base, the word's first token is what it predicts. A new
+    token that begins no term is the mean of its spelling.
+
+    Args:
+        translations: term in the added language -> its translations into languages of the base.
+
+    Returns:
+        sparse [new tokens, base ids] in fp32, whose rows sum to 1; how many new tokens begin a term
+    """
+    first: dict[int, dict[int, None]] = {}
+    terms = [term for term in translations if term]
+    spelled = _spell_translations(base, translations)
+    for term, ids in zip(terms, _spell(merged, terms), strict=True):
+        first.setdefault(ids[0], {}).update(dict.fromkeys(spelling[0] for spelling in spelled[term]))
+    firsts = [[*first.get(index, ())] for index in range(new.first_id, new.end)]
+    choices = [[spelling, other] if other else [spelling] for spelling, other in zip(new.base_ids, firsts, strict=True)]
+    return _mean_of_means(choices, new), sum(map(bool, firsts))
+
+
+def _spell_translations(base: Vocab, translations: Mapping[str, Collection[str]]) -> dict[str, list[list[int]]]:
+    spelled = iter(_spell(base, [text for texts in translations.values() for text in texts]))
+    return {term: [next(spelled) for _ in texts] for term, texts in translations.items()}
+
+
+def _spell(vocab: Vocab, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text as in the middle of a longer one, where a word of a script with spaces has one before it."""
+    spaced = [" " + text if _SPACED_LETTER.match(text) else text for text in texts]
+    return vocab.spell([vocab.from_bytes(text.encode()) or text.replace(" ", SPACE) for text in spaced])
+
+
+def _mean_of_means(choices: Sequence[Sequence[Sequence[int]]], new: NewTokens) -> torch.Tensor:
+    """Sparse weights of the mean over each token's spellings, each of which is the mean of its ids."""
+    ids = [[index for spelling in one for index in spelling] for one in choices]
+    values = [
+        torch.cat([torch.full((len(spelling),), 1 / len(spelling) / len(one)) for spelling in one]) for one in choices
+    ]
+    return sparse_weights(ids, values, new)
 
 
 def sparse_weights(ids: Sequence[Sequence[int]], values: Sequence[torch.Tensor], new: NewTokens) -> torch.Tensor:

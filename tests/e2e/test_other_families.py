@@ -6,6 +6,7 @@ Tied embeddings (Qwen3) and untied ones (Llama), with byte-level BPE.
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,14 +92,32 @@ def test_new_rows_can_start_from_their_translations(family_dir, merged_dir, zero
     monkeypatch.setattr(constants, "CORPUS_DIR", tmp_path)
     monkeypatch.setattr(step3_resize_model.pipeline, "require_corpus", lambda: tmp_path)
     result = run_step_3(family_dir, merged_dir, tmp_path, monkeypatch, "--init", "glossary", "--glossary", "names")
-    assert "glossary: 1 of 60 new tokens have a translation" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    tied = read_json(family_dir / "config.json")["tie_word_embeddings"]
+    assert "glossary: 1 of 60 new tokens have a translation" in told
+    assert ("glossary: 1 of 60 new tokens begin a word with a translation" in told) == (not tied)
     assert read_json(tmp_path / "metrics" / "step3.json")["init"] == {"input": "glossary", "output": "glossary"}
     models = [load_model(directory) for directory in (result, zero_dir)]
     [spelling] = read_vocab(family_dir).encode(["山"])
     for get in ("get_input_embeddings", "get_output_embeddings"):
         translated, mean = (getattr(model, get)().weight.float() for model in models)
         assert (translated != mean).any(dim=1).nonzero().tolist() == [[new.first_id + row]]
-        torch.testing.assert_close(translated[new.first_id + row], translated[spelling].mean(dim=0))
+        expected = translated[spelling].mean(dim=0)
+        if get == "get_output_embeddings" and not tied:  # half the spelling, half what the translation begins with
+            expected = (mean[new.first_id + row] + translated[spelling[0]]) / 2
+        torch.testing.assert_close(translated[new.first_id + row], expected)
+
+
+@pytest.mark.parametrize(("words", "output"), [([], "first_weighted"), (["--init", "global_mean"], "global_mean")])
+def test_a_profile_chooses_how_output_rows_start(family_dir, merged_dir, tmp_path, monkeypatch, words, output):
+    """Unless it is told otherwise, or one matrix serves as both."""
+    monkeypatch.setattr(constants, "PROFILE", replace(constants.PROFILE, init_output="first_weighted"))
+    run_step_3(family_dir, merged_dir, tmp_path, monkeypatch, *words)
+    used = "mean" if not words and read_json(family_dir / "config.json")["tie_word_embeddings"] else output
+    assert read_json(tmp_path / "metrics" / "step3.json")["init"] == {
+        "input": words[-1] if words else "mean",
+        "output": used,
+    }
 
 
 def test_step_3_says_what_a_glossary_is(family_dir, merged_dir, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from llmtuner.weights.embedding_init import (
     CONVEX_METHODS,
     METHODS,
     NewTokens,
+    first_token_weights,
     glossary_weights,
     init_new_embeddings,
     median_norm,
@@ -167,6 +168,31 @@ def test_a_translated_token_is_the_mean_of_its_translations(vocab):
     assert torch.equal(rows[1], rows[0])  # the mark of a space is no part of the word
     assert torch.equal(rows[2:], position_weights(new, "mean").to_dense()[2:])
     assert torch.allclose(rows.sum(dim=1), torch.ones(4))
+
+
+def test_the_output_row_of_a_token_leans_on_what_translations_begin_with(vocab):
+    merged, new = merge(vocab, "み", "ず", "みず")
+    words = {"みず": ["在上下", "water"], "みずみ": ["在町"], "み": ["山"], "": ["町"], "山": ["町"]}
+    weights, found = first_token_weights(vocab, merged, new, words)
+    rows, mean = weights.to_dense(), position_weights(new, "mean").to_dense()
+    before, chinese, english, mountain = vocab.encode(["在，", "在，在上下", "在， water", "在，山"])
+    expected = mean[2] / 2
+    for ids in (chinese, english):
+        expected[ids[len(before)]] += 0.25  # once, though two translations begin with 在
+    assert found == 2
+    assert torch.allclose(rows[2], expected)
+    assert torch.allclose(rows[0], mean[0] / 2 + torch.eye(new.first_id)[mountain[len(before)]] / 2)
+    assert torch.equal(rows[1], mean[1])
+    assert torch.allclose(rows.sum(dim=1), torch.ones(3))
+
+
+def test_only_scripts_with_spaces_have_one_before_a_word(vocab):
+    """Katakana words are found as a whole in a text, but no space separates them; nor a number from Chinese before it."""
+    merged, new = merge(vocab, "カ", "タ", "カタ")
+    weights, found = first_token_weights(vocab, merged, new, {"カタ": ["町"], "タ": ["在"]})
+    before, town = vocab.encode(["在，", "在，町"])
+    assert found == 2
+    assert weights.to_dense()[2, town[len(before)]] >= 0.5
 
 
 def test_a_translation_of_several_words_has_its_spaces(vocab):
