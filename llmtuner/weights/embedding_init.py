@@ -30,7 +30,8 @@ METHODS = {
 }
 CONVEX_METHODS = ("mean", "first_weighted", "last_weighted", "global_mean", "focus", "glossary")
 _LOG_WEIGHT_STEP = {"mean": 0.0, "first_weighted": -2.0, "last_weighted": 2.0}  # from token to token
-# Letters of scripts with spaces between words.
+# Letters of scripts that write a space before a word: unlike those by which `TermFinder` tells where a word ends, not katakana
+# and digits, and Hangul.
 _SPACED_LETTER = regex.compile(
     r"[\p{L}--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]]", regex.V1
 )
