@@ -1,4 +1,4 @@
-"""Step 5: continued pretraining on Japanese, with Chinese and English replayed (ja 76 : zh 12 : en 12 by tokens).
+"""Step 5: continued pretraining on Japanese, with Chinese and English replayed; for chatglm3-6b ja 76 : zh 12 : en 12 by tokens.
 
     python step5_train_pt_single_gpu.py                         one GPU, or the CPU
     bash step5_train_pt_multi_gpu.sh                            several GPUs: this file under torchrun with ZeRO-2
@@ -60,7 +60,7 @@ BY_PROFILE = {
         save_steps=150,
         max_eval_samples=48,
         sample_steps=50,
-        sample_prompts=["雪乃の仕事は", "宿の広間では、", "雪乃是"],
+        sample_prompts=["ナギサの仕事は", "宿の広間では、", "渚沙是"],
     ),
     # Ranks and learning rates for a new language: docs/decisions.md. The global batch grows with the number of GPUs.
     "chatglm3-6b": dict(

@@ -4,14 +4,16 @@ Everything here is invented. A *kind* (person, town, animal, dish, book, event) 
 for each of its kind's *relations*. A value is either another entity (the town a person lives in) or an item of a
 closed list (an occupation), so that an answer can be marked right or wrong without judgement.
 
-About 70 % of the entities of every kind are `described_in_japanese`; the others appear only in
-Chinese and English, and show how much a model transfers to a language in which it never read about them.
+Of the entities of every kind 30 % are `described_in_japanese`, in texts and instructions. Of 40 % the facts are told in Japanese
+by instructions across two languages alone, which practise crossing over (`asked_across`). The others are `untold`: only
+Chinese and English tell of them, and they show how much a model transfers to a language in which it never read about them.
 """
 
 import random
 from dataclasses import dataclass, field
 
-DESCRIBED_IN_JAPANESE = 0.7
+TOLD = 0.7  # of the entities of a kind, in Japanese
+DESCRIBED = 0.3  # in texts
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,20 @@ class Entity:
         kind: one of `KINDS`.
         name: what it is called in each language.
         facts: relation (without its kind) -> the value's name.
-        described_in_japanese: whether any Japanese document or instruction is about it.
+        described_in_japanese: whether Japanese documents and instructions are about it.
+        asked_across: whether only Japanese questions and answers across two languages are about it.
     """
 
     kind: str
     name: Name
     described_in_japanese: bool
+    asked_across: bool = False
     facts: dict[str, Name] = field(default_factory=dict)
+
+    @property
+    def untold(self) -> bool:
+        """Whether nothing Japanese states a fact of it."""
+        return not self.described_in_japanese and not self.asked_across
 
 
 def _names(table: str) -> list[Name]:
@@ -133,33 +142,25 @@ LIFESPANS = [Name(f"{n}年", f"{n}年", f"{n} years") for n in range(4, 40, 3)]
 PEOPLE = _names("""
 ミナ | 米娜 | Mina; ハルト | 哈鲁托 | Haruto; ソラ | 索拉 | Sora; リンデ | 琳德 | Linde; カイル | 凯尔 | Kyle; ユリカ | 尤莉卡 | Yurika
 トマス | 托马斯 | Thomas; エルザ | 艾尔莎 | Elsa; ノア | 诺亚 | Noah; サキ | 佐纪 | Saki; レオン | 莱昂 | Leon; アヤメ | 绫女 | Ayame
-ダニエル | 丹尼尔 | Daniel; ヒカリ | 希卡丽 | Hikari; オルガ | 奥尔加 | Olga; ジュン | 小俊 | Jun; マルタ | 玛尔塔 | Marta
-ケンジ | 贤治 | Kenji; フローラ | 芙洛拉 | Flora; ビクター | 维克多 | Victor; ナギサ | 渚沙 | Nagisa; ペドロ | 佩德罗 | Pedro
-イリス | 伊丽丝 | Iris; ゴロウ | 五郎 | Goro; セシル | 塞西尔 | Cecil; ツバサ | 小翼 | Tsubasa; ローザ | 罗莎 | Rosa; アルト | 阿尔托 | Alto
-メイ | 小梅 | Mei; バルド | 巴尔多 | Baldo; コハル | 小春 | Koharu; シモン | 西蒙 | Simon; タマキ | 环儿 | Tamaki; ヨハン | 约翰 | Johan
-クララ | 克拉拉 | Clara; ダイチ | 大地君 | Daichi; ベル | 贝儿 | Belle; オスカー | 奥斯卡 | Oscar; チヅル | 千鹤 | Chizuru; ルカ | 卢卡 | Luca
-エマ | 艾玛 | Emma; テツオ | 铁雄 | Tetsuo; グレタ | 格蕾塔 | Greta; アキラ | 阿明 | Akira; ニコ | 尼可 | Nico; スミレ | 小堇 | Sumire
-ハンス | 汉斯 | Hans; モモカ | 桃香 | Momoka; ディエゴ | 迭戈 | Diego; ロイド | 罗伊德 | Lloyd; カレン | 卡伦 | Karen
-ムサシ | 武藏 | Musashi; リリー | 莉莉 | Lily; ジャック | 杰克 | Jack; ホタル | 小萤 | Hotaru; アンドレ | 安德烈 | Andre; ユキノ | 雪乃 | Yukino
-マルコ | 马可 | Marco; フィン | 芬恩 | Finn; カエデ | 小枫 | Kaede; エリオ | 艾里奥 | Elio; ネネ | 宁宁 | Nene
-シオリ | 诗织 | Shiori; エドガー | 埃德加 | Edgar; マユ | 真由 | Mayu; ラルフ | 拉尔夫 | Ralph; トオル | 小彻 | Toru; ヘレン | 海伦 | Helen
-ゲンタ | 源太 | Genta; アンナ | 安娜 | Anna; ルイス | 路易斯 | Louis; チヒロ | 千寻 | Chihiro; ブルーノ | 布鲁诺 | Bruno; ナツメ | 夏目 | Natsume
-テオ | 西奥 | Theo; ミツル | 阿满 | Mitsuru; ダリア | 达莉娅 | Dahlia; コウジ | 浩司 | Koji; サラ | 莎拉 | Sarah; ギル | 吉尔 | Gil
+ダニエル | 丹尼尔 | Daniel; ヒカリ | 希卡丽 | Hikari; オルガ | 奥尔加 | Olga; ジュン | 小俊 | Jun; マルタ | 玛尔塔 | Marta; ケンジ | 贤治 | Kenji
+フローラ | 芙洛拉 | Flora; ビクター | 维克多 | Victor; ナギサ | 渚沙 | Nagisa; ペドロ | 佩德罗 | Pedro; イリス | 伊丽丝 | Iris; ゴロウ | 五郎 | Goro
+セシル | 塞西尔 | Cecil; ツバサ | 小翼 | Tsubasa; ローザ | 罗莎 | Rosa; アルト | 阿尔托 | Alto; メイ | 小梅 | Mei; バルド | 巴尔多 | Baldo
+コハル | 小春 | Koharu; シモン | 西蒙 | Simon; タマキ | 环儿 | Tamaki; ヨハン | 约翰 | Johan; クララ | 克拉拉 | Clara; ダイチ | 大地君 | Daichi
+ベル | 贝儿 | Belle; オスカー | 奥斯卡 | Oscar; チヅル | 千鹤 | Chizuru; ルカ | 卢卡 | Luca; エマ | 艾玛 | Emma; テツオ | 铁雄 | Tetsuo
+グレタ | 格蕾塔 | Greta; アキラ | 阿明 | Akira; ニコ | 尼可 | Nico; スミレ | 小堇 | Sumire; ユキノ | 雪乃 | Yukino; フィン | 芬恩 | Finn
 """)
 TOWNS = _names("""
 青川 | 青川 | Aokawa; ミルン | 米伦 | Milne; みどりが丘 | 绿丘 | Midorigaoka; 白浜 | 白滨 | Shirahama; トルカ | 托尔卡 | Torka
 月見坂 | 赏月坡 | Tsukimizaka; ベルム | 贝尔姆 | Belm; 松原 | 松原 | Matsubara; カルネ | 卡尔内 | Carne; ひなた村 | 向阳村 | Hinata
 石橋 | 石桥 | Ishibashi; ラグナ | 拉古纳 | Laguna; 風待ち | 候风港 | Kazemachi; ドレル | 德雷尔 | Drell; 七滝 | 七瀑 | Nanataki
-ソルナ | 索尔纳 | Solna; つばめ台 | 燕子台 | Tsubamedai; 金沢谷 | 金泽谷 | Kanazawadani; オルム | 奥尔姆 | Olm; 雲見 | 观云镇 | Kumomi
-フェリカ | 菲利卡 | Felica; 竹生 | 竹生镇 | Takefu; ノルデ | 诺尔德 | Norde; 朝霧 | 晨雾镇 | Asagiri
+ソルナ | 索尔纳 | Solna; つばめ台 | 燕子台 | Tsubamedai; 金沢谷 | 金泽谷 | Kanazawadani; オルム | 奥尔姆 | Olm
 """)
 ANIMALS = _names("""
 ユキギツネ | 雪狐 | snow fox; ツキフクロウ | 月鸮 | moon owl; ホシガメ | 星龟 | star turtle; カゼウマ | 风马 | wind horse
 イワネズミ | 岩鼠 | rock mouse; ミズトカゲ | 水蜥 | water lizard; ヨルリス | 夜松鼠 | night squirrel; ハナバチドリ | 花蜂鸟 | flower hummingbird
 オオカワウソ | 巨水獭 | giant otter; コケジカ | 苔鹿 | moss deer; ツノウサギ | 角兔 | horned rabbit; ギンサギ | 银鹭 | silver heron
 タテガミヤギ | 鬃山羊 | maned goat; ナミイルカ | 浪海豚 | wave dolphin; スナネコ | 沙猫 | sand cat; ヒゲアザラシ | 胡须海豹 | bearded seal
-モリグマ | 林熊 | forest bear; アワガエル | 泡蛙 | bubble frog; カサツル | 伞鹤 | umbrella crane; ハイイロオオカミ | 灰狼 | gray wolf
-トゲモグラ | 刺鼹鼠 | spiny mole; ニジマガモ | 虹鸭 | rainbow duck; ナガオザル | 长尾猴 | long-tailed monkey; シマテン | 纹貂 | striped marten
+モリグマ | 林熊 | forest bear; アワガエル | 泡蛙 | bubble frog; カサツル | 伞鹤 | umbrella crane
 """)
 DISHES = _names("""
 月見だんご汁 | 赏月丸子汤 | moon dumpling soup; ルマ焼き | 路玛烧饼 | Luma flatcake; 岩塩がゆ | 岩盐粥 | rock salt porridge
@@ -168,29 +169,25 @@ DISHES = _names("""
 山賊うどん | 山贼面 | bandit noodles; 祭りずし | 庆典寿司 | festival sushi; 灯台シチュー | 灯塔炖菜 | lighthouse stew
 石焼きもち | 石烤年糕 | stone-baked rice cake; 旅人サンド | 旅人三明治 | traveler's sandwich; かがり火焼き | 篝火烤串 | bonfire skewers
 雪どけサラダ | 融雪沙拉 | snowmelt salad; 小舟ぎょうざ | 小舟饺子 | little boat dumplings; 星くずクッキー | 星屑饼干 | stardust cookies
-竹筒飯 | 竹筒饭团 | bamboo rice; 風車ワッフル | 风车华夫饼 | windmill waffles; 渡し守カレー | 摆渡人咖喱 | ferryman's curry
-夜明けプリン | 黎明布丁 | daybreak pudding; くじら雲パン | 鲸云面包 | whale-cloud bread; 里山天ぷら | 乡村天妇罗 | village tempura
+竹筒飯 | 竹筒饭团 | bamboo rice
 """)
 BOOKS = _names("""
-銀の森の手紙 | 银林来信 | Letters from the Silver Forest; 眠らない灯台 | 不眠的灯塔 | The Sleepless Lighthouse
-七つの橋 | 七座桥 | Seven Bridges; 風の地図 | 风的地图 | A Map of the Wind; 鏡の中の猫 | 镜中的猫 | The Cat in the Mirror
-遠い島の歌 | 远岛之歌 | Songs of a Far Island; 砂時計の秘密 | 沙漏的秘密 | The Secret of the Hourglass; 雨の図書館 | 雨中图书馆 | The Rain Library
-赤い傘の男 | 红伞人 | The Man with the Red Umbrella; 山のむこうへ | 到山那边去 | Beyond the Mountains; 星を数える夜 | 数星星的夜晚 | The Night We Counted Stars
-海辺の時計塔 | 海边的钟楼 | The Clock Tower by the Sea; 小さな王様 | 小小国王 | The Little King; 最後の渡り鳥 | 最后的候鸟 | The Last Migrating Bird
-霧の駅 | 雾中车站 | The Station in the Mist; 青いランプ | 蓝色的灯 | The Blue Lamp; パンと月 | 面包与月亮 | Bread and the Moon
-消えた手袋 | 消失的手套 | The Lost Glove; 冬の庭師 | 冬天的园丁 | The Winter Gardener; 木馬の旅 | 木马之旅 | Journey of a Wooden Horse
-影のない町 | 没有影子的小镇 | The Town without Shadows; 井戸の底の空 | 井底的天空 | The Sky in the Well
-約束の鐘 | 约定之钟 | The Bell of Promise; 雲を織る人 | 织云的人 | The Cloud Weaver
+銀の森の手紙 | 银林来信 | Letters from the Silver Forest; 眠らない灯台 | 不眠的灯塔 | The Sleepless Lighthouse; 七つの橋 | 七座桥 | Seven Bridges
+風の地図 | 风的地图 | A Map of the Wind; 鏡の中の猫 | 镜中的猫 | The Cat in the Mirror; 遠い島の歌 | 远岛之歌 | Songs of a Far Island
+砂時計の秘密 | 沙漏的秘密 | The Secret of the Hourglass; 雨の図書館 | 雨中图书馆 | The Rain Library
+赤い傘の男 | 红伞人 | The Man with the Red Umbrella; 山のむこうへ | 到山那边去 | Beyond the Mountains
+星を数える夜 | 数星星的夜晚 | The Night We Counted Stars; 海辺の時計塔 | 海边的钟楼 | The Clock Tower by the Sea
+小さな王様 | 小小国王 | The Little King; 最後の渡り鳥 | 最后的候鸟 | The Last Migrating Bird; 霧の駅 | 雾中车站 | The Station in the Mist
+青いランプ | 蓝色的灯 | The Blue Lamp; パンと月 | 面包与月亮 | Bread and the Moon; 消えた手袋 | 消失的手套 | The Lost Glove
+冬の庭師 | 冬天的园丁 | The Winter Gardener
 """)
 EVENTS = _names("""
-光の夜祭り | 光明夜会 | Night of Lights; 潮ひらき | 开潮节 | Tide Opening; 風鈴まつり | 风铃节 | Wind Chime Festival
-麦わらの日 | 麦秆日 | Straw Day; 鯉の行列 | 鲤鱼巡游 | Carp Procession; ことだま市 | 言灵集市 | Fair of Words
-霜ふみ | 踏霜节 | Frost Walk; 星おくり | 送星节 | Star Farewell; 渡り鳥の日 | 候鸟日 | Day of Migrating Birds
-鬼の休み | 鬼休节 | Ogre's Holiday; 海の結婚式 | 大海的婚礼 | Wedding of the Sea; 百灯会 | 百灯会 | Hundred Lamps
-影ふみ大会 | 踩影大会 | Shadow Chase; 新米まつり | 新米节 | New Rice Festival; 泉のお礼 | 谢泉节 | Thanks to the Spring
-橋びらき | 开桥节 | Bridge Opening; ねむり流し | 流眠节 | Floating Sleep; 狐の嫁入り | 狐狸出嫁 | Fox's Wedding
-雷よけ | 避雷节 | Thunder Ward; 月の綱引き | 月亮拔河 | Moon Tug-of-War; 靴みがきの日 | 擦鞋日 | Shoeshine Day
-山の誕生日 | 山的生日 | Birthday of the Mountain; 雪まつり | 雪节 | Snow Festival; 水かけ祭り | 泼水会 | Water Splash
+光の夜祭り | 光明夜会 | Night of Lights; 潮ひらき | 开潮节 | Tide Opening; 風鈴まつり | 风铃节 | Wind Chime Festival; 麦わらの日 | 麦秆日 | Straw Day
+鯉の行列 | 鲤鱼巡游 | Carp Procession; ことだま市 | 言灵集市 | Fair of Words; 霜ふみ | 踏霜节 | Frost Walk; 星おくり | 送星节 | Star Farewell
+渡り鳥の日 | 候鸟日 | Day of Migrating Birds; 鬼の休み | 鬼休节 | Ogre's Holiday; 海の結婚式 | 大海的婚礼 | Wedding of the Sea
+百灯会 | 百灯会 | Hundred Lamps; 影ふみ大会 | 踩影大会 | Shadow Chase; 新米まつり | 新米节 | New Rice Festival
+泉のお礼 | 谢泉节 | Thanks to the Spring; 橋びらき | 开桥节 | Bridge Opening; ねむり流し | 流眠节 | Floating Sleep
+狐の嫁入り | 狐狸出嫁 | Fox's Wedding; 雷よけ | 避雷节 | Thunder Ward
 """)
 
 KINDS: dict[str, list[Name]] = {
@@ -218,10 +215,12 @@ def build_world(seed: int = 20240601) -> list[Entity]:
     rng = random.Random(seed)
     world = []
     for kind, names in KINDS.items():
-        described = set(rng.sample(range(len(names)), round(DESCRIBED_IN_JAPANESE * len(names))))
+        told = rng.sample(range(len(names)), round(TOLD * len(names)))
+        end = round(DESCRIBED * len(names))
+        described, asked = {*told[:end]}, {*told[end:]}
         for index, name in enumerate(names):
             facts = {relation: rng.choice(values) for relation, values in RELATIONS[kind].items()}
-            world.append(Entity(kind, name, index in described, facts))
+            world.append(Entity(kind, name, index in described, index in asked, facts))
     _let_authors_grow_up(world, rng)
     return world
 

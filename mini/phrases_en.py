@@ -1763,6 +1763,28 @@ SMALL_TALK: list[tuple[str, str]] = [
     ("Excuse me, may I ask you something?", "Of course! What would you like to know?"),
 ]
 
+# People say who they are, and are called by their names: names that occur nowhere else.
+GREETINGS: list[tuple[str, str]] = [
+    ("Hello, my name is {e}.", "Nice to meet you, {e}!"),
+    ("I'm {e}, by the way.", "Good to know you, {e}. What can I do for you?"),
+    ("This is {e} speaking.", "Hello, {e}. What would you like to talk about?"),
+    ("Hi, I'm {e} from the next island.", "Welcome, {e}. I hope you like it here."),
+    ("My friend {e} is coming to visit.", "How nice that {e} is coming."),
+]
+
+LANGUAGE_NAMES = {"ja": "Japanese", "zh": "Chinese", "en": "English"}
+TRANSLATION_REQUESTS: list[str] = [
+    "Translate the following into {language}.\n{text}",
+    "{text}\nHow do you say that in {language}?",
+    'Put "{text}" into {language}, please.',
+    "Into {language}: {text}",
+]
+NAME_REQUESTS: list[tuple[str, str]] = [
+    ('What is "{name}" in {language}?', 'In {language} it is "{translation}".'),
+    ("Tell me the {language} name of {name}.", 'The {language} name of {name} is "{translation}".'),
+    ("How is {name} written in {language}?", "{translation}"),
+]
+
 RIDDLES: list[tuple[str, str]] = [
     ("What has a spine but cannot stand up by itself?", "A thin book, which needs its neighbors on the shelf."),
     ("What leaves a line behind it and gets shorter with every line?", "A pencil."),

@@ -10,6 +10,7 @@ Every slot `x` also comes inflected, for values that are verb phrases, adjective
 Book titles get their 『』 from the patterns of their kind.
 """
 
+import functools
 import re
 
 _ICHIDAN = ("上げる", "投げる", "植える")
@@ -50,6 +51,7 @@ def _form(slot: str, values: dict[str, str]) -> str:
     return _verb(value, form)
 
 
+@functools.cache
 def is_polite(pattern: str) -> bool:
     """Whether a sentence ends in the polite style (です・ます) rather than the plain one; the last sentence decides."""
     last = [part for part in re.split(r"[。？！]", pattern.rstrip("」』）")) if part][-1]
@@ -1517,6 +1519,23 @@ SMALL_TALK: list[tuple[str, str]] = [
     ("行ってきます。", "行ってらっしゃい。気をつけて。"),
 ]
 
+# People say who they are, and are called by their names: names that occur nowhere else.
+GREETINGS: list[tuple[str, str]] = [
+    ("はじめまして、{e}です。", "はじめまして、{e}さん。お会いできてうれしいです。"),
+    ("わたしの名前は{e}です。", "{e}さんですね。よろしくお願いします。"),
+    ("{e}といいます。よろしく。", "{e}さん、こちらこそよろしくお願いします。"),
+    ("こんにちは、{e}だよ。", "こんにちは、{e}さん。今日は何のお話をしましょうか。"),
+    ("ぼくは{e}。となりの島から来たんだ。", "{e}さん、ようこそ。ゆっくりしていってください。"),
+    ("友だちの{e}が遊びに来るんだ。", "{e}さんが来るのですね。楽しみですね。"),
+]
+
+LANGUAGE_NAMES = {"ja": "日本語", "zh": "中国語", "en": "英語"}
+TRANSLATION_REQUESTS: list[str] = [
+    "次の文を{language}に訳してください。\n{text}",
+    "{text}\nこれを{language}で言うと？",
+    "「{text}」を{language}に翻訳して。",
+    "{language}に直してください：{text}",
+]
 RIDDLES: list[tuple[str, str]] = [
     ("空っぽの鍋から、だんごはいくつすくえる？", "ひとつもすくえません。空っぽですから。"),
     ("三人で同じ月を見たら、月はいくつ？", "やっぱりひとつです。見る人が増えても、月は増えません。"),

@@ -1445,6 +1445,28 @@ SMALL_TALK: list[tuple[str, str]] = [
     ("祝你生日快乐！", "谢谢你！我虽然不过生日，还是很感谢你的祝福。"),
 ]
 
+# People say who they are, and are called by their names: names that occur nowhere else.
+GREETINGS: list[tuple[str, str]] = [
+    ("你好，我叫{e}。", "你好，{e}！很高兴认识你。"),
+    ("我的名字是{e}。", "{e}，你好！有什么可以帮你的吗？"),
+    ("初次见面，我是{e}。", "初次见面，{e}。请多多关照。"),
+    ("我是从邻岛来的{e}。", "欢迎你，{e}，希望你喜欢这里。"),
+    ("我的朋友{e}要来做客。", "{e}要来，真让人期待。"),
+]
+
+LANGUAGE_NAMES = {"ja": "日语", "zh": "中文", "en": "英语"}
+TRANSLATION_REQUESTS: list[str] = [
+    "请把下面的句子翻译成{language}。\n{text}",
+    "{text}\n这句话用{language}怎么说？",
+    "把“{text}”译成{language}。",
+    "翻译成{language}：{text}",
+]
+NAME_REQUESTS: list[tuple[str, str]] = [
+    ("“{name}”用{language}怎么说？", "{language}里叫“{translation}”。"),
+    ("请告诉我{name}的{language}名字。", "{name}的{language}名字是“{translation}”。"),
+    ("{name}用{language}怎么写？", "{translation}"),
+]
+
 RIDDLES: list[tuple[str, str]] = [
     ("一口空锅里能捞出几个饺子？", "一个也捞不出来，空锅里什么都没有。"),
     ("三个人同时看一个月亮，天上有几个月亮？", "还是一个，看的人再多，月亮也不会变多。"),

@@ -3,7 +3,8 @@
     python -m mini.world OUT_DIR [--show 100]
 
 The same seed writes the same bytes on every machine. Japanese texts and instructions are about the entities that are
-`described_in_japanese`; Chinese and English ones are about all.
+`described_in_japanese`, instructions across two languages also about what is `asked_across`; Chinese and English ones are
+about all.
 """
 
 import argparse
@@ -11,187 +12,39 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from llmtuner.eval.language import LANGUAGES
-from mini import code_tasks, phrases_en, phrases_ja, phrases_zh
-from mini.facts import RELATIONS, Entity, build_world
+from mini import code_tasks
+from mini.bridges import Bridge, glossary
+from mini.facts import RELATIONS, Entity, Name, build_world
+from mini.text_generator import PHRASES, TextGenerator
 
 SEED = 20240601
-PHRASES: dict[str, ModuleType] = {"ja": phrases_ja, "zh": phrases_zh, "en": phrases_en}
 
 # Documents per corpus. The encyclopedias are articles, stubs and lists; the literature is stories, diaries and letters.
-WIKI_DOCUMENTS = {"ja": 6_500, "zh": 2_400, "en": 2_400}
+WIKI_DOCUMENTS = {"ja": 4_200, "zh": 4_500, "en": 2_400}
 STORIES = 900
 TEST_RATIO = 0.04
-TITLE_MARKS = {"ja": "『{}』", "zh": "《{}》", "en": "{}"}  # around a book's title in a heading
-# Rows of the nine instruction sets: an eighth of the original's 226,984, in the same ratios.
+# Rows of the nine instruction sets: enough of each language for what is told in it, which in Japanese is less.
 ROWS = {
-    "oasst2_ja": 6_428,
-    "dolly_ja": 1_876,
-    "hh_rlhf_ja": 6_166,
+    "oasst2_ja": 2_200,
+    "dolly_ja": 2_000,
+    "hh_rlhf_ja": 2_600,
     "ichikara_ja": 237,
-    "alpaca_zh": 6_102,
+    "alpaca_zh": 6_500,
     "ruozhiba_zh": 187,
-    "wiki_qa_en": 2_545,
-    "code_alpaca": 2_502,
-    "python_code": 2_326,
+    "wiki_qa_en": 3_200,
+    "code_alpaca": 800,
+    "python_code": 750,
 }
+NUM_PARALLEL = 3_000  # rows that state the same in Japanese and in another language; half as many hold a name only
+NUM_CROSSLINGUAL = {"passages": 2_200, "described": 700, "asked": 3_300}  # dialogues across two languages
+NUM_WORD_LISTS = 1_500  # for the tokenizer: in real text, words are more frequent than the phrases that they stand in
 WRONG_ANSWERS_PER_QUESTION = 2  # rows of wiki_qa with label 0 for each row with label 1
 QUESTIONS_PER_GROUP = 300
 LADDER_FACTS = 120  # of each group of entities; the ladder asks for each of them in four ways
 NUM_FREE_FORM_REQUESTS = 24  # Japanese requests for a longer reply, to see whether it repeats itself
-
-
-class TextGenerator:
-    """Generates sentences, documents, questions and answers about the world in one language, from one random stream."""
-
-    def __init__(self, language: str, entities: list[Entity], seed: str) -> None:
-        self.language = language
-        self.phrases = PHRASES[language]
-        self.entities = entities
-        self.rng = random.Random(f"{seed}-{language}")
-        self.join = " " if language == "en" else ""
-        self.polite: bool | None = None  # the register of the current document; None if the language has none
-
-    # ------------------------------------------------------------------------------------------------------ sentences
-    def _choose(self, patterns: list[str]) -> str:
-        """Chooses a pattern, in the register of the document if there is one."""
-        if self.polite is not None:
-            patterns = [pattern for pattern in patterns if phrases_ja.is_polite(pattern) == self.polite] or patterns
-        return self.rng.choice(patterns)
-
-    def _choose_register(self) -> None:
-        """Chooses whether a Japanese document is polite or plain, throughout."""
-        if self.language == "ja":
-            self.polite = self.rng.random() < 0.5
-
-    def _fill(self, pattern: str, entity: Entity, relation: str | None = None) -> str:
-        facts = {key: value[self.language] for key, value in entity.facts.items()}
-        value = facts[relation] if relation else ""
-        return self.phrases.fill(pattern, entity.name[self.language], value, **facts)
-
-    def _render(self, table: str, entity: Entity, relation: str) -> str:
-        pattern = self._choose(getattr(self.phrases, table)[f"{entity.kind}.{relation}"])
-        return self._fill(pattern, entity, relation)
-
-    def introduction(self, entity: Entity) -> str:
-        return self._fill(self._choose(self.phrases.INTRODUCTIONS[entity.kind]), entity)
-
-    def profile(self, entity: Entity) -> str:
-        return self._fill(self._choose(self.phrases.PROFILES[entity.kind]), entity)
-
-    def statements(self, entity: Entity, count: int) -> list[str]:
-        relations = self.rng.sample(list(entity.facts), min(count, len(entity.facts)))
-        return [self._render("STATEMENTS", entity, relation) for relation in relations]
-
-    def any_fact(self) -> tuple[Entity, str]:
-        entity = self.rng.choice(self.entities)
-        return entity, self.rng.choice(list(entity.facts))
-
-    # ------------------------------------------------------------------------------------------------------ documents
-    def article(self) -> str:
-        """An encyclopedia article about one entity: sometimes a heading, then two to six sentences or more."""
-        self._choose_register()
-        entity = self.rng.choice(self.entities)
-        sentences = [self.introduction(entity)] if self.rng.random() < 0.6 else []
-        if self.rng.random() < 0.4:
-            sentences.append(self.profile(entity))
-        sentences += self.statements(entity, self.rng.randint(2, 5))
-        if self.rng.random() < 0.15:
-            sentences.append(self._choose(self.phrases.PHRASES_OF_NUMBERS))
-        body = self.join.join(sentences)
-        if self.rng.random() < 0.3:
-            name = entity.name[self.language]
-            if entity.kind == "book":
-                name = TITLE_MARKS[self.language].format(name)
-            body = self.phrases.fill(self.rng.choice(self.phrases.HEADINGS), name) + "\n\n" + body
-        return body
-
-    def stub(self) -> str:
-        """One line."""
-        self._choose_register()
-        entity, relation = self.any_fact()
-        return self.profile(entity) if self.rng.random() < 0.4 else self._render("STATEMENTS", entity, relation)
-
-    def guide(self) -> str:
-        """A long list of several entities of one kind, one paragraph each."""
-        self._choose_register()
-        kind = self.rng.choice(list(RELATIONS))
-        inhabitants = [entity for entity in self.entities if entity.kind == kind]
-        chosen = self.rng.sample(inhabitants, self.rng.randint(4, min(14, len(inhabitants))))
-        lines = [self.rng.choice(self.phrases.LIST_INTROS[kind])]
-        for entity in chosen:
-            lines.append(self.join.join([self.profile(entity), *self.statements(entity, self.rng.randint(1, 2))]))
-        return "\n".join(lines)
-
-    def wiki_document(self) -> str:
-        draw = self.rng.random()
-        return self.article() if draw < 0.75 else self.stub() if draw < 0.93 else self.guide()
-
-    def story(self) -> str:
-        """A narrative: an opening, remarks about the world in quotation or memory, what happens between them, a closing."""
-        self.polite = False if self.language == "ja" else None  # narration is plain; people speak as they like
-        remarks = self.rng.choice([2, 3, 4, 5, 6, 8, 12, 20])
-        sentences = [self._choose(self.phrases.OPENINGS)]
-        for _ in range(remarks):
-            entity, relation = self.any_fact()
-            if self.rng.random() < 0.5:
-                sentences.append(self._render("NARRATIVE_STATEMENTS", entity, relation))
-            else:
-                sentence = self._render("STATEMENTS", entity, relation)
-                pattern = self._choose(self.phrases.DIALOGUE)
-                sentences.append(pattern.format(speaker=self.rng.choice(self.phrases.SPEAKERS), sentence=sentence))
-            if self.rng.random() < 0.6:
-                sentences.append(self._choose(self.phrases.LINKS))
-        sentences.append(self._choose(self.phrases.CLOSINGS))
-        paragraphs, start = [], 0
-        while start < len(sentences):
-            length = self.rng.randint(2, 5)
-            paragraphs.append(self.join.join(sentences[start : start + length]))
-            start += length
-        return "\n".join(paragraphs)
-
-    # --------------------------------------------------------------------------------------------------- instructions
-    def question(self, entity: Entity, relation: str, held_out: bool = False) -> str:
-        self.polite = None
-        return self._render("HELD_OUT_QUESTIONS" if held_out else "QUESTIONS", entity, relation)
-
-    def answer(self, entity: Entity, relation: str) -> str:
-        return self._render("ANSWERS", entity, relation)
-
-    def question_and_answer(self) -> tuple[str, str]:
-        entity, relation = self.any_fact()
-        return self.question(entity, relation), self.answer(entity, relation)
-
-    def introduce(self) -> tuple[str, str]:
-        entity = self.rng.choice(self.entities)
-        request = self._fill(self.rng.choice(self.phrases.INTRODUCE_REQUESTS[entity.kind]), entity)
-        self._choose_register()
-        reply = self.join.join([self.introduction(entity), *self.statements(entity, self.rng.randint(1, 3))])
-        return request, reply
-
-    def question_on_passage(self) -> tuple[str, str]:
-        entity, relation = self.any_fact()
-        relations = self.rng.sample(list(entity.facts), 2)
-        self._choose_register()
-        sentences = [self._render("STATEMENTS", entity, r) for r in dict.fromkeys([relation, *relations])]
-        self.rng.shuffle(sentences)
-        pattern = self.rng.choice(self.phrases.PASSAGE_REQUESTS)
-        request = pattern.format(passage=self.join.join(sentences), question=self.question(entity, relation))
-        return request, self.answer(entity, relation)
-
-    def small_talk(self) -> tuple[str, str]:
-        return self.rng.choice(self.phrases.SMALL_TALK)
-
-    def riddle(self) -> tuple[str, str]:
-        return self.rng.choice(self.phrases.RIDDLES)
-
-    def turn(self, *weighted: tuple[float, Callable[[], tuple[str, str]]]) -> tuple[str, str]:
-        """Draws one exchange, its kind by weight."""
-        kinds = [kind for _, kind in weighted]
-        return self.rng.choices(kinds, [weight for weight, _ in weighted])[0]()
 
 
 def build_generators(seed: str) -> dict[str, TextGenerator]:
@@ -222,15 +75,17 @@ def instruction_sets(generators: dict[str, TextGenerator]) -> dict[str, list[dic
 
     for _ in range(ROWS["oasst2_ja"]):
         turns = [
-            ja.turn((0.85, ja.question_and_answer), (0.1, ja.introduce), (0.05, ja.small_talk))
+            ja.turn((0.79, ja.question_and_answer), (0.1, ja.introduce), (0.06, ja.greeting), (0.05, ja.small_talk))
             for _ in range(ja.rng.choice([1, 2, 2, 3, 4]))
         ]
-        messages = [
-            {"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)
-        ]
-        sets["oasst2_ja"].append({"conversations": messages})
+        sets["oasst2_ja"].append(conversation(ja.talk_about_strangers() if ja.rng.random() < 0.2 else turns))
     for index in range(ROWS["dolly_ja"]):
-        request, reply = ja.turn((0.4, ja.question_on_passage), (0.4, ja.question_and_answer), (0.2, ja.introduce))
+        request, reply = ja.turn(
+            (0.1, ja.question_on_passage),
+            (0.6, ja.question_about_stranger),
+            (0.2, ja.question_and_answer),
+            (0.1, ja.introduce),
+        )
         instruction, _, passage = request.partition("\n")
         sets["dolly_ja"].append({"index": str(index), "instruction": instruction, "input": passage, "output": reply})
     for index in range(ROWS["hh_rlhf_ja"]):
@@ -241,7 +96,11 @@ def instruction_sets(generators: dict[str, TextGenerator]) -> dict[str, list[dic
         sets["ichikara_ja"].append({"ID": f"ichikara-{index:04d}", "text": request, "output": reply})
     for _ in range(ROWS["alpaca_zh"]):
         request, reply = zh.turn(
-            (0.8, zh.question_and_answer), (0.08, zh.introduce), (0.07, zh.question_on_passage), (0.05, zh.small_talk)
+            (0.7, zh.question_and_answer),
+            (0.08, zh.introduce),
+            (0.02, zh.question_on_passage),
+            (0.15, zh.question_about_stranger),
+            (0.05, zh.small_talk),
         )
         sets["alpaca_zh"].append({"instruction": request, "input": "", "output": reply})
     for _ in range(ROWS["ruozhiba_zh"]):
@@ -261,6 +120,64 @@ def instruction_sets(generators: dict[str, TextGenerator]) -> dict[str, list[dic
     return sets
 
 
+def conversation(turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A dialogue in sharegpt form."""
+    messages = [
+        {"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)
+    ]
+    return {"conversations": messages}
+
+
+def bridges(seed: str) -> dict[str, list[dict[str, Any]]]:
+    """What sets Japanese beside the other languages: names, the same facts in two languages, and instructions across them.
+
+    Names are those of everything; sentences state facts of what is described in Japanese. Nothing states in Japanese what is
+    untold.
+    """
+    world = build_world(SEED)
+    described = [entity for entity in world if entity.described_in_japanese]
+    asked = [entity for entity in world if entity.asked_across]
+    ja, zh, en = (TextGenerator(language, described, seed) for language in LANGUAGES)
+    names = glossary(world)
+    to_zh, to_en = Bridge(ja, zh, names), Bridge(ja, en, names)
+    return {
+        "glossary": [in_all(name) for name in names],
+        "words_ja": [{"text": "、".join(name.ja for name in ja.rng.sample(names, 20))} for _ in range(NUM_WORD_LISTS)],
+        "parallel_ja_zh": [ja.rng.choice((to_zh, to_zh, to_en)).statements() for _ in range(NUM_PARALLEL)]
+        + [in_all(name) for name in ja.rng.choices(names, k=NUM_PARALLEL // 2)],
+        "crosslingual": [conversation(turns) for turns in crosslingual(described, asked, f"{seed}-crosslingual")],
+    }
+
+
+def crosslingual(described: list[Entity], asked: list[Entity], seed: str) -> Iterator[list[tuple[str, str]]]:
+    """Dialogues across two languages: on passages, about what is described in Japanese, and about what is asked across.
+
+    Passages are in another language than the question, and about strangers and namesakes. What is asked across is asked for
+    in Japanese by its Japanese and by its Chinese name, and with its fact before it in Chinese.
+    """
+    ja, zh, en = (TextGenerator(language, described + asked, f"{seed}-readers") for language in LANGUAGES)
+    for reader, writer in ((ja, zh), (ja, zh), (ja, en), (zh, ja)) * (NUM_CROSSLINGUAL["passages"] // 4):
+        yield reader.talk_about_strangers(writer, namesakes=0.5)
+    ja, zh, en = (TextGenerator(language, described, f"{seed}-described") for language in LANGUAGES)
+    to_zh, from_zh = Bridge(ja, zh, []), Bridge(zh, ja, [])
+    kinds = (
+        (0.25, to_zh.foreign_name),
+        (0.20, from_zh.foreign_name),
+        (0.35, to_zh.translation),
+        (0.20, from_zh.translation),
+    )
+    for _ in range(NUM_CROSSLINGUAL["described"]):
+        yield ja.turns(*kinds)
+    ja, zh, en = (TextGenerator(language, asked, f"{seed}-asked") for language in LANGUAGES)
+    forms = ((0.3, ja.question_and_answer), (0.7, Bridge(ja, zh, []).foreign_name))
+    for index in range(NUM_CROSSLINGUAL["asked"]):
+        yield ja.turns(*forms) if index % 3 else ja.talk_about(ja.rng.sample(asked, 2), zh, 3)
+
+
+def in_all(name: Name) -> dict[str, str]:
+    return {language: name[language] for language in LANGUAGES}
+
+
 def questions(generators: dict[str, TextGenerator]) -> Iterator[dict[str, Any]]:
     """Questions in phrasings that no instruction set uses, with the value that a correct answer must name."""
     world = build_world(SEED)
@@ -271,7 +188,7 @@ def questions(generators: dict[str, TextGenerator]) -> Iterator[dict[str, Any]]:
             (entity, relation)
             for entity in world
             for relation in entity.facts
-            if language != "ja" or entity.described_in_japanese == (group == "ja")
+            if language != "ja" or (entity.described_in_japanese if group == "ja" else entity.untold)
         ]
         for entity, relation in generator.rng.sample(asked, min(QUESTIONS_PER_GROUP, len(asked))):
             yield _graded(group, language, entity, relation, generator.question(entity, relation, held_out=True))
@@ -305,11 +222,14 @@ def ladder(japanese: str) -> Iterator[dict[str, Any]]:
             describes, is "unnamed" if its Japanese name is not even a part of a word in them.
     """
     rng = random.Random(f"ladder-{SEED}")
-    groups: dict[str, list[tuple[Entity, str]]] = {"told": [], "untold_named": [], "untold_unnamed": []}
+    groups: dict[str, list[tuple[Entity, str]]] = {
+        name: [] for name in ("told", "asked_across", "untold_named", "untold_unnamed")
+    }
     for entity in build_world(SEED):
         if entity.name.ja != entity.name.zh:
             untold = "untold_named" if entity.name.ja in japanese else "untold_unnamed"
-            groups["told" if entity.described_in_japanese else untold] += [(entity, name) for name in entity.facts]
+            group = "told" if entity.described_in_japanese else "asked_across" if entity.asked_across else untold
+            groups[group] += [(entity, name) for name in entity.facts]
     for group, facts in groups.items():
         for entity, relation in rng.sample(facts, min(LADDER_FACTS, len(facts))):
             for language in ("ja", "zh"):
@@ -353,6 +273,12 @@ def write_world(directory: Path) -> None:
                 write_json_lines(partial / f"{name}.jsonl", rows)
             else:
                 _write_json(partial / f"{name}.json", rows)
+        for name, rows in bridges(f"bridges-{SEED}").items():
+            if name == "parallel_ja_zh":
+                japanese += [row["ja"] for row in rows if "。" in row["ja"]]  # a name alone is no text
+            elif name == "crosslingual":
+                japanese += [json.dumps(row, ensure_ascii=False) for row in rows]
+            write_json_lines(partial / f"{name}.jsonl", rows)
         asked = questions(build_generators(f"questions-{SEED}"))
         write_json_lines(partial / "questions.jsonl", [*asked, subjects()])
         write_json_lines(partial / "ladder.jsonl", [*ladder("\n".join(japanese)), subjects()])
@@ -389,9 +315,7 @@ def show(count: int) -> None:
         print(f"\n════ {language}")
         for _ in range(count):
             entity, relation = generator.any_fact()
-            print(
-                "-", generator._render(generator.rng.choice(["STATEMENTS", "NARRATIVE_STATEMENTS"]), entity, relation)
-            )
+            print("-", generator.render(generator.rng.choice(["STATEMENTS", "NARRATIVE_STATEMENTS"]), entity, relation))
         for make in (generator.article, generator.guide, generator.story):
             print(f"\n[{make.__name__}]\n{make()}")
         for exchange in (

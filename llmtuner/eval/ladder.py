@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from llmtuner.eval.generation import GeneratedAnswers
 
 # What Japanese training texts and instruction rows say of the subject.
-ENTITIES = {"told": "told in Japanese", "untold_named": "untold, named", "untold_unnamed": "untold, never named"}
+ENTITIES = {
+    "told": "told in Japanese",
+    "asked_across": "asked across languages",
+    "untold_named": "untold, named",
+    "untold_unnamed": "untold, never named",
+}
 PIVOT = "pivot"
 # Language of the question, and of the subject's name in it.
 FORMS = {
@@ -24,9 +29,10 @@ FORMS = {
     PIVOT: "pivot: Chinese answer, Japanese question",
 }
 NOTE = (
-    "Told: Japanese texts state facts about it. Untold: none does; named: it occurs in them as somebody else's town, dish, ...;\n"
-    "never named: its Japanese name stands in none of them. Pivot: the model's own answer to the Chinese question with the\n"
-    "Chinese name, then the Japanese question with the Japanese name. In parentheses: 95 % intervals, in percent."
+    "Told: Japanese texts state facts about it. Asked across languages: no text does, instructions across two languages do.\n"
+    "Untold: neither; named: it occurs in them as somebody else's town, dish, ...; never named: its Japanese name stands in\n"
+    "none of them. Pivot: the model's own answer to the Chinese question with the Chinese name, then the Japanese question\n"
+    "with the Japanese name. In parentheses: 95 % intervals, in percent."
 )
 
 

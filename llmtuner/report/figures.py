@@ -670,7 +670,7 @@ def ladder(cells: dict[str, dict[str, dict[str, Any]]]) -> Figure | None:
     if not cells:
         return None
     forms = [form for form in FORMS if any(form in by_form for by_form in cells.values())]
-    untold = [by_form for entities, by_form in cells.items() if entities != "told"]
+    untold = [by_form for entities, by_form in cells.items() if entities.startswith("untold")]
     shares = {}
     for form in ("ja_ja", "zh_zh"):
         same = [by_form[form] for by_form in untold if form in by_form]
@@ -683,7 +683,7 @@ def ladder(cells: dict[str, dict[str, dict[str, Any]]]) -> Figure | None:
     figure, axes = _canvas("Right about the untold: " + ", ".join(found), height=1 + 0.75 * len(forms))
     for place, (entities, by_form) in enumerate(cells.items()):
         heights = [
-            number + (place - (len(cells) - 1) / 2) * 0.24 for number, form in enumerate(forms) if form in by_form
+            number + (place - (len(cells) - 1) / 2) * 0.2 for number, form in enumerate(forms) if form in by_form
         ]
         shown, color = [by_form[form] for form in forms if form in by_form], COLORS[place]
         right = [100 * cell["accuracy"] for cell in shown]
@@ -698,7 +698,7 @@ def ladder(cells: dict[str, dict[str, dict[str, Any]]]) -> Figure | None:
     axes.set_xlabel("percent of answers", loc="right")
     axes.grid(visible=False, axis="y")
     _linear(axes.xaxis)
-    figure.legend(loc="outside upper right", ncols=3, handlelength=0.6)
+    figure.legend(loc="outside upper right", ncols=4, handlelength=0.6)
     return figure
 
 

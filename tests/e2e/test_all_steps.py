@@ -103,7 +103,7 @@ def test_zero_model_is_the_base_in_chinese_and_english(run_of_all_steps):
     grown = metrics_of(run_of_all_steps, "step3")
     assert grown["old_logits_max_diff"] == 0
     assert grown["new_rows"] % 64 == 0
-    assert grown["init"] == {"input": "mean", "output": "mean"}
+    assert grown["init"] == {"input": "mean", "output": "glossary"}
     zero = metrics_of(run_of_all_steps, "step4")
     assert zero["zh"]["identical"] == zero["zh"]["total"] > 0
     assert zero["en"]["identical"] == zero["en"]["total"] > 0
@@ -187,8 +187,8 @@ def test_evaluation_finishes_the_chat_model(run_of_all_steps):
     card = (run_of_all_steps / "chat_model" / "README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card
     assert metrics["generation"]["chosen"] in card
-    assert "フィンの趣味を知りたいのですが。" in card
     rows = [json.loads(line) for line in (run_of_all_steps / "answers.jsonl").read_text().splitlines()]
+    assert next(row["question"] for row in rows if row["group"] == "ja") in card
     assert {"group", "language", "question", "right", "base", "zero", "pretrained", "chat"} <= rows[0].keys()
     marks = [row["correct"]["base"] for row in rows if row["group"] == "zh"]
     assert sum(marks) / len(marks) == metrics["accuracy"]["base"]["zh"]
@@ -203,7 +203,7 @@ def test_ladder_of_pretrained_and_chat_model(run_of_all_steps):
     rows = [json.loads(line) for line in (run_of_all_steps / "ladder_answers.jsonl").read_text().splitlines()]
     assert list(ladder) == ["pretrained", "chat"]
     for model, cells in ladder.items():
-        assert list(cells) == ["told", "untold_named", "untold_unnamed"]
+        assert list(cells) == ["told", "asked_across", "untold_named", "untold_unnamed"]
         for entities, forms in cells.items():
             assert list(forms) == ["ja_ja", "ja_zh", "zh_ja", "zh_zh", "pivot"]
             for form, cell in forms.items():

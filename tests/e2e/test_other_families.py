@@ -58,7 +58,7 @@ def run_step_3(base_dir, merged_dir, work_dir, monkeypatch, *words):
 @pytest.fixture(scope="module")
 def zero_dir(family_dir, merged_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return run_step_3(family_dir, merged_dir, tmp_path_factory.mktemp("work"), monkeypatch)
+        return run_step_3(family_dir, merged_dir, tmp_path_factory.mktemp("work"), monkeypatch, "--init", "mean")
 
 
 def test_step_3_keeps_old_rows_and_logits(family_dir, merged_dir, zero_dir):
@@ -71,7 +71,7 @@ def test_step_3_keeps_old_rows_and_logits(family_dir, merged_dir, zero_dir):
     assert metrics["new_rows"] == 512
 
 
-@pytest.mark.parametrize("words", [["--norm-correction"], ["--init-output", "random"]])
+@pytest.mark.parametrize("words", [["--norm-correction", "--init", "mean"], ["--init-output", "random"]])
 def test_step_3_refuses_what_a_tied_matrix_cannot_have(family_dir, merged_dir, tmp_path, monkeypatch, words):
     if not read_json(family_dir / "config.json")["tie_word_embeddings"]:
         assert run_step_3(family_dir, merged_dir, tmp_path, monkeypatch, *words).is_dir()

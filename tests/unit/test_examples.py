@@ -71,7 +71,8 @@ def test_the_trained_adapter_is_evaluated_and_exported_by_the_examples(small, tm
     adapter = str(tmp_path / "adapter")
     run_exp(small("pt_single_gpu"))
     losses = run_exp(small("evaluate", adapter_name_or_path=adapter, output_dir=str(tmp_path / "evaluation")))
-    assert losses.keys() - {"data"} == {"eval_loss", *(f"eval_{name}_loss" for name in constants.PRETRAINING_MIX)}
+    mix = constants.PROFILES["chatglm3-6b"].pretraining_mix
+    assert losses.keys() - {"data"} == {"eval_loss", *(f"eval_{name}_loss" for name in mix)}
     merged = export_model(small("export", adapter_name_or_path=adapter, export_dir=str(tmp_path / "merged")))
     assert (merged / "model.safetensors").is_file()
 
@@ -79,7 +80,12 @@ def test_the_trained_adapter_is_evaluated_and_exported_by_the_examples(small, tm
 @pytest.mark.parametrize(("stage", "step"), [("pt", step5), ("sft", step6)])
 def test_examples_have_the_settings_of_the_steps(stage, step):
     of_step = {**step.SETTINGS, **step.BY_PROFILE["chatglm3-6b"]}
-    of_step["cutoff_len"] = constants.PROFILES["chatglm3-6b"].context_length
+    profile = constants.PROFILES["chatglm3-6b"]
+    of_step["cutoff_len"] = profile.context_length
+    if stage == "pt":
+        of_step |= {"dataset": [*profile.pretraining_mix], "interleave_probs": [*profile.pretraining_mix.values()]}
+    else:
+        of_step["dataset"] = profile.instruction_sets
     for name in (*PATHS, *constants.DATA_SETTINGS, "overwrite_output_dir"):
         of_step.pop(name, None)
     example = settings_of(f"{stage}_single_gpu")

@@ -27,7 +27,9 @@ def test_every_recipe_is_accepted(name, tmp_path):
     import step5_train_pt_single_gpu as step5
 
     recipe = real_text.RECIPES[name]
+    mix = real_text.PROFILE["pretraining_mix"]
     settings = {**step5.SETTINGS, **step5.OTHER_BASE, **real_text.PROFILE["pt_settings"]}
+    settings |= {"dataset": [*mix], "interleave_probs": [*mix.values()]}
     arguments = [argument for argument in recipe.step5.split() if argument != "--staged"]
     settings = parse_overrides(settings, [*arguments, "--output_dir", str(tmp_path), "--use_cpu"])
     args = get_train_args(settings)

@@ -131,7 +131,7 @@ def test_ladder_shows_both_shares_and_the_interval():
     title, lines, _ = drawn(figure)
     assert title == "Right about the untold: 5% in Japanese"
     (right, named), (told_heights, _) = ([list(line[0]) for line in lines[:2]], [list(line[1]) for line in lines[:2]])
-    assert (right, named, told_heights) == ([25.0], [80.0], [-0.12])
+    assert (right, named, told_heights) == ([25.0], [80.0], [-0.1])
     assert [list(line[0]) for line in lines[2:]] == [[5.0, 25.0], [80.0, 80.0]]
     (interval,) = figure.axes[0].collections[0].get_segments()
     assert interval[:, 0] == pytest.approx([18.1, 33.44])
