@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from statistics import fmean
 
-from benchmarks import common, extend_tokenizers, memory_budget, real_text, scaling
+from benchmarks import common, extend_tokenizers, ladder, ladder_values, memory_budget, real_text, scaling
 from benchmarks.common import Values, markdown_table, read_results
 from benchmarks.gpu import tables as gpu
 from llmtuner.console import UserError, print0, run_cli
@@ -170,6 +170,8 @@ TABLES: dict[str, Callable[[Values, str], str]] = {
     "memory_budget": memory_budget.tables,
     "gpu": gpu.tables,
     "real_text": real_text.tables,
+    "ladder": ladder.tables,
+    "ladder_values": ladder_values.tables,
     "original_claims": original_claims,
 }
 

@@ -9,6 +9,7 @@ import tomllib
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -654,6 +655,48 @@ def test_the_ladder_is_that_of_the_demos_results():
         low, high = sorted(round(100 * cells[form][key]) for cells in untold)
         for page in READMES:
             assert re.search(rf"{low}( to |〜){high} %", text_of(page)), (page, form)
+
+
+def test_what_crosses_over_is_what_was_measured():
+    runs, lost, page = results("ladder"), results("ladder_values")["results"].values(), text_of("docs/evidence.md")
+    section = " ".join(page[page.index("## What crosses over") :].split())
+
+    def mean(part, entities, form, key="accuracy"):
+        found = [one for one in runs[part]["runs"] if one["recipe"] == "default"]
+        return round(100 * fmean(one["ladder"][entities][form][key] for one in found))
+
+    def span(part, form, key="accuracy"):
+        return sorted({mean(part, entities, form, key) for entities in ("untold_named", "untold_unnamed")})
+
+    def preferred(group, form, language):
+        return round(100 * fmean(one["preferred"][group][form][language] for one in lost))
+
+    told = sorted(mean("recipes", "told", form) for form in ("ja_zh", "zh_ja", PIVOT))
+    answers = [
+        round(
+            100
+            * fmean(one["accuracy_pretrained"][language] for one in runs[part]["runs"] if one["recipe"] == "default")
+        )
+        for part in ("recipes", "before")
+        for language in ("zh", "en")
+    ]
+    for text, figures in (
+        ("now {} % of the answers name", span("recipes", "ja_ja", "names_subject")),
+        ("answer, in {} to {} %.", (told[0], told[-1])),
+        ("is answered in {} to {} % (before, {} to {} %)", span("recipes", "zh_ja") + span("before", "zh_ja")),
+        ("how what is known is said, in {} to {} %", span("recipes", "ja_zh")),
+        ("both steps at once in {} to {} %", span("recipes", "ja_ja")),
+        ("says {} to {} % of it", span("recipes", PIVOT)),
+        ("({} and {} % instead of {} and {} %)", answers),
+        ("is preferred in {} %; told, in {} %", [preferred(group, "ja_zh", "zh") for group in ("untold", "told")]),
+        ("word is preferred in {} %, against {} %", [preferred(group, "ja_zh", "ja") for group in ("untold", "told")]),
+        (
+            "in {} % below a Japanese question, and in {} %",
+            [preferred("untold", form, "zh") for form in ("ja_ja", "zh_ja")],
+        ),
+        ("its value is given in {} %", [round(100 * fmean(one["reading"]["zh"] for one in lost))]),
+    ):
+        assert text.format(*figures) in section
 
 
 def test_the_three_readmes_show_one_table():
