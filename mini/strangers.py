@@ -1,6 +1,6 @@
 """Made-up names from outside the closed world: people, towns, dishes, ... that texts and instructions mention only once or twice.
 
-Real instruction data mentions names by the thousand, and whoever learns from it learns to copy a name. The closed world has
+Real instruction data mentions names by the thousand, and a model that learns from it learns to copy a name. The closed world has
 fewer than two hundred; without others a model learns to choose one of them instead.
 """
 
@@ -8,10 +8,10 @@ import random
 import re
 from collections.abc import Collection
 
-from mini.facts import KINDS, RELATIONS, Entity, Name, _names
+from mini.facts import KINDS, RELATIONS, Entity, Name, parse_names
 
 # Syllables of transliterated names.
-SYLLABLES = _names("""
+SYLLABLES = parse_names("""
 カ | 卡 | ka; ラ | 拉 | la; ミ | 米 | mi; ノ | 诺 | no; ト | 托 | to; リ | 莉 | li; ダ | 达 | da; シ | 西 | si; モ | 莫 | mo; ン | 恩 | n
 ル | 鲁 | lu; ベ | 贝 | be; ロ | 罗 | lo; ヤ | 雅 | ya; ニ | 尼 | ni; ソ | 索 | so; タ | 塔 | ta; ビ | 比 | bi; フ | 弗 | fu; ガ | 加 | ga
 コ | 科 | ko; エ | 艾 | e; ナ | 娜 | na; ク | 克 | ku; ス | 斯 | su; ア | 阿 | a; イ | 伊 | i; オ | 奥 | o; ユ | 尤 | yu; ケ | 凯 | ke
@@ -19,27 +19,27 @@ SYLLABLES = _names("""
 サ | 萨 | sa; ヒ | 希 | hi; グ | 格 | gu; ジ | 吉 | ji; バ | 巴 | ba; プ | 普 | pu; デ | 德 | de; ゴ | 戈 | go; メ | 梅 | me; ハ | 哈 | ha
 """)
 # Two parts of the names of everything else; a name is one of the first and one of the second.
-FIRST_PARTS = _names("""
+FIRST_PARTS = parse_names("""
 銀 | 银 | silver; 森 | 森 | forest; 月 | 月 | moon; 雪 | 雪 | snow; 風 | 风 | wind; 山 | 山 | mountain; 花 | 花 | flower; 水 | 水 | water
 星 | 星 | star; 海 | 海 | sea; 霧 | 雾 | mist; 夜 | 夜 | night; 砂 | 沙 | sand; 光 | 光 | light; 雨 | 雨 | rain; 竹 | 竹 | bamboo
 赤 | 红 | red; 青 | 蓝 | blue; 黒 | 黑 | black; 白 | 白 | white; 金 | 金 | golden; 石 | 石 | stone; 火 | 火 | fire; 朝 | 晨 | dawn
 秋 | 秋 | autumn; 春 | 春 | spring; 冬 | 冬 | winter; 夏 | 夏 | summer; 雲 | 云 | cloud; 影 | 影 | shadow; 鏡 | 镜 | mirror; 橋 | 桥 | bridge
 """)
 SECOND_PARTS = {
-    "town": _names("町 | 镇 | town; 村 | 村 | village; 港 | 港 | harbor; 谷 | 谷 | valley; 丘 | 丘 | hill; 浜 | 滨 | beach; 坂 | 坡 | slope; 原 | 原 | plain"),
-    "animal": _names("""
+    "town": parse_names("町 | 镇 | town; 村 | 村 | village; 港 | 港 | harbor; 谷 | 谷 | valley; 丘 | 丘 | hill; 浜 | 滨 | beach; 坂 | 坡 | slope; 原 | 原 | plain"),
+    "animal": parse_names("""
 ネコ | 猫 | cat; カラス | 鸦 | crow; ヘビ | 蛇 | snake; イヌ | 犬 | dog; シカ | 鹿 | deer; ウマ | 马 | horse; クマ | 熊 | bear; サル | 猴 | monkey
 カメ | 龟 | turtle; カエル | 蛙 | frog; ウサギ | 兔 | rabbit; ネズミ | 鼠 | mouse; キツネ | 狐 | fox; フクロウ | 鸮 | owl; ツル | 鹤 | crane
 """),
-    "dish": _names("""
+    "dish": parse_names("""
 スープ | 汤 | soup; パン | 面包 | bread; サラダ | 沙拉 | salad; カレー | 咖喱 | curry; うどん | 面 | noodles; まんじゅう | 馒头 | buns; 鍋 | 火锅 | hotpot
 がゆ | 粥 | porridge; クッキー | 饼干 | cookies; ごはん | 饭 | rice; もち | 年糕 | rice cake; ぎょうざ | 饺子 | dumplings; パイ | 派 | pie
 """),
-    "book": _names("""
+    "book": parse_names("""
 の手紙 | 来信 | letters; の地図 | 的地图 | map; の図書館 | 图书馆 | library; の歌 | 之歌 | songs; の旅 | 之旅 | journey; の町 | 小镇 | village
 の灯台 | 的灯塔 | lighthouse; の鐘 | 之钟 | bell; の秘密 | 的秘密 | secret; の空 | 的天空 | sky; の駅 | 车站 | station
 """),
-    "event": _names("""
+    "event": parse_names("""
 祭り | 节 | festival; の日 | 日 | day; 市 | 集市 | fair; の行列 | 巡游 | procession; 踏み | 踏会 | walk; 送り | 送会 | farewell; の結婚式 | 的婚礼 | wedding
 """),
 }  # fmt: skip
