@@ -698,7 +698,7 @@ def ladder(cells: dict[str, dict[str, dict[str, Any]]]) -> Figure | None:
     axes.set_xlabel("percent of answers", loc="right")
     axes.grid(visible=False, axis="y")
     _linear(axes.xaxis)
-    figure.legend(loc="outside upper right", ncols=4, handlelength=0.6)
+    figure.legend(loc="outside upper right", ncols=2, handlelength=0.6)
     return figure
 
 

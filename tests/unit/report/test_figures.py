@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from llmtuner.console import UserError
+from llmtuner.eval.ladder import ENTITIES, FORMS
 from llmtuner.report import figures
 from llmtuner.report.figures import COLORS, LANGUAGES, build_figures, plot_losses, read_log
-from tests.reports import LADDER
+from tests.reports import LADDER, LADDER_CELL
 from tests.unit.report.svg import LINK, SVG, glyphs, glyphs_of_first_name, names_of
 
 LOG = [
@@ -360,6 +361,7 @@ def all_texts(figure):
     figure.draw_without_rendering()
     texts = [*figure.texts, axes.xaxis.label, *(child for child in axes.get_children() if isinstance(child, Text))]
     texts += axes.get_legend().get_texts() if axes.get_legend() else []
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())
         texts += [
@@ -377,6 +379,7 @@ HARD = {
     "wide names": lambda: figures.mix({"日本語の百科事典と、青空文庫の全部": {"ratio": 1.0, "target_ratio": 0.5}}),
     "many lengths": lambda: figures.lengths({"edges": [2**n for n in range(18)], "counts": [9**n for n in range(17)]}, 0.5, "dialogues"),
     "one length": lambda: figures.lengths({"edges": [64, 128], "counts": [1]}, 0.0, "dialogues"),
+    "every kind of entities": lambda: figures.ladder({kind: {form: LADDER_CELL for form in FORMS} for kind in ENTITIES}),
     "many steps": lambda: figures.loss_curve(HARD_LOG),
     "many steps, logarithmic": lambda: figures.log_loss(HARD_LOG),
     "many steps, speed": lambda: figures.speed(HARD_LOG),
