@@ -4,7 +4,8 @@
     python -m benchmarks.ladder --work-dir runs/mini --output-dir DIR --recipes default --seeds 42
 
 From steps 1 to 3 of a finished `make demo`, steps 5 and 6 run as a user starts them; then the chat model climbs step 7's ladder,
-with greedy decoding. Runs that have finished in DIR are not repeated. Intervals are over seeds, Student's.
+with greedy decoding. Runs that have finished in DIR are not repeated, and those that the results file has from other recipes and
+seeds stay in it. Intervals are over seeds, Student's.
 """
 
 import shutil
@@ -100,9 +101,17 @@ def main() -> None:
         for seed in options.seeds:
             work = options.output_dir.resolve() / f"{recipe}-{seed}"
             runs.append({"recipe": recipe, "seed": seed, **run(options.work_dir.resolve(), work, recipe, seed)})
+    runs = merge(read_results(options.output).get(options.section, {}).get("runs", []), runs)
     print_results("each run", {f"{one['recipe']}, seed {one['seed']}": one["accuracy"] for one in runs})
     print0(f"{table(runs)}\n\n{brief(runs)}")
     save_results(options.output, {"runs": runs}, options.section)
+
+
+def merge(earlier: list[Values], runs: list[Values]) -> list[Values]:
+    """Runs in the order of `RECIPES` and of their seeds, a new one instead of an earlier one of the same recipe and seed."""
+    by_key = {(one["recipe"], one["seed"]): one for one in [*earlier, *runs]}
+    order = list(RECIPES)
+    return [by_key[key] for key in sorted(by_key, key=lambda key: (order.index(key[0]), key[1]))]
 
 
 def run(base: Path, work: Path, name: str, seed: int) -> Values:

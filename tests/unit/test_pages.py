@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
+from benchmarks.ladder import pooled
 from benchmarks.real_text import RECIPES
 from benchmarks.scaling import flop_per_token
 from llmtuner import hparams
@@ -671,6 +672,10 @@ def test_what_crosses_over_is_what_was_measured():
     def preferred(group, form, language):
         return round(100 * fmean(one["preferred"][group][form][language] for one in lost))
 
+    def untold(recipe, form):
+        found = [one["ladder"] for one in runs["recipes"]["runs"] if one["recipe"] == recipe]
+        return round(100 * fmean(pooled(cells, ("untold_named", "untold_unnamed"), form) for cells in found))
+
     told = sorted(mean("recipes", "told", form) for form in ("ja_zh", "zh_ja", PIVOT))
     answers = [
         round(
@@ -695,6 +700,22 @@ def test_what_crosses_over_is_what_was_measured():
             [preferred("untold", form, "zh") for form in ("ja_ja", "zh_ja")],
         ),
         ("its value is given in {} %", [round(100 * fmean(one["reading"]["zh"] for one in lost))]),
+        (
+            "14 and 18 % of the told is right where question and name are in two languages, {} and {} % of the untold, and {} %",
+            [untold("no_bridges_longer", form) for form in ("zh_ja", "ja_zh", "ja_ja")],
+        ),
+        (
+            "{} instead of {} % of the untold are right in Chinese questions with Japanese names, and {} instead of {} %",
+            [untold(recipe, form) for form in ("zh_ja", "ja_ja") for recipe in ("no_switched", "default")],
+        ),
+        (
+            "{} instead of {} % of the untold are right in Japanese questions with Chinese names, and {} instead of {} %",
+            [untold(recipe, form) for form in ("ja_zh", PIVOT) for recipe in ("no_crosslingual", "default")],
+        ),
+        (
+            "{}, {} and {} % of the untold are right in Chinese questions with Japanese names, and {}, {} and {} % in Japanese",
+            [untold(recipe, form) for form in ("zh_ja", "ja_ja") for recipe in ("half", "default", "double")],
+        ),
     ):
         assert text.format(*figures) in section
 

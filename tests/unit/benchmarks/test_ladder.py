@@ -90,6 +90,15 @@ def test_the_table_has_means_and_intervals_over_seeds():
     assert ["| pretrained model, questions ja", "50 (50 to 50)", "", "50", " |"] in lines
 
 
+def test_runs_of_other_recipes_and_seeds_stay_in_the_results():
+    def one(recipe, seed, tokens):
+        return {"recipe": recipe, "seed": seed, "tokens": tokens}
+
+    earlier = [one("half", 42, 1), one("default", 43, 2), one("default", 42, 3)]
+    merged = ladder.merge(earlier, [one("default", 42, 4), one("no_bridges", 42, 5)])
+    assert [run["tokens"] for run in merged] == [4, 2, 5, 1]
+
+
 def test_a_share_without_values_is_empty():
     assert share([]) == ""
     assert share([0.123]) == "12"
