@@ -209,7 +209,7 @@ def test_ladder_of_pretrained_and_chat_model(run_of_all_steps):
             for form, cell in forms.items():
                 keys = (model, entities, form)
                 marks = [r["correct"] for r in rows if (r["model"], r["entities"], r["form"]) == keys]
-                assert len(marks) == cell["n"] == 5
+                assert len(marks) == cell["n"] == (3 if entities == "untold_named" else 5)  # of 67 and of 119 or 120
                 assert sum(marks) / len(marks) == cell["accuracy"]
     assert "The ladder from Chinese into Japanese" in (run_of_all_steps / "report.html").read_text(encoding="utf-8")
 
