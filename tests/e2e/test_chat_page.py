@@ -115,7 +115,8 @@ def new_tab(running, phone):
         tab.on("pageerror", lambda error: problems.append(str(error)))
         tab.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
         tab.goto(f"http://127.0.0.1:{running.port}/")
-        tab.wait_for_selector("textarea")
+        for part in (box(tab), *(tab.get_by_role("button", name=name, exact=True) for name in ("Send", *EXAMPLES))):
+            part.wait_for()  # the code of each kind of component is fetched apart, so that any may come last
         return tab
 
     yield open_tab
