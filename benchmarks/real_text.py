@@ -97,7 +97,7 @@ def rates(factor: float, embeddings: float | None = None) -> str:
     return "--learning_rate {:g} --embedding_learning_rate {:g}".format(*both)
 
 
-DECAY = '{"num_decay_steps":20}'  # about a fifth of the steps
+WSD = "--lr_scheduler_type warmup_stable_decay"  # the last fifth of the steps decays
 ORIGINAL = "--lora_rank 8 --lora_alpha 16 --warmup_ratio 0 --neat_packing false"
 RANDOM_OUTPUT = "--init mean --init-output random"
 RECIPES = {
@@ -121,6 +121,7 @@ RECIPES = {
     "rank_8": Recipe("--lora_rank 8"),
     "rank_128": Recipe("--lora_rank 128"),
     "rank_128_rslora": Recipe("--lora_rank 128 --use_rslora"),
+    "rank_128_rslora_alpha": Recipe("--lora_rank 128 --use_rslora --lora_alpha 16"),
     "loraplus": Recipe("--loraplus_lr_ratio 4"),
     "embedding_lr_quarter": Recipe(rates(1, 1 / 4)),
     "embedding_lr_4": Recipe(rates(1, 4)),
@@ -128,8 +129,11 @@ RECIPES = {
     "ja_50": Recipe("--interleave_probs 0.42,0.08,0.25,0.25"),
     "full": Recipe(f"--finetuning_type full {rates(1 / 4, 1)}"),
     "full_muon": Recipe(f"--finetuning_type full --use_muon {rates(1 / 4, 1)}"),
+    "full_muon_lr_4": Recipe(f"--finetuning_type full --use_muon {rates(1, 1)}"),
     "adam_8bit": Recipe("--optim adamw_8bit"),
-    "wsd": Recipe(f"--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {DECAY}"),
+    "double": Recipe(share=2),
+    "wsd": Recipe(WSD),
+    "wsd_double": Recipe(WSD, share=2),
     "lr_quarter": Recipe(rates(1 / 4), one_seed=True),
     "lr_half": Recipe(rates(1 / 2), one_seed=True),
     "lr_2": Recipe(rates(2), one_seed=True),

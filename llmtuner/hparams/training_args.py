@@ -32,7 +32,9 @@ class TrainerArguments:
     num_train_epochs: float = setting(3.0, "Passes through the training set.", ABOVE_0)
     max_steps: int = setting(-1, "Updates to make, instead of num_train_epochs.", MAX_STEPS)
     learning_rate: float = setting(5e-5, "The peak learning rate.", NOT_NEGATIVE)
-    lr_scheduler_type: str = setting("linear", "Learning rate schedule: linear, cosine, constant, ...")
+    lr_scheduler_type: str = setting(
+        "linear", "Learning rate schedule: linear, cosine, constant, warmup_stable_decay, ..."
+    )
     warmup_ratio: float | None = setting(None, "Ratio of all steps over which the learning rate rises.", BELOW_1)
     warmup_steps: float = setting(0, "Steps over which it rises.", RATIO_OR_STEPS)
     optim: str = setting("adamw_torch_fused", "Optimizer, by transformers' name.")

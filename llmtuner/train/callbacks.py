@@ -235,9 +235,20 @@ class EarlyStopping(TrainerCallback):
         return self.patience is not None and len(evaluations) - 1 - since >= self.patience
 
 
-def is_training_finished(state: TrainerState, finetuning_args: FinetuningArguments) -> bool:
-    """Tells whether no step is left: all have been made, or the run has stopped early."""
-    return state.global_step >= state.max_steps or EarlyStopping(finetuning_args).is_due(state.log_history)
+def is_training_finished(state: TrainerState, num_steps: int, finetuning_args: FinetuningArguments) -> bool:
+    """Tells whether no step of a run of `num_steps` is left: all have been made, or the run has stopped early."""
+    return state.global_step >= num_steps or EarlyStopping(finetuning_args).is_due(state.log_history)
+
+
+class SaveBeforeDecay(TrainerCallback):
+    """Saves a checkpoint when the learning rate is about to decay: from there, the run can be made longer."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.trainer.decay_begin and args.save_strategy != "no":
+            control.should_save = True
 
 
 class TimedSave(TrainerCallback):

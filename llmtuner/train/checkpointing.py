@@ -5,8 +5,8 @@ import platform
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llmtuner.locks import file_lock
 from llmtuner.model.adapters import ADAPTER_CONFIG_FILES, WEIGHT_FILES
 from llmtuner.outputs import finish_publishing, read_marker, recover_directory, replace_directory
 from llmtuner.tokenizer.encoding import TOKENIZER_FILES
+from llmtuner.train.schedule import is_other_length
 
 CHECKSUM_FILE = "checksums.json"  # written last: file -> [bytes, CRC-32]
 RUN_MARKER = "a training run"  # in the marker of an output_dir
@@ -115,6 +116,14 @@ def prepare_output_dir(output_dir: Path, overwrite: bool) -> None:
         delete_checkpoints(output_dir)
 
 
+def delete_superseded(output_dir: Path, step: int, settings: dict[str, Any]) -> None:
+    """Deletes the checkpoints after `step` of a longer or shorter run, which now goes on from there with these settings."""
+    for checkpoint in _owned_checkpoints(output_dir):
+        with suppress(OSError, ValueError):  # what cannot be read is nobody's
+            if checkpoint_step(checkpoint) > step and is_other_length(changed_settings(checkpoint, settings)):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def remove_dry_run(output_dir: Path) -> None:
     """Deletes what a dry run has made in a run's directory."""
     if (read_marker(output_dir / DRY_RUN_DIR) or {}).get("made_by") == RUN_MARKER:
@@ -132,13 +141,18 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def valid_checkpoints(output_dir: Path) -> Iterator[Path]:
+    """Yields the checkpoints that pass verification, newest first, and prints which do not."""
+    for checkpoint in list_checkpoints(output_dir):
+        if damage := verify_checkpoint(checkpoint):
+            print0(f"{checkpoint} failed verification ({damage}), skipping")
+        else:
+            yield checkpoint
+
+
 def latest_valid_checkpoint(output_dir: Path) -> Path | None:
     """Returns the newest checkpoint that passes verification, and prints which newer ones do not."""
-    for checkpoint in list_checkpoints(output_dir):
-        if not (damage := verify_checkpoint(checkpoint)):
-            return checkpoint
-        print0(f"{checkpoint} failed verification ({damage}), skipping")
-    return None
+    return next(valid_checkpoints(output_dir), None)
 
 
 def verify_checkpoint(checkpoint: Path) -> str:
@@ -195,11 +209,11 @@ def cleanup_on_failure(output_dir: Path, step: int) -> Iterator[None]:
         raise
 
 
-def commit_checkpoint(output_dir: Path, step: int, limit: int | None, best_step: int | None = None) -> Path:
+def commit_checkpoint(output_dir: Path, step: int, limit: int | None, kept: Collection[int] = ()) -> Path:
     """Moves a complete checkpoint from the temporary directory to its name, and deletes the oldest beyond `limit`.
 
     Args:
-        best_step: that of a checkpoint which is kept beside these.
+        kept: steps of checkpoints that are kept beside these.
     """
     partial, destination = output_dir / TMP_DIR / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
     write_checksums(partial)
@@ -207,7 +221,7 @@ def commit_checkpoint(output_dir: Path, step: int, limit: int | None, best_step:
     replace_directory(partial, destination, CHECKSUM_FILE)
     shutil.rmtree(output_dir / TMP_DIR, ignore_errors=True)
     for old in _owned_checkpoints(output_dir)[limit:] if limit else []:
-        if checkpoint_step(old) != best_step:
+        if checkpoint_step(old) not in {step, *kept}:
             shutil.rmtree(old, ignore_errors=True)
     return destination
 
@@ -224,38 +238,14 @@ def _owned_checkpoints(output_dir: Path) -> list[Path]:
     return [checkpoint for checkpoint in list_checkpoints(output_dir) if locate(checkpoint, CHECKSUM_FILE).is_file()]
 
 
-def check_resumable(checkpoint: Path) -> None:
-    """Makes sure that a checkpoint holds the optimizer state.
-
-    Raises:
-        UserError: if it holds weights only; says how to continue training from them.
-    """
-    # DeepSpeed keeps the optimizer's state in global_stepN/, everything else in files named optimizer*.
-    if [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]:
-        return
-    if (checkpoint / "adapter_config.json").is_file():
-        weights = f"set adapter_name_or_path: {checkpoint}"
-    else:
-        weights = f"copy the tokenizer's files into it and set model_name_or_path: {checkpoint}"
-    raise UserError(
-        f"{checkpoint} cannot be resumed: it was saved with save_only_model: true, without the state of optimizer, "
-        f"learning rate schedule and random number generators. To start a new schedule from its weights, {weights} and another "
-        "output_dir. To be able to resume a run, train with save_only_model: false."
-    )
-
-
-def check_resume_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Makes sure that a checkpoint was written by a run with these settings.
-
-    Raises:
-        UserError: lists what differs.
-    """
-    before = json.loads(locate(checkpoint, "training_args.json").read_text(encoding="utf-8"))
+def changed_settings(checkpoint: Path, settings: dict[str, Any]) -> list[str]:
+    """Returns the settings that change what is learned and differ from those of a checkpoint's run, as lines."""
+    before = read_settings(checkpoint)
     before.setdefault("model checksum", settings.get("model checksum"))  # runs of earlier versions have none
-    if changes := diff_settings(before, settings):
-        raise UserError(
-            f"{checkpoint} was written with other settings:\n  - "
-            + "\n  - ".join(changes)
-            + "\nKeep those settings, choose "
-            "another output_dir, or set overwrite_output_dir: true (steps: OVERWRITE=1) to start over."
-        )
+    return diff_settings(before, settings)
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """Returns the settings of the run that wrote a checkpoint."""
+    settings: dict[str, Any] = json.loads(locate(checkpoint, "training_args.json").read_text(encoding="utf-8"))
+    return settings

@@ -32,13 +32,14 @@ from llmtuner.train.checkpointing import (
 )
 from llmtuner.train.memory import MemoryEstimate
 from llmtuner.train.process import release_memory
+from llmtuner.train.resume import find_resume_checkpoint
 from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.workflow import (
     build_trainer,
-    find_resume_checkpoint,
     global_batch_size,
     load_data,
+    planned_steps,
     prepare_model,
     run_fingerprint,
 )
@@ -125,7 +126,7 @@ def dry_run(
     tokenizer, dataset, _ = load_data(args, args.finetuning.stage)
     output_dir = Path(args.training.output_dir or ".")
     settings = run_fingerprint(args, dataset.train)
-    checkpoint = find_resume_checkpoint(args, settings)
+    checkpoint = find_resume_checkpoint(args, settings, planned_steps(args.training, dataset.train))
     if args.training.world_size > 1:
         check_shared(output_dir, checkpoint)
     try:
@@ -217,7 +218,7 @@ def _second_start(
         trainer = _trial_trainer(args, model, tokenizer, dataset, {}, settings, stop)
         trial = Trial(trainer, num_steps=1)
         trainer.add_callback(trial)
-        trainer.resume_from_checkpoint(checkpoint)
+        trainer.resume_from_checkpoint(checkpoint, planned_steps(args.training, dataset.train))
         _raise_if_stopped(trainer)
     before, after = figures.pop("loss_sums")[2], trial.loss_sums[2]
     figures["resume_difference"] = abs(after - before)
@@ -272,7 +273,7 @@ def _plan(args: TrainArgs, dataset: DatasetModule, figures: dict[str, Any], step
     """Computes what the run will take from what was measured."""
     training, train = args.training, dataset.train
     per_epoch = -(-len(train) // global_batch_size(training))
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    steps = planned_steps(training, train)
     left, tokens = steps - steps_done, round(train.num_tokens * steps / per_epoch)
     evaluations, saves = _num_evaluations(training, left, steps, per_epoch, steps_done), 0
     if training.save_strategy != SaveStrategy.NO:

@@ -15,7 +15,7 @@ One optimizer step, from transformers/trainer.py; what is marked with * is defin
             accelerator.backward
         _clip_grad_norm *             first the norm of each group, on steps that are logged
         optimizer.step                parameter groups of create_optimizer *
-        lr_scheduler.step             after _get_learning_rate *
+        lr_scheduler.step             of create_scheduler *, after _get_learning_rate *
         on_step_end                   GracefulStopCallback (callbacks.py)
         _maybe_log_save_evaluate      log *, evaluate *, _save_checkpoint *
 
@@ -57,6 +57,7 @@ from llmtuner.train.callbacks import (
     JsonlLogCallback,
     MfuCallback,
     ProgressBarCallback,
+    SaveBeforeDecay,
     ThroughputMeter,
     TimedSave,
     is_training_finished,
@@ -74,6 +75,7 @@ from llmtuner.train.flops import Utilization
 from llmtuner.train.loss import linear_cross_entropy_sum
 from llmtuner.train.muon import MuonAndOther, hidden_matrices
 from llmtuner.train.run_status import State, write_run_status
+from llmtuner.train.schedule import WSD, constant_steps, scheduler_kwargs
 from llmtuner.train.trackers import guard_trackers
 
 MAX_DOCUMENTS_IN_ERROR = 8
@@ -137,6 +139,7 @@ class PackedTrainer(Trainer):
             MfuCallback(self),
             GracefulStopCallback(self),
             self.timed_save,
+            SaveBeforeDecay(self),
             self.early_stopping,
         ):
             self.add_callback(callback)
@@ -148,6 +151,7 @@ class PackedTrainer(Trainer):
         self.should_stop = self.should_save = False
         self.lr_groups: list[str] = []  # the entry of LR_GROUPS of each parameter group, where they differ
         self.embedding_lr: float | None = None  # of the current step
+        self.decay_begin: int | None = None  # the step after which the learning rate leaves a constant phase
         self.divergence = DivergenceMonitor(finetuning_args.divergence_factor, finetuning_args.divergence_steps)
         if self.args.train_sampling_strategy == "sequential":  # one data set after another: losses jump between them
             self.divergence.steps = 0
@@ -418,6 +422,15 @@ class PackedTrainer(Trainer):
                 self.optimizer = MuonAndOther(self.optimizer, by_muon)
         return super().create_optimizer(*args, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Lets the last fifth of warm-up, stable, decay be decay unless it is set, and notes where decay begins."""
+        args, num_warmup_steps = self.args, self.args.get_warmup_steps(num_training_steps)
+        if args.lr_scheduler_type == WSD:
+            given: Any = args.lr_scheduler_kwargs or {}
+            args.lr_scheduler_kwargs = scheduler_kwargs(WSD, given, num_training_steps)
+            self.decay_begin = constant_steps(WSD, given, num_warmup_steps, num_training_steps)[-1]
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_lr_group(self, name: str, is_embedding: bool) -> str:
         """Returns the entry of LR_GROUPS that a parameter belongs to."""
         if is_embedding and self.finetuning_args.embedding_learning_rate is not None:
@@ -521,13 +534,13 @@ class PackedTrainer(Trainer):
         return total / max(total_bytes, 1)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
-    def resume_from_checkpoint(self, checkpoint: Path) -> None:
-        """Continues training from a valid checkpoint as if the run had never stopped."""
+    def resume_from_checkpoint(self, checkpoint: Path, num_steps: int) -> None:
+        """Continues training from a valid checkpoint as if the run, of `num_steps`, had never stopped."""
         self.meter = ThroughputMeter.load(checkpoint)
         self.divergence.load(checkpoint)
         self.args.eval_on_start = False  # done before the checkpoint
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if not is_training_finished(state, self.finetuning_args):
+        if not is_training_finished(state, num_steps, self.finetuning_args):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # Trainer would make one more step
             self._load_from_checkpoint(str(checkpoint))
@@ -611,7 +624,8 @@ class PackedTrainer(Trainer):
                 self.meter.save(partial / "throughput.json")
                 self.divergence.save(partial)
                 best = self.best_evaluation()
-                commit_checkpoint(output_dir, step, self.args.save_total_limit, best["step"] if best else None)
+                kept = [step for step in (best["step"] if best else None, self.decay_begin) if step is not None]
+                commit_checkpoint(output_dir, step, self.args.save_total_limit, kept)
             self.accelerator.wait_for_everyone()
 
 

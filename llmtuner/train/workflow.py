@@ -1,5 +1,6 @@
 """Runs the two stages, continued pretraining and supervised fine-tuning: data, model, training, adapter, metrics."""
 
+import math
 import shutil
 import zlib
 from collections.abc import Callable
@@ -11,10 +12,9 @@ import numpy
 import torch
 from accelerate.utils import DeepSpeedPlugin, broadcast_object_list, gather_object
 from torch.utils.data import Dataset, Subset
-from transformers import TrainerState, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from llmtuner.aliases import describe_old_names
 from llmtuner.console import TrainingInterrupted, UserError, is_rank_zero, print0
 from llmtuner.data.loader import DatasetModule, format_mixture, get_dataset, mixture_stats
 from llmtuner.data.packing import ConcatTokenDataset, PackedDataCollator, PackedDataset, PadToMultiple
@@ -34,18 +34,17 @@ from llmtuner.train.callbacks import (
     InitialLossCallback,
     RunStatusCallback,
     TrainBeginCallback,
-    is_training_finished,
     peak_memory_gb,
 )
 from llmtuner.train.checkpointing import (
-    check_resumable,
-    check_resume_settings,
     check_shared,
-    latest_valid_checkpoint,
+    checkpoint_step,
+    delete_superseded,
     prepare_output_dir,
     verify_checkpoint,
 )
 from llmtuner.train.memory import MemoryEstimate, StepEstimator, compute_dtype
+from llmtuner.train.resume import find_resume_checkpoint, resume_hint
 from llmtuner.train.samples import SampleCallback, read_samples
 from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.step_settings import MEMORY_FRACTION, StepSettings, choose_step_settings, free_memory
@@ -97,7 +96,8 @@ def _train(
     """Trains, or only evaluates if do_train is false; saves the adapter and returns the metrics."""
     output_dir, overwrite = Path(args.training.output_dir or "."), args.finetuning.overwrite_output_dir
     settings = run_fingerprint(args, dataset.train)
-    checkpoint = find_resume_checkpoint(args, settings)
+    num_steps = planned_steps(args.training, dataset.train)
+    checkpoint = find_resume_checkpoint(args, settings, num_steps)
     if args.training.world_size > 1 and (checkpoint or args.training.save_strategy != "no"):
         check_shared(output_dir, checkpoint)
     if args.training.save_only_model and args.training.save_strategy != "no":
@@ -115,6 +115,7 @@ def _train(
         on_train_begin = TrainBeginCallback(
             *([before_training] if before_training else []),
             partial(prepare_output_dir, output_dir, overwrite and checkpoint is None),
+            *([partial(delete_superseded, output_dir, checkpoint_step(checkpoint), settings)] if checkpoint else []),
             partial(_collect_invalid_rows, dataset.train.token_dataset, output_dir),
         )
         samples = {name: even_subset(part, INITIAL_LOSS_SAMPLES) for name, part in dataset.per_dataset.items()}
@@ -123,14 +124,14 @@ def _train(
         if args.finetuning.sample_steps:
             trainer.add_callback(SampleCallback(trainer, tokenizer, args))
         if checkpoint:
-            trainer.resume_from_checkpoint(checkpoint)
+            trainer.resume_from_checkpoint(checkpoint, num_steps)
         else:
             trainer.train()
         trainer.flush_token_counts()
     step, max_steps = trainer.state.global_step, trainer.state.max_steps
     if trainer.should_stop and step < max_steps:
         raise TrainingInterrupted(
-            f"stopped after step {step:,} of {max_steps:,}, with {output_dir}/checkpoint-{step}. {_resume_hint(args)}",
+            f"stopped after step {step:,} of {max_steps:,}, with {output_dir}/checkpoint-{step}. {resume_hint(args)}",
             stop.received,
         )
     if step < max_steps and (patience := args.finetuning.early_stopping_steps):
@@ -289,14 +290,6 @@ def _first_and_last(history: list[dict[str, Any]], name: str) -> dict[str, float
     return {"first": values[0] if values else None, "last": values[-1] if values else None}
 
 
-def _resume_hint(args: TrainArgs) -> str:
-    if args.training.save_only_model:
-        return "save_only_model: true: it holds weights only, and the run cannot be resumed from it."
-    if args.finetuning.overwrite_output_dir:
-        return "Run it again without overwrite_output_dir (steps: without OVERWRITE=1) to resume."
-    return "The same command resumes from there."
-
-
 def fit_into_memory(model: torch.nn.Module, args: TrainArgs) -> MemoryEstimate | None:
     """Sets micro-batch and gradient checkpointing to what fits into GPU memory, as far as the settings leave them open.
 
@@ -366,33 +359,10 @@ def run_fingerprint(args: TrainArgs, train: PackedDataset) -> dict[str, Any]:
     return {**serialize_settings(args), "processes": args.training.world_size, **data, **model}
 
 
-def find_resume_checkpoint(args: TrainArgs, settings: dict[str, Any]) -> Path | None:
-    """Returns the latest valid checkpoint of this run, or the one that is named; rank 0 looks for all.
-
-    Raises:
-        UserError: if the named one is damaged, or the checkpoint holds weights only or belongs to another run.
-    """
-    found: list[Path | None] = [None]
-    named = args.training.resume_from_checkpoint
-    if is_rank_zero():
-        if not isinstance(named, str):
-            output_dir = Path(args.training.output_dir or ".")
-            found = [None if args.finetuning.overwrite_output_dir else latest_valid_checkpoint(output_dir)]
-        elif damage := verify_checkpoint(Path(named)):
-            raise UserError(f"resume_from_checkpoint {named} cannot be resumed: {damage}. Name another one, or none.")
-        else:
-            found = [Path(named)]
-        if found[0] is not None:
-            state = TrainerState.load_from_json(str(found[0] / "trainer_state.json"))
-            if not is_training_finished(state, args.finetuning):
-                check_resumable(found[0])
-            check_resume_settings(found[0], settings)
-            if old_names := describe_old_names(found[0]):
-                print0(old_names)
-            print0(f"resuming from {found[0]}")
-    if args.training.world_size > 1:
-        broadcast_object_list(found)
-    return found[0]
+def planned_steps(training: TrainingArguments, train: PackedDataset) -> int:
+    """Returns the number of steps of a whole run."""
+    per_epoch = -(-len(train) // global_batch_size(training))
+    return training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
 
 
 def _collect_invalid_rows(token_dataset: ConcatTokenDataset, output_dir: Path) -> None:

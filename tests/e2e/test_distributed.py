@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from llmtuner.console import UserError
 from llmtuner.data.packing import PackedDataset
-from llmtuner.train import checkpointing
+from llmtuner.train import checkpointing, resume
 from llmtuner.train.tuner import run_exp
 from tests.helpers import ROOT
 from tests.scripts import START, environment_with, fork_server, free_port
@@ -101,14 +101,30 @@ def test_two_processes_stop_together_and_go_on(saving_run, tmp_path):
         assert own == pytest.approx(line, abs=1e-6)
 
 
+def test_run_is_made_longer_under_zero2(saving_run, tmp_path):
+    """DeepSpeed saves the schedule itself: what it loads from a shorter run must not bring back that run's decay."""
+    settings = {**saving_run, "per_device_train_batch_size": 2, "plot_loss": False, "eval_on_start": False}
+    settings |= {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "max_steps": 10,
+        "save_total_limit": 1,
+        "eval_steps": 1_000,
+    }
+    train(settings, tmp_path / "longer")
+    said = train({**settings, "max_steps": 15}, tmp_path / "longer")
+    assert f"resuming from {tmp_path}/longer/checkpoint-8, where" in said
+    rates = [line["learning_rate"] for line in log_of(tmp_path / "longer") if "learning_rate" in line]
+    assert [rate == rates[0] for rate in rates] == [True] * 13 + [False] * 2
+
+
 def test_checkpoint_of_weights_alone_is_not_resumed_under_deepspeed(saving_run, tmp_path):
     out = tmp_path / "shared"
     settings = {**saving_run, "per_device_train_batch_size": 2, "max_steps": 6, "save_only_model": True}
     train({**settings, "plot_loss": False}, out)
     with pytest.raises(UserError, match=r"checkpoint-4 cannot be resumed: it was saved with save_only_model: true"):
-        checkpointing.check_resumable(out / "checkpoint-4")
+        resume.check_resumable(out / "checkpoint-4")
     (out / "checkpoint-4" / "global_step4").mkdir()  # where DeepSpeed keeps the optimizer's state
-    checkpointing.check_resumable(out / "checkpoint-4")
+    resume.check_resumable(out / "checkpoint-4")
 
 
 def test_ddp_learns_what_one_process_does_also_from_batches_without_targets(tiny_run, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def test_every_recipe_is_accepted(name, tmp_path):
     methods = [word for word in recipe.step3.split() if not word.startswith("--")]
     assert set(methods) <= set(step3_resize_model.METHODS)
     assert recipe.step1 in ("", "--method sentencepiece")
-    assert recipe.share in (1, 1 / 2, 1 / 4)
+    assert recipe.share in (1, 2, 1 / 2, 1 / 4)
 
 
 def test_the_profile_is_one(tmp_path):

@@ -236,3 +236,12 @@ def test_interrupted_run_that_overwrites_says_how_to_resume(saving_run, tmp_path
             run_exp({**saving_run, "overwrite_output_dir": True})
     run_exp(saving_run)
     assert len(losses_of(tmp_path / "adapter")) == 14
+
+
+def test_checkpoint_just_saved_is_kept_beside_newer_ones(tmp_path):
+    """They are of a run that an older checkpoint, which was named, has started again."""
+    for step in (9, 5):
+        staged = tmp_path / checkpointing.TMP_DIR / f"checkpoint-{step}"
+        staged.mkdir(parents=True)
+        checkpointing.commit_checkpoint(tmp_path, step, limit=1)
+    assert [path.name for path in checkpointing.list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-5"]
