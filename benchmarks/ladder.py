@@ -25,7 +25,7 @@ from benchmarks.common import (
     save_results,
     use_work_dir,
 )
-from benchmarks.real_text import interval
+from benchmarks.real_text import WSD, interval
 from llmtuner.console import print0, run_cli
 from llmtuner.eval.ladder import ENTITIES, FORMS, PIVOT
 from llmtuner.eval.language import LANGUAGES
@@ -84,6 +84,11 @@ RECIPES = {
     "embedding_lr_quarter": Recipe(step5="--embedding_learning_rate 5e-4", step6="--embedding_learning_rate 5e-4"),
     "embedding_lr_4": Recipe(step5="--embedding_learning_rate 8e-3", step6="--embedding_learning_rate 8e-3"),
     "sft_layers_faster": Recipe(step6="--learning_rate 1.15e-3 --embedding_learning_rate 5e-4"),
+    "wsd": Recipe(step5=WSD, step6=WSD),
+    "wsd_lr_half": Recipe(
+        step5=f"{WSD} --learning_rate 1e-3 --embedding_learning_rate 1e-3",
+        step6=f"{WSD} --learning_rate 3e-4 --embedding_learning_rate 1e-3",
+    ),
     "new_rows": Recipe(step5="--train_new_tokens_only true", step6="--train_new_tokens_only true"),
 }
 

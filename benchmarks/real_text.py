@@ -134,6 +134,7 @@ RECIPES = {
     "double": Recipe(share=2),
     "wsd": Recipe(WSD),
     "wsd_double": Recipe(WSD, share=2),
+    "wsd_lr_half": Recipe(f"{WSD} {rates(1 / 2)}"),
     "lr_quarter": Recipe(rates(1 / 4), one_seed=True),
     "lr_half": Recipe(rates(1 / 2), one_seed=True),
     "lr_2": Recipe(rates(2), one_seed=True),
