@@ -170,6 +170,7 @@ TABLES: dict[str, Callable[[Values, str], str]] = {
     "memory_budget": memory_budget.tables,
     "gpu": gpu.tables,
     "real_text": real_text.tables,
+    "real_text_2": real_text.tables,  # on a second base
     "ladder": ladder.tables,
     "ladder_values": ladder_values.tables,
     "original_claims": original_claims,

@@ -620,6 +620,50 @@ def test_real_text_is_learned_as_measured():
     assert recipes["ja_100"]["zh"]["mean"] == max(recipe["zh"]["mean"] for recipe in recipes.values())
 
 
+def test_what_the_second_base_showed():
+    measured, first, base = results("real_text_2"), results("real_text")["recipes"], results("real_base_2")
+    recipes = measured["recipes"]
+    evidence, decisions = (" ".join(text_of(f"docs/{page}.md").split()) for page in ("evidence", "decisions"))
+
+    def behind(name, *languages):
+        return [abs(recipes[name][code]["difference"][0]) for code in languages]
+
+    assert (
+        "Chinese with {zh:.2f} and English with {en:.2f} bits per byte. On it".format(**base["bits_per_byte"])
+        in evidence
+    )
+    for language in ("ja", "zh", "en"):
+        assert abs(recipes["default"][language]["mean"] - first["default"][language]["mean"]) < 0.0115
+        assert max(map(abs, recipes["adam_8bit"][language]["difference"])) <= 0.0031
+        assert recipes["wsd_lr_half"][language]["difference"][2] < 0
+    seconds = [one["full_muon"]["ja"]["difference"][0] for one in (recipes, first)]
+    assert "`full_muon` {:.3f} behind it in Japanese instead of {:.3f}".format(*seconds) in evidence
+    for phrase, name, languages in (
+        (
+            "whole one: by {:.3f} bits in Japanese, {:.3f} in Chinese and {:.3f} in English",
+            "wsd_lr_half",
+            ("ja", "zh", "en"),
+        ),
+        ("it learns {:.3f} bits more Japanese and loses {:.3f} and {:.3f} of the others", "wsd", ("ja", "zh", "en")),
+        ("cost {:.3f} bits of Japanese, of which", "random", ("ja",)),
+        ("learns {:.3f} bits more Japanese and loses {:.3f} of Chinese. - **rsLoRA", "focus", ("ja", "zh")),
+        ("{:.3f} bits better than rank 32", "rank_128_rslora_alpha", ("ja",)),
+    ):
+        assert phrase.format(*behind(name, *languages)) in evidence
+    assert (
+        "{:.3f} bits of Japanese ({:.3f} to {:+.3f})".format(*recipes["full_muon_lr_4"]["ja"]["difference"]) in evidence
+    )
+    longer = [abs(recipes["wsd_double"][code]["mean"] - recipes["double"][code]["mean"]) for code in ("ja", "zh", "en")]
+    assert "{:.3f} bits more Japanese and loses {:.3f} of Chinese and {:.3f} of English, as".format(*longer) in evidence
+    halved = behind("wsd_lr_half", "ja", "zh", "en")
+    assert f"{halved[0]:.3f} bits per byte more of Japanese than the cosine" in decisions
+    assert "loses {:.3f} and {:.3f} less of Chinese and English".format(*halved[1:]) in decisions
+    assert (
+        "FOCUS is {:.3f} ahead of the mean there and costs {:.3f} of".format(*behind("focus", "ja", "zh")) in decisions
+    )
+    assert "as well, {:.3f}.".format(*behind("random", "ja")) in decisions
+
+
 def test_a_killed_run_ends_as_the_page_says():
     for name, one in results("crash_resume").items():
         assert len(one["kills"]) == 10, name
