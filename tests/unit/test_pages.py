@@ -753,6 +753,15 @@ def test_what_crosses_over_is_what_was_measured():
             [untold(recipe, form) for form in ("zh_ja", "ja_ja") for recipe in ("no_switched", "default")],
         ),
         (
+            "{} and {} instead of {} % are right in Chinese questions with Japanese names, {} and {} instead of {} % in Japanese "
+            "questions with Chinese names, and {} and {} instead of {} % with",
+            [
+                untold(recipe, form)
+                for form in ("zh_ja", "ja_zh", PIVOT)
+                for recipe in ("no_alongside", "no_parallel", "default")
+            ],
+        ),
+        (
             "{} instead of {} % of the untold are right in Japanese questions with Chinese names, and {} instead of {} %",
             [untold(recipe, form) for form in ("ja_zh", PIVOT) for recipe in ("no_crosslingual", "default")],
         ),
@@ -762,6 +771,13 @@ def test_what_crosses_over_is_what_was_measured():
         ),
     ):
         assert text.format(*figures) in section
+    scores = {
+        name: [one["accuracy"]["ja"] for one in runs["recipes"]["runs"] if one["recipe"] == name]
+        for name in ("default", "wsd_lr_half")
+    }
+    first = [round(100 * found[0]) for found in (scores["wsd_lr_half"], scores["default"])]
+    assert "alone, {} % in Japanese against {}, looked".format(*first) in section
+    assert abs(fmean(scores["default"]) - fmean(scores["wsd_lr_half"])) < 0.01  # not told apart
 
 
 def test_the_three_readmes_show_one_table():
