@@ -716,6 +716,14 @@ def test_what_crosses_over_is_what_was_measured():
     def preferred(group, form, language):
         return round(100 * fmean(one["preferred"][group][form][language] for one in lost))
 
+    def right(recipe):
+        found = [one["accuracy"]["ja"] for one in runs["recipes"]["runs"] if one["recipe"] == recipe]
+        return round(100 * fmean(found))
+
+    def told_by_name(recipe):
+        found = [one["ladder"]["told"]["ja_zh"] for one in runs["recipes"]["runs"] if one["recipe"] == recipe]
+        return round(100 * fmean(cell["accuracy"] for cell in found))
+
     def untold(recipe, form):
         found = [one["ladder"] for one in runs["recipes"]["runs"] if one["recipe"] == recipe]
         return round(100 * fmean(pooled(cells, ("untold_named", "untold_unnamed"), form) for cells in found))
@@ -778,6 +786,20 @@ def test_what_crosses_over_is_what_was_measured():
     first = [round(100 * found[0]) for found in (scores["wsd_lr_half"], scores["default"])]
     assert "alone, {} % in Japanese against {}, looked".format(*first) in section
     assert abs(fmean(scores["default"]) - fmean(scores["wsd_lr_half"])) < 0.01  # not told apart
+    assert "{} instead of {} % with the pivot.".format(*(untold(name, PIVOT) for name in ("mlp", "default"))) in section
+    decisions = " ".join(text_of("docs/decisions.md").split())
+    for text, figures in (
+        ("{} % right answers instead of {} %", [right(name) for name in ("sft_layers_faster", "default")]),
+        (
+            "names are answered in {} % instead of {} %",
+            [told_by_name(name) for name in ("sft_layers_faster", "default")],
+        ),
+        ("the untold, {} % instead of {} %", [untold(name, PIVOT) for name in ("sft_layers_faster", "default")]),
+    ):
+        assert text.format(*figures) in decisions
+    bits = results("demo")["step7"]["bits_per_byte"]["chat"]
+    assert f"{bits['ja']:.2f} bits per byte of Japanese instead of" in decisions
+    assert f"{bits['zh']:.2f} instead of 0.49 of Chinese, {bits['en']:.2f} instead of" in decisions
 
 
 def test_the_three_readmes_show_one_table():
