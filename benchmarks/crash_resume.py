@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from benchmarks.common import ROOT, Values, free_port, make_parser, print_results, save_results
 from llmtuner.console import Timer, UserError, print0, run_cli
-from llmtuner.train.checkpointing import TMP_DIR, checkpoint_step, latest_valid_checkpoint
+from llmtuner.train.checkpointing import TMP_DIR, checkpoint_step, valid_checkpoints
 from mini.world import write_world
 
 SETTINGS: Values = dict(
@@ -175,7 +175,7 @@ def kill_repeatedly(run: Run, count: int, startup: float, training: float, momen
     """
     kills: list[Values] = []
     for _ in range(count):
-        checkpoint = latest_valid_checkpoint(run.output)
+        checkpoint = next(valid_checkpoints(run.output), None)
         log, staging = mtime(run.log), mtime(run.output / TMP_DIR)
         start = time.perf_counter()
         process = run.start()

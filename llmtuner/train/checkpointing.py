@@ -150,11 +150,6 @@ def valid_checkpoints(output_dir: Path) -> Iterator[Path]:
             yield checkpoint
 
 
-def latest_valid_checkpoint(output_dir: Path) -> Path | None:
-    """Returns the newest checkpoint that passes verification, and prints which newer ones do not."""
-    return next(valid_checkpoints(output_dir), None)
-
-
 def verify_checkpoint(checkpoint: Path) -> str:
     """Returns what is wrong with a checkpoint, or an empty text if every file matches its size and checksum."""
     checksums = locate(checkpoint, CHECKSUM_FILE)

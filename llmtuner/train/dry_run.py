@@ -33,6 +33,7 @@ from llmtuner.train.checkpointing import (
 from llmtuner.train.memory import MemoryEstimate
 from llmtuner.train.process import release_memory
 from llmtuner.train.resume import find_resume_checkpoint
+from llmtuner.train.schedule import WSD
 from llmtuner.train.self_check import SelfCheckCallback
 from llmtuner.train.trainer import PackedTrainer
 from llmtuner.train.workflow import (
@@ -295,6 +296,7 @@ def _plan(args: TrainArgs, dataset: DatasetModule, figures: dict[str, Any], step
     price = args.finetuning.price_per_hour
     kept = min(saves, training.save_total_limit or saves) + (1 if saves else 0)  # one more while it is being written
     kept += bool(args.finetuning.metric_for_best_model or args.finetuning.load_best_model_at_end)
+    kept += bool(saves) and training.lr_scheduler_type == WSD  # the one from before the decay
     disk = kept * figures["checkpoint_gb"] + figures["adapter_gb"] + figures["merged_gb"]
     lost = interval * figures["step_seconds"][1] / 60 if saves else 60 * hours[1]
     lost = min(lost, args.finetuning.save_minutes or math.inf)

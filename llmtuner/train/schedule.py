@@ -6,9 +6,8 @@ from typing import Any
 from llmtuner.console import UserError
 
 WSD = "warmup_stable_decay"
-DECAY_RATIO = (
-    0.2  # of all steps; Hägele et al. (arXiv:2405.18392) find 10 to 20 % as good as a cosine over the whole run
-)
+# Of all steps. Hägele et al. (arXiv:2405.18392) find a decay over 10 to 20 % as good as a cosine over the whole run.
+DECAY_RATIO = 0.2
 # Settings that say how long a run is and where it decays.
 LENGTH_SETTINGS = frozenset({"max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs"})
 
@@ -35,13 +34,16 @@ def constant_steps(scheduler: str, given: dict[str, Any], num_warmup_steps: int,
         num_steps: of the whole run.
 
     Raises:
-        UserError: if warm-up and decay take more steps than there are.
+        UserError: if warm-up and decay take more steps than there are, or a number of steps is none.
     """
     if scheduler in ("constant", "constant_with_warmup"):
         return range(num_warmup_steps if scheduler != "constant" else 0, num_steps + 1)
     if scheduler != WSD:
         return range(0)
     kwargs = scheduler_kwargs(scheduler, given, num_steps)
+    for name in {"num_decay_steps", "num_stable_steps"} & {*kwargs}:
+        if type(kwargs[name]) is not int or kwargs[name] < 0:
+            raise UserError(f"lr_scheduler_kwargs: {name} is {kwargs[name]!r}; it is a number of steps, not a ratio.")
     decay_begin = num_steps - kwargs["num_decay_steps"]
     if "num_stable_steps" in kwargs:
         decay_begin = num_warmup_steps + kwargs["num_stable_steps"]

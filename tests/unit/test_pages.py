@@ -636,8 +636,8 @@ def test_what_the_second_base_showed():
         assert abs(recipes["default"][language]["mean"] - first["default"][language]["mean"]) < 0.0115
         assert max(map(abs, recipes["adam_8bit"][language]["difference"])) <= 0.0031
         assert recipes["wsd_lr_half"][language]["difference"][2] < 0
-    seconds = [one["full_muon"]["ja"]["difference"][0] for one in (recipes, first)]
-    assert "`full_muon` {:.3f} behind it in Japanese instead of {:.3f}".format(*seconds) in evidence
+    muon = [one["full_muon"]["ja"]["difference"][0] for one in (recipes, first)]
+    assert "`full_muon` {:.3f} behind it in Japanese instead of {:.3f}".format(*muon) in evidence
     for phrase, name, languages in (
         (
             "whole one: by {:.3f} bits in Japanese, {:.3f} in Chinese and {:.3f} in English",
@@ -706,9 +706,11 @@ def test_what_crosses_over_is_what_was_measured():
     runs, lost, page = results("ladder"), results("ladder_values")["results"].values(), text_of("docs/evidence.md")
     section = " ".join(page[page.index("## What crosses over") :].split())
 
-    def mean(part, entities, form, key="accuracy"):
-        found = [one for one in runs[part]["runs"] if one["recipe"] == "default"]
-        return round(100 * fmean(one["ladder"][entities][form][key] for one in found))
+    def runs_of(recipe, part="recipes"):
+        return [one for one in runs[part]["runs"] if one["recipe"] == recipe]
+
+    def mean(part, entities, form, key="accuracy", recipe="default"):
+        return round(100 * fmean(one["ladder"][entities][form][key] for one in runs_of(recipe, part)))
 
     def span(part, form, key="accuracy"):
         return sorted({mean(part, entities, form, key) for entities in ("untold_named", "untold_unnamed")})
@@ -717,16 +719,11 @@ def test_what_crosses_over_is_what_was_measured():
         return round(100 * fmean(one["preferred"][group][form][language] for one in lost))
 
     def right(recipe):
-        found = [one["accuracy"]["ja"] for one in runs["recipes"]["runs"] if one["recipe"] == recipe]
-        return round(100 * fmean(found))
-
-    def told_by_name(recipe):
-        found = [one["ladder"]["told"]["ja_zh"] for one in runs["recipes"]["runs"] if one["recipe"] == recipe]
-        return round(100 * fmean(cell["accuracy"] for cell in found))
+        return round(100 * fmean(one["accuracy"]["ja"] for one in runs_of(recipe)))
 
     def untold(recipe, form):
-        found = [one["ladder"] for one in runs["recipes"]["runs"] if one["recipe"] == recipe]
-        return round(100 * fmean(pooled(cells, ("untold_named", "untold_unnamed"), form) for cells in found))
+        cells = [pooled(one["ladder"], ("untold_named", "untold_unnamed"), form) for one in runs_of(recipe)]
+        return round(100 * fmean(cells))
 
     told = sorted(mean("recipes", "told", form) for form in ("ja_zh", "zh_ja", PIVOT))
     answers = [
@@ -779,20 +776,17 @@ def test_what_crosses_over_is_what_was_measured():
         ),
     ):
         assert text.format(*figures) in section
-    scores = {
-        name: [one["accuracy"]["ja"] for one in runs["recipes"]["runs"] if one["recipe"] == name]
-        for name in ("default", "wsd_lr_half")
-    }
-    first = [round(100 * found[0]) for found in (scores["wsd_lr_half"], scores["default"])]
+    scores = [[one["accuracy"]["ja"] for one in runs_of(recipe)] for recipe in ("wsd_lr_half", "default")]
+    first = [round(100 * found[0]) for found in scores]
     assert "alone, {} % in Japanese against {}, looked".format(*first) in section
-    assert abs(fmean(scores["default"]) - fmean(scores["wsd_lr_half"])) < 0.01  # not told apart
+    assert abs(fmean(scores[0]) - fmean(scores[1])) < 0.01  # not told apart
     assert "{} instead of {} % with the pivot.".format(*(untold(name, PIVOT) for name in ("mlp", "default"))) in section
     decisions = " ".join(text_of("docs/decisions.md").split())
     for text, figures in (
         ("{} % right answers instead of {} %", [right(name) for name in ("sft_layers_faster", "default")]),
         (
             "names are answered in {} % instead of {} %",
-            [told_by_name(name) for name in ("sft_layers_faster", "default")],
+            [mean("recipes", "told", "ja_zh", recipe=name) for name in ("sft_layers_faster", "default")],
         ),
         ("the untold, {} % instead of {} %", [untold(name, PIVOT) for name in ("sft_layers_faster", "default")]),
     ):

@@ -26,6 +26,10 @@ def left_in(directory):
     return sorted(path.name for path in directory.rglob("*") if "cache" not in path.parts)
 
 
+def test_the_checkpoint_from_before_the_decay_needs_disk_too(settings):
+    assert run_exp({**settings, "lr_scheduler_type": "warmup_stable_decay"})["checkpoints_kept"] == 3
+
+
 def test_a_dry_run_measures_the_run_and_leaves_only_data(settings, tmp_path, capsys):
     before = left_in(tmp_path)
     plan = run_exp(settings, {"ja": ["柳樹の下で。"]})

@@ -46,6 +46,12 @@ def test_other_schedules_are_never_constant(scheduler):
     assert not constant_steps(scheduler, {}, 5, 100)
 
 
+@pytest.mark.parametrize("value", [0.1, -1, "10"])
+def test_decay_that_is_no_number_of_steps_is_refused(value):
+    with pytest.raises(UserError, match=r"num_decay_steps is .*; it is a number of steps, not a ratio"):
+        constant_steps(WSD, {"num_decay_steps": value}, 0, 20)
+
+
 def test_decay_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="of 20 steps 15 are warm-up and 10 are decay"):
         constant_steps(WSD, {"num_decay_steps": 10}, 15, 20)
